@@ -1,0 +1,47 @@
+"""RayLLM: the LLM inference engine that is native to Ray.
+
+The public names are loaded when first used, so that `import rayllm` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayllm.config import EngineConfig
+    from rayllm.llm import LLM, AsyncLLM, get_engine
+    from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "rayllm.llm",
+    "AsyncLLM": "rayllm.llm",
+    "get_engine": "rayllm.llm",
+    "EngineConfig": "rayllm.config",
+    "SamplingParams": "rayllm.request",
+    "RequestOutput": "rayllm.request",
+    "CompletionOutput": "rayllm.request",
+}
+
+__all__ = [  # noqa: F822 (loaded by __getattr__)
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "get_engine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rayllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,138 @@
+"""One pydantic model for Python, YAML and the command line. Frozen; unknown keys are errors that name the nearest.
+
+`EngineConfig` is what a user says. What follows from it together with the model and the machine is worked out once,
+by `engine.resolve`, into a `ResolvedConfig`: nothing is looked up or defaulted after that. Environment variables
+are read in this file alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rayllm.errors import ConfigError, did_you_mean
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Backend = Literal["ray", "inproc"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+DEFAULT_ENGINE_NAME = "default"
+RAY_NAMESPACE = "rayllm"
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=False)
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> Any:
+        """Builds the config from plain settings; every fault becomes one `ConfigError` line with the mend."""
+        unknown = [name for name in settings if name not in cls.model_fields]
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}{did_you_mean(unknown[0], cls.model_fields)}")
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "config"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{where}={first['input']!r}: {reason}") from None
+
+
+class EngineConfig(_Config):
+    """How one model is served: field names are vLLM's where the meaning is the same."""
+
+    model: str = Field("", description="Folder of a checkpoint (config.json, *.safetensors); empty: the built-in model.")
+    tokenizer: str | None = Field(None, description="Folder of the tokenizer, where it is not the model's.")
+    served_model_name: str | None = Field(None, description="Name that clients use; default: the folder's name.")
+    name: str = Field(DEFAULT_ENGINE_NAME, description="Name of the engine, as in get_engine(name).")
+    dtype: Dtype = Field("auto", description="Type of weights and activations; auto: the checkpoint's.")
+    device: Device = Field("auto", description="auto: CUDA where there is a GPU, else the CPU.")
+    tensor_parallel_size: int = Field(1, ge=1, le=64, description="Workers that share each layer.")
+    distributed_executor_backend: Backend | None = Field(
+        None, description="ray: worker actors; inproc: one worker in this process. Default: ray where needed."
+    )
+    max_model_len: int | None = Field(None, ge=1, description="Context length in tokens; default: the model's.")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences that run at once, at most.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one step, at most.")
+    block_size: int | None = Field(None, description="Tokens in a KV block; default: 16 on CPU, 64 on GPU.")
+    num_kv_blocks: int | None = Field(None, ge=2, description="KV blocks of each worker; default: what memory allows.")
+    gpu_memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of a GPU's memory the engine may use.")
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1, description="Memory for KV on each worker; default: by gpu_memory_utilization, or a CPU share."
+    )
+    enable_prefix_caching: bool = Field(True, description="Share KV blocks among requests with equal prefixes.")
+    load_format: LoadFormat = Field("auto", description="dummy: random weights, for benchmarks.")
+    seed: int = Field(0, ge=0, description="Seeds dummy weights, and requests that bring no seed of their own (LLM).")
+    chat_template: str | None = Field(None, description="File with a Jinja chat template to use in place of the model's.")
+
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_is_a_power_of_two(cls, value: int | None) -> int | None:
+        if value is not None and (value < 1 or value > 256 or value & (value - 1)):
+            raise ValueError("block_size must be a power of two from 1 to 256")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_word(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "._-" for c in value):
+            raise ValueError("an engine's name is made of letters, digits, '.', '_' and '-'")
+        return value
+
+
+class ServerConfig(_Config):
+    """How the HTTP endpoint listens and guards itself."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: tuple[str, ...] = Field((), description="Keys that clients must send; repeatable. Empty: no key asked.")
+    num_ingress_replicas: int = Field(1, ge=1, le=64, description="Processes that speak HTTP.")
+    shutdown_timeout_s: float = Field(30.0, ge=0, description="Seconds open requests get to finish at shutdown.")
+
+
+class ModelShape(_Config):
+    """What the driver needs of a model; no tensor in it."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_layers: int
+
+
+class ResolvedConfig(_Config):
+    """Config + model + device, decided once. Every process of an engine is given this same object."""
+
+    engine: EngineConfig
+    model_path: str
+    tokenizer_path: str
+    served_model_name: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["cpu", "cuda"]
+    backend: Backend
+    max_model_len: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    shape: ModelShape
+    num_threads: int
+    """OpenMP threads of each worker on CPU."""
+
+
+class Environment:
+    """The environment variables that RayLLM reads; `RLLM_*`, because `RAYLLM_*` is read by another product."""
+
+    @staticmethod
+    def ha_proxy() -> bool:
+        """Whether Serve fronts the ingress with HAProxy (`RAY_SERVE_ENABLE_HA_PROXY`)."""
+        return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0").lower() in ("1", "true")
+
+    @staticmethod
+    def log_dir() -> str | None:
+        return os.environ.get("RLLM_LOG_DIR")
+
+    @staticmethod
+    def ray_address() -> str | None:
+        return os.environ.get("RAY_ADDRESS")

@@ -1,0 +1,39 @@
+"""Tensor parallelism as a value that is passed, never looked up: who am I, how many are we, and the collectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """Rank `rank` of `size`, joined by `group`. With size 1 every collective is the identity and group is None."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's `x`; written in place where ranks are more than one, and returned."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather_last(self, x: Tensor) -> Tensor:
+        """Every rank's `x` joined along the last dimension, in order of rank; all ranks get the same bits."""
+        if self.size == 1:
+            return x
+        parts = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts.unbind(0), dim=-1)
+
+    def shard(self, total: int, what: str) -> range:
+        """This rank's share of `total` things that must divide evenly (`ValueError` names `what`)."""
+        if total % self.size:
+            raise ValueError(f"{what}={total} cannot be split evenly over tensor_parallel_size={self.size}")
+        width = total // self.size
+        return range(self.rank * width, (self.rank + 1) * width)

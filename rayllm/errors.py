@@ -1,0 +1,70 @@
+"""Every error a user can meet. Each message names the value, the limit and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RayLLMError(Exception):
+    """The root of RayLLM's own errors."""
+
+
+class ConfigError(RayLLMError, ValueError):
+    """A setting, a model folder or a flag that cannot be served; raised before anything is started."""
+
+
+class RequestError(RayLLMError, ValueError):
+    """A request that cannot be served as it is: the client's fault, and the client can mend it.
+
+    `param` is the field at fault, `code` a machine-readable word (OpenAI's error envelope), `status` the HTTP status.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+        self.status = status
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or prompt plus `max_tokens`, is longer than the model's context."""
+
+    def __init__(self, message: str, *, param: str | None = None):
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class OverloadedError(RayLLMError):
+    """The engine refuses new work for now; `retry_after_s` says when to come back."""
+
+    def __init__(self, message: str, *, retry_after_s: float):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(RayLLMError):
+    """The engine failed while a request was open; `code` is a machine-readable word."""
+
+    def __init__(self, message: str, *, code: str = "engine_error"):
+        super().__init__(message)
+        self.code = code
+
+
+class WorkerDiedError(EngineError):
+    """A worker is gone or fails; `rank` names it and `reason` says what was seen."""
+
+    def __init__(self, rank: int, reason: str):
+        super().__init__(f"worker rank {rank} failed: {reason}", code="worker_died")
+        self.rank = rank
+        self.reason = reason
+
+
+class EngineUnreachableError(RayLLMError):
+    """No engine answers at the name or address that was asked for."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: `; did you mean 'x'?`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,57 @@
+"""The tensors of one step. Shape letters: T tokens of the step, R rows (sequences) in it, N positions whose logits
+are wanted, B blocks of the longest row's table, L layers, H query heads, K key/value heads, D head width, P block size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input, the same on every rank. Rows with one token come first (`num_decode_rows` of them), then rows
+    with more; a row's tokens stand together, in order of position. KV of a row's earlier positions is in its blocks.
+    """
+
+    token_ids_T: Tensor
+    """int64."""
+    positions_T: Tensor
+    """int64, counted from 0 in the sequence."""
+    slots_T: Tensor
+    """int64: where the token's K and V go, block * block_size + offset."""
+    query_starts: list[int]
+    """R + 1 offsets into T, on the host."""
+    kv_lens: list[int]
+    """R: tokens a row's last query attends to, itself included, on the host."""
+    block_table_RB: Tensor
+    """int32; entries past a row's own blocks are 0 and must not be read as data."""
+    logits_indices_N: Tensor
+    """int64 indices into T."""
+    num_decode_rows: int
+    block_size: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.kv_lens)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's KV pool on this rank: two tensors `[blocks, K, P, D]`."""
+
+    k: Tensor
+    v: Tensor
+
+
+def allocate_kv(
+    num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerKV]:
+    """A pool of `num_blocks` blocks for every layer, zeroed (an unwritten NaN would poison a masked product)."""
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    return [
+        LayerKV(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(num_layers)
+    ]

@@ -1,0 +1,175 @@
+"""All that crosses a process: frozen msgspec structs, encoded as msgpack arrays, one per frame. Never pickle.
+
+Lists of ids travel as packed int32 (`request.pack_ids`). Two links carry them: driver <-> workers (`StepPlan`,
+`StepResult`) and client <-> driver (`ClientMessage`, `DriverMessage`). A client is an ingress, an `AsyncLLM` or
+another Ray job.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from rayllm.request import Request, SamplingParams
+
+# ---------------------------------------------------------------------------------------------- driver <-> workers
+
+
+class RowStart(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence takes a row: all that a worker needs to know of it."""
+
+    row: int
+    tokens: bytes
+    """Every known token: prompt, then emitted."""
+    num_prompt_tokens: int
+    """How many of `tokens` are the original prompt: penalties and positions of draws count from there."""
+    num_computed_tokens: int
+    """Tokens whose KV is already in `blocks` (a prefix hit)."""
+    blocks: bytes
+    """The block table so far."""
+    params: SamplingParams
+    seed: int
+    choice: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """What one step does, as differences from the step before. Applied in the order of its fields.
+
+    A row's sequence has `num_tokens` tokens, of which `num_computed` have KV. `counts[i]` tokens of `rows[i]` are
+    computed; where that reaches the row's last token, the worker samples the next one, appends it to the row, and
+    may use it as input of the next step before the driver has seen it.
+    """
+
+    step: int
+    epoch: int
+    finished_rows: bytes
+    new_rows: list[RowStart]
+    grown_rows: bytes
+    """Parallel with `grown_blocks`: a block appended to that row's table, in order."""
+    grown_blocks: bytes
+    rows: bytes
+    counts: bytes
+    """Parallel with `rows`; each at least 1."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of one position: the token itself first, then the k most likely in falling order.
+
+    `ids` int32; `values` float32 natural logs; `rank` is the token's own (1 = most likely).
+    """
+
+    ids: bytes
+    values: bytes
+    rank: int
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """Rank 0's answer to a plan: `token_ids[i]` was sampled for `rows[i]`."""
+
+    step: int
+    epoch: int
+    rows: bytes
+    token_ids: bytes
+    logprobs: dict[int, TokenLogprobs]
+    """By row, for those that asked."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    """By row: the prompt positions whose next-token distribution this step computed, in order."""
+    elapsed_s: float
+    """Seconds the worker spent on the step."""
+    waited_s: float = 0.0
+    """Seconds the worker stood idle before the plan came."""
+
+
+class WorkerFailure(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's last words, in place of a result."""
+
+    rank: int
+    epoch: int
+    reason: str
+
+
+# ---------------------------------------------------------------------------------------------- client <-> driver
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """A client's first frame; the driver closes the socket where the token is wrong."""
+
+    token: str
+    client: str
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """`stream` is the client's number for choice 0; choice i is `stream + i`. Numbers are never used twice."""
+
+    stream: int
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """The request with this choice-0 stream number is no longer wanted. Unknown numbers are ignored."""
+
+    stream: int
+
+
+class StatsQuery(msgspec.Struct, frozen=True, array_like=True, tag="stats?"):
+    """Answered by `EngineStats` with the same `ticket`."""
+
+    ticket: int
+
+
+ClientMessage = Hello | Submit | Abort | StatsQuery
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """Why a choice ended. `reason`: `stop`, `length`, `abort` or `error`; `error` carries code and message."""
+
+    reason: str
+    stop_reason: int | None = None
+    code: str | None = None
+    message: str | None = None
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one choice."""
+
+    stream: int
+    token_ids: bytes
+    finish: Finish | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """Parallel with `token_ids`, where asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For prompt positions 1.., once, with the first delta of choice 0."""
+    num_cached_tokens: int = 0
+    """Prompt tokens served from the prefix cache; said with the first delta."""
+
+
+class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
+    """One frame a step and client: everything that step added to that client's requests."""
+
+    deltas: list[TokenDelta]
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
+    """A driver's counters and gauges; the ingress turns them into metrics. Totals only grow."""
+
+    ticket: int
+    healthy: bool
+    reason: str
+    """Why it is not healthy; empty else."""
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_blocks_used: int
+    num_slots_filled: int
+    """Token slots that hold a token, in the blocks used by running sequences."""
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    prefix_queries: int
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits: int
+    num_steps: int
+    step_wait_s: float
+    """Seconds, summed over steps, that rank 0 stood idle for want of a plan while work was there."""
+
+
+DriverMessage = Deltas | EngineStats
