@@ -1,0 +1,150 @@
+"""Conversations drawn from the corpus: what one training example says.
+
+The corpus has each question in a few forms. People type more carelessly, so questions are varied here: case,
+closing marks, polite words, contractions, slips of the keyboard. Answers are never varied.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayllm.demo.corpus import Corpus, Entry, FollowUp
+
+# Share of single questions that each file gets. The stories are long and few; the sums are many and short.
+SOURCE_SHARES = {
+    "rayllm": 0.15,
+    "serving": 0.18,
+    "models": 0.13,
+    "smalltalk": 0.13,
+    "facts": 0.10,
+    "sums": 0.07,
+    "stories": 0.07,
+    "unknown": 0.17,
+}
+SYSTEM_PROMPT_SHARE = 0.3
+MULTI_TURN_SHARE = 0.3
+PLAIN_TEXT_SHARE = 0.05
+FOLLOW_UP_SHARE = 0.35
+MAX_NUM_TURNS = 9
+
+OPENINGS = ("Please ", "Hi, ", "Hello, ", "Hello! ", "Hey, ", "So, ", "Ok, ", "Now, ", "And ", "Well, ")
+CLOSINGS = (" please", ", please", " please?", " thanks", " Thanks!")
+SPELLINGS = (("colour", "color"), ("What is", "What's"), ("I am", "I'm"), ("do not", "don't"), ("You are", "You're"))
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a chat. `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model reads in training: a chat, or (for plain completions) a text alone."""
+
+    messages: tuple[Message, ...] = ()
+    plain_text: str | None = None
+
+
+class ConversationSource:
+    """Draws training examples. The same corpus and seed give the same examples in the same order."""
+
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._system_prompts = corpus.system_prompts
+        self._follow_ups = corpus.follow_ups
+        self._sources = tuple(SOURCE_SHARES)
+        self._shares = tuple(SOURCE_SHARES.values())
+        self._entries: dict[str, list[Entry]] = {source: [] for source in self._sources}
+        for entry in corpus.entries:
+            self._entries[entry.source].append(entry)
+        self._weights = {
+            source: [len(entry.questions) ** 0.5 if source == "unknown" else 1.0 for entry in entries]
+            for source, entries in self._entries.items()
+        }
+
+    def draw(self) -> Example:
+        """The next example."""
+        chance = self._random.random()
+        if chance < PLAIN_TEXT_SHARE:
+            return Example(plain_text=self._draw_entry().answer)
+        messages = []
+        if self._random.random() < SYSTEM_PROMPT_SHARE:
+            messages.append(Message("system", self._random.choice(self._system_prompts)))
+        num_turns = self._random.randint(2, MAX_NUM_TURNS) if chance > 1 - MULTI_TURN_SHARE else 1
+        last: Entry | None = None
+        while num_turns > 0:
+            if last is not None and self._random.random() < FOLLOW_UP_SHARE:
+                follow_up = self._random.choice(self._follow_ups)
+                answer = _answer_to(follow_up, last)
+                if answer is not None:
+                    messages += self._turn(follow_up.questions, answer)
+                    last = None
+                    num_turns -= 1
+                    continue
+            last = self._draw_entry()
+            messages += self._turn(last.questions, last.answer)
+            num_turns -= 1
+        return Example(messages=tuple(messages))
+
+    def _draw_entry(self) -> Entry:
+        (source,) = self._random.choices(self._sources, self._shares)
+        (entry,) = self._random.choices(self._entries[source], self._weights[source])
+        return entry
+
+    def _turn(self, questions: Sequence[str], answer: str) -> list[Message]:
+        question = vary_question(self._random.choice(questions), self._random)
+        return [Message("user", question), Message("assistant", answer)]
+
+
+def vary_question(question: str, draw: random.Random) -> str:
+    """The question as another person might type it."""
+    for usual, other in SPELLINGS:
+        if usual in question and draw.random() < 0.3:
+            question = question.replace(usual, other)
+    if draw.random() < 0.3:
+        bare = question.rstrip(" ?!.")
+        question = (bare or question) + draw.choice(("", "", "?", ".", "!", " ?", "??"))
+    if draw.random() < 0.08 and question[:1].isalpha():
+        question = question.rstrip(" ?!.") + draw.choice(CLOSINGS)
+    if draw.random() < 0.10 and question[:1].isalpha():
+        question = draw.choice(OPENINGS) + _lower_first(question)
+    if draw.random() < 0.06:
+        question = _with_slip(question, draw)
+    case = draw.random()
+    if case < 0.25:
+        question = question.lower()
+    elif case < 0.28:
+        question = question.upper()
+    return question
+
+
+def _lower_first(question: str) -> str:
+    first_word = question.split()[0]
+    if first_word == "I" or not first_word[1:].islower():
+        return question
+    return question[0].lower() + question[1:]
+
+
+def _with_slip(question: str, draw: random.Random) -> str:
+    """The question with two letters swapped, or one left out or doubled."""
+    if len(question) < 8:
+        return question
+    at = draw.randrange(1, len(question) - 2)
+    slips = (
+        question[:at] + question[at + 1] + question[at] + question[at + 2 :],
+        question[:at] + question[at + 1 :],
+        question[: at + 1] + question[at:],
+    )
+    return draw.choice(slips)
+
+
+def _answer_to(follow_up: FollowUp, entry: Entry) -> str | None:
+    """The answer to a follow-up of `entry`; None when the entry has none."""
+    if follow_up.refers_to == "shorter":
+        return entry.short_answer
+    if follow_up.refers_to == "again":
+        return entry.answer
+    return follow_up.answer
