@@ -1,0 +1,264 @@
+"""The step loop: requests in, plans out, results back, deltas to whoever asked. Plain Python on one thread.
+
+With an executor of depth 2, step n+1 is planned and sent while n runs, so that workers never wait for a plan.
+The loop knows clients by an opaque value, their streams by number, and nothing of sockets, actors or text.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from rayllm.config import ResolvedConfig
+from rayllm.engine.admission import check_request
+from rayllm.errors import EngineError, RequestError
+from rayllm.executor.executor import Executor
+from rayllm.messages import (
+    Abort,
+    ClientMessage,
+    Deltas,
+    DriverMessage,
+    EngineStats,
+    Finish,
+    StatsQuery,
+    Submit,
+    TokenDelta,
+)
+from rayllm.request import pack_ids
+from rayllm.scheduler.scheduler import Scheduler, SequenceUpdate
+from rayllm.scheduler.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+Client = Hashable
+Outbox = Callable[[Client, DriverMessage], None]
+
+
+@dataclass(slots=True)
+class _Totals:
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_steps: int = 0
+    step_wait_s: float = 0.0
+    worker_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that is being served, and where its choices' tokens go."""
+
+    client: Client
+    first_stream: int
+    sequences: dict[int, Sequence]
+    deadline_s: float | None
+    unfinished: set[int] = field(default_factory=set)
+
+
+class EngineLoop:
+    """Drives one scheduler over one executor. Call `submit` and `step` from the same thread.
+
+    `outbox(client, message)` delivers; it must not block. `wall_clock` is Unix time, for deadlines.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        scheduler: Scheduler,
+        executor: Executor,
+        outbox: Outbox,
+        wall_clock: Callable[[], float] = time.time,
+    ):
+        self._config = config
+        self._scheduler = scheduler
+        self._executor = executor
+        self._outbox = outbox
+        self._wall_clock = wall_clock
+        self._open: dict[str, _Open] = {}
+        self._streams: dict[tuple[Client, int], tuple[str, int]] = {}
+        self._pending: dict[Client, list[TokenDelta]] = {}
+        self._totals = _Totals()
+        self._failure: EngineError | None = None
+        self._num_deadlines = 0
+
+    # ------------------------------------------------------------------------------------------------ requests in
+
+    def submit(self, client: Client, message: ClientMessage) -> None:
+        """Takes one message of a client: a request, an abort or a question for figures."""
+        if isinstance(message, Submit):
+            self._submit(client, message)
+        elif isinstance(message, Abort):
+            self._abort_stream(client, message.stream)
+        elif isinstance(message, StatsQuery):
+            self._outbox(client, self.stats(message.ticket))
+
+    def _submit(self, client: Client, message: Submit) -> None:
+        request = message.request
+        streams = range(message.stream, message.stream + request.params.n)
+        try:
+            if self._failure is not None:
+                raise self._failure
+            check_request(request, self._config)
+        except (RequestError, EngineError) as error:
+            self._refuse(client, streams, Finish("error", code=error.code, message=str(error)))
+            return
+        # Clients choose their ids freely; the scheduler's must be unique among all of them.
+        request = msgspec.structs.replace(request, request_id=f"{client}/{message.stream}")
+        sequences = {sequence.choice: sequence for sequence in self._scheduler.add(request)}
+        self._open[request.request_id] = _Open(
+            client, message.stream, sequences, request.deadline_s, unfinished=set(sequences)
+        )
+        self._num_deadlines += request.deadline_s is not None
+        for choice in sequences:
+            self._streams[client, message.stream + choice] = request.request_id, choice
+        self._totals.num_prompt_tokens += len(request.prompt) // 4
+
+    def _refuse(self, client: Client, streams: range, finish: Finish) -> None:
+        self._outbox(client, Deltas([TokenDelta(stream, b"", finish) for stream in streams]))
+
+    def _abort_stream(self, client: Client, stream: int) -> None:
+        found = self._streams.get((client, stream))
+        if found is None:
+            return
+        request_id, choice = found
+        request = self._open[request_id]
+        self._scheduler.abort_sequence(request.sequences[choice])
+        self._close_choice(request_id, choice)
+
+    def client_gone(self, client: Client) -> None:
+        """A client left: everything of its is aborted and its KV freed at once."""
+        for key in [key for key in self._streams if key[0] == client]:
+            self._abort_stream(*key)
+        self._pending.pop(client, None)
+
+    def _close_choice(self, request_id: str, choice: int) -> None:
+        request = self._open[request_id]
+        request.unfinished.discard(choice)
+        self._streams.pop((request.client, request.first_stream + choice), None)
+        if not request.unfinished:
+            del self._open[request_id]
+            self._num_deadlines -= request.deadline_s is not None
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def step(self) -> bool:
+        """One turn: plan and send where the pipeline has room, then take the oldest result when it is full or nothing
+        more can be planned. False: there is nothing to do until a message comes.
+
+        Raises `EngineError` when the executor is lost; by then every open request has been told.
+        """
+        if self._failure is not None:
+            return False
+        self._expire()
+        try:
+            return self._turn()
+        except EngineError as error:
+            self.fail(error)
+            raise
+        except Exception as error:
+            log.exception("the step loop failed")
+            failure = EngineError(f"the step loop failed: {type(error).__name__}: {error}")
+            self.fail(failure)
+            raise failure from error
+
+    def _turn(self) -> bool:
+        scheduler, executor = self._scheduler, self._executor
+        plan = scheduler.plan() if scheduler.num_uncommitted < executor.pipeline_depth else None
+        if plan is not None:
+            executor.send(plan)
+            if scheduler.num_uncommitted < executor.pipeline_depth:
+                return True
+        if scheduler.num_uncommitted == 0:
+            return False
+        result = executor.receive(None)
+        totals = self._totals
+        totals.num_steps += 1
+        totals.step_wait_s += result.waited_s
+        totals.worker_s += result.elapsed_s
+        self._deliver(scheduler.commit(result))
+        return True
+
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        for update in updates:
+            sequence = update.sequence
+            request_id, choice = sequence.request.request_id, sequence.choice
+            request = self._open.get(request_id)
+            if request is None or choice not in request.unfinished:
+                continue
+            self._totals.num_generation_tokens += len(update.token_ids)
+            self._queue(request, choice, _delta(request.first_stream + choice, update))
+            if update.finish is not None:
+                self._close_choice(request_id, choice)
+        self._flush()
+
+    def _queue(self, request: _Open, choice: int, delta: TokenDelta) -> None:
+        self._pending.setdefault(request.client, []).append(delta)
+
+    def _flush(self) -> None:
+        """One message a client for all that was queued."""
+        pending, self._pending = self._pending, {}
+        for client, deltas in pending.items():
+            self._outbox(client, Deltas(deltas))
+
+    # ------------------------------------------------------------------------------------------------ ends
+
+    def _expire(self) -> None:
+        if not self._num_deadlines:
+            return
+        now = self._wall_clock()
+        for request_id, request in list(self._open.items()):
+            if request.deadline_s is not None and request.deadline_s <= now:
+                message = "the request's deadline passed before it was finished"
+                self._end(request_id, Finish("error", code="deadline_exceeded", message=message))
+        self._flush()
+
+    def _end(self, request_id: str, finish: Finish) -> None:
+        request = self._open[request_id]
+        for choice in sorted(request.unfinished):
+            self._scheduler.abort_sequence(request.sequences[choice])
+            self._queue(request, choice, TokenDelta(request.first_stream + choice, b"", finish))
+            self._close_choice(request_id, choice)
+
+    def fail(self, error: EngineError) -> None:
+        """The executor is lost: every open request ends with the reason, and new ones are refused with it."""
+        self._failure = error
+        for request_id in list(self._open):
+            self._end(request_id, Finish("error", code=error.code, message=str(error)))
+        self._flush()
+
+    # ------------------------------------------------------------------------------------------------ figures
+
+    def stats(self, ticket: int = 0) -> EngineStats:
+        """Counters and gauges as they stand."""
+        scheduler, totals = self._scheduler, self._totals
+        return EngineStats(
+            ticket=ticket,
+            healthy=self._failure is None,
+            reason=str(self._failure or ""),
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=self._executor.num_blocks,
+            num_blocks_used=scheduler.num_blocks_used,
+            num_slots_filled=scheduler.num_slots_filled,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=totals.num_prompt_tokens,
+            num_generation_tokens=totals.num_generation_tokens,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            num_steps=totals.num_steps,
+            step_wait_s=totals.step_wait_s,
+        )
+
+
+def _delta(stream: int, update: SequenceUpdate) -> TokenDelta:
+    return TokenDelta(
+        stream=stream,
+        token_ids=pack_ids(update.token_ids),
+        finish=update.finish,
+        logprobs=update.logprobs,
+        prompt_logprobs=update.prompt_logprobs,
+        num_cached_tokens=update.num_cached_tokens,
+    )

@@ -1,0 +1,194 @@
+"""From what Python callers pass to `Request`s, and from deltas back to `RequestOutput`s."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayllm.config import ResolvedConfig
+from rayllm.engine.admission import check_request, resolve_max_tokens
+from rayllm.errors import EngineError, RequestError
+from rayllm.messages import Finish, TokenDelta, TokenLogprobs
+from rayllm.request import (
+    CompletionOutput,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    pack_ids,
+    unpack_ids,
+)
+from rayllm.text.detokenizer import ChoiceText
+from rayllm.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or vLLM's `{"prompt": text}` / `{"prompt_token_ids": ids}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    text: str | None
+    token_ids: list[int]
+
+
+def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
+    """Tokenizes text; takes ids as they are. Raises `RequestError` for anything else."""
+    if isinstance(prompt, Mapping):
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown or not prompt:
+            raise RequestError(
+                f"a prompt mapping holds 'prompt' or 'prompt_token_ids', got {sorted(prompt)}", param="prompt"
+            )
+        if "prompt_token_ids" not in prompt:
+            return prepare_prompt(prompt["prompt"], tokenizer)
+        ids = prepare_prompt(prompt["prompt_token_ids"], tokenizer).token_ids
+        return PreparedPrompt(prompt.get("prompt"), ids)
+    if isinstance(prompt, str):
+        return PreparedPrompt(prompt, tokenizer.encode(prompt))
+    ids = list(prompt)
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise RequestError("a prompt is text or a list of token ids", param="prompt")
+    return PreparedPrompt(None, ids)
+
+
+def build_request(
+    request_id: str, token_ids: Sequence[int], params: SamplingParams, config: ResolvedConfig, default_seed: int, **extra: Any
+) -> Request:
+    """A complete `Request`; raises `RequestError` when it does not fit the model."""
+    try:
+        prompt = pack_ids(token_ids)
+    except OverflowError:
+        raise RequestError("a prompt token id does not fit 32 bits", param="prompt") from None
+    request = Request(
+        request_id=request_id,
+        prompt=prompt,
+        params=params,
+        seed=default_seed if params.seed is None else params.seed,
+        max_tokens=resolve_max_tokens(len(token_ids), params.max_tokens, config.max_model_len),
+        **extra,
+    )
+    check_request(request, config)
+    return request
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of an engine's `number`-th request that brought none: well mixed, and the same in every run."""
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def read_logprobs(packed: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """vLLM's shape: by token id; the sampled token with its own rank, the most likely ones with theirs."""
+    ids, values = unpack_ids(packed.ids), array("f")
+    values.frombytes(packed.values)
+    found: dict[int, Logprob] = {}
+    for place, (token_id, value) in enumerate(zip(ids, values, strict=True)):
+        rank = packed.rank if place == 0 else place
+        text = tokenizer.token_text(token_id) if tokenizer else None
+        found.setdefault(token_id, Logprob(value, rank, text))
+    return found
+
+
+@dataclass
+class _Choice:
+    output: CompletionOutput
+    text: ChoiceText | None
+    done: bool = False
+
+
+@dataclass
+class OutputBuilder:
+    """Collects one request's deltas. `push` says which choices the caller should abort: those that a stop string
+    ended."""
+
+    request: Request
+    prompt: PreparedPrompt
+    tokenizer: Tokenizer
+    started_s: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self._choices = [
+            _Choice(
+                CompletionOutput(index=i, text="", token_ids=[]),
+                ChoiceText(self.tokenizer, params, self.prompt.token_ids) if params.detokenize else None,
+            )
+            for i in range(params.n)
+        ]
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self._metrics = RequestMetrics()
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.done for choice in self._choices)
+
+    def push(self, choice_index: int, delta: TokenDelta) -> tuple[CompletionOutput, bool]:
+        """Adds a delta. Returns what it added (text, ids, logprobs, finish) and whether a stop string ended the choice,
+        so that the engine must be told. Raises `EngineError` when the engine gave the choice up."""
+        choice, params = self._choices[choice_index], self.request.params
+        added = CompletionOutput(index=choice_index, text="", token_ids=[])
+        if choice.done:
+            return added, False
+        self._note_times(delta)
+        ids = list(unpack_ids(delta.token_ids))
+        stopped = False
+        if choice.text is not None:
+            added.text = choice.text.push(ids)
+            stopped = choice.text.stop_reason is not None
+            if stopped:
+                ids = ids[: choice.text.num_tokens_used - len(choice.output.token_ids)]
+        added.token_ids = ids
+        if params.logprobs is not None and delta.logprobs:
+            added.logprobs = [read_logprobs(packed, self.tokenizer) for packed in delta.logprobs[: len(ids)]]
+            added.cumulative_logprob = sum(entry[i].logprob for entry, i in zip(added.logprobs, ids, strict=True))
+        if stopped:
+            assert choice.text is not None
+            added.finish_reason, added.stop_reason = "stop", choice.text.stop_reason
+        elif delta.finish is not None:
+            self._finish(choice, delta.finish, added)
+        self._merge(choice, added)
+        return added, stopped and delta.finish is None
+
+    def _note_times(self, delta: TokenDelta) -> None:
+        elapsed_s = time.monotonic() - self.started_s
+        if self._metrics.first_token_s is None:
+            self._metrics.first_token_s = elapsed_s
+        self._metrics.finished_s = elapsed_s
+        self._metrics.num_cached_tokens = max(self._metrics.num_cached_tokens, delta.num_cached_tokens)
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = [None, *(read_logprobs(packed, self.tokenizer) for packed in delta.prompt_logprobs)]
+
+    def _finish(self, choice: _Choice, finish: Finish, added: CompletionOutput) -> None:
+        if finish.reason == "error":
+            raise EngineError(finish.message or "the engine gave the request up", code=finish.code or "engine_error")
+        added.finish_reason, added.stop_reason = finish.reason, finish.stop_reason
+        if choice.text is not None:
+            added.text += choice.text.finish()
+
+    def _merge(self, choice: _Choice, added: CompletionOutput) -> None:
+        output = choice.output
+        output.text += added.text
+        output.token_ids += added.token_ids
+        if added.logprobs is not None:
+            output.logprobs = (output.logprobs or []) + added.logprobs
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + (added.cumulative_logprob or 0.0)
+        if added.finish_reason is not None:
+            output.finish_reason, output.stop_reason = added.finish_reason, added.stop_reason
+            choice.done = True
+
+    def output(self) -> RequestOutput:
+        """Everything so far."""
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.token_ids,
+            outputs=[choice.output for choice in self._choices],
+            finished=self.finished,
+            prompt_logprobs=self._prompt_logprobs,
+            metrics=self._metrics,
+        )

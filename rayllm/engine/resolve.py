@@ -1,0 +1,138 @@
+"""Config + model + machine -> `ResolvedConfig`, once, before anything heavy is started.
+
+No torch here: the command line calls this to refuse a bad setting within a second.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig
+from rayllm.demo import DEMO_MODEL_NAME, model_path
+from rayllm.errors import ConfigError
+from rayllm.models.registry import read_spec
+
+_CPU_BLOCK_SIZE = 16
+_GPU_BLOCK_SIZE = 64
+
+
+def count_gpus() -> int:
+    """CUDA devices that this process may use, without importing torch."""
+    devices = [path for path in glob.glob("/dev/nvidia[0-9]*") if path.removeprefix("/dev/nvidia").isdigit()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(devices)
+    return min(len(devices), len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve(
+    config: EngineConfig, *, num_gpus: int | None = None, num_cores: int | None = None, backend: Backend | None = None
+) -> ResolvedConfig:
+    """Decides all that `config` leaves open. `num_gpus` and `num_cores` are what the engine's machine has (default:
+    this machine); `backend` is what to use where the config does not say (default: ray for more than one worker).
+
+    Raises `ConfigError`, one line with the mend, for whatever can be known to fail before loading weights.
+    """
+    num_gpus = count_gpus() if num_gpus is None else num_gpus
+    num_cores = count_cores() if num_cores is None else num_cores
+    path = _model_folder(config.model)
+    spec = read_spec(str(path))
+    device = _device(config, num_gpus)
+    size = config.tensor_parallel_size
+    available, kind = (num_gpus, "GPUs") if device == "cuda" else (num_cores, "CPU cores")
+    if size > available:
+        raise ConfigError(
+            f"tensor_parallel_size={size} needs {size} {kind}, this machine has {available}: "
+            f"use at most {available}, or start Ray on more nodes and set RAY_ADDRESS"
+        )
+    if spec.num_heads % size:
+        raise ConfigError(f"tensor_parallel_size={size} does not divide the model's {spec.num_heads} attention heads")
+    backend = config.distributed_executor_backend or backend or ("ray" if size > 1 else "inproc")
+    if backend == "inproc" and size > 1:
+        raise ConfigError(f"tensor_parallel_size={size} needs worker processes: distributed_executor_backend='ray'")
+    block_size = config.block_size or (_GPU_BLOCK_SIZE if device == "cuda" else _CPU_BLOCK_SIZE)
+    max_model_len = _max_model_len(config, spec.max_model_len)
+    if config.num_kv_blocks is not None and config.num_kv_blocks * block_size < max_model_len:
+        raise ConfigError(
+            f"num_kv_blocks={config.num_kv_blocks} of {block_size} tokens cannot hold one sequence of "
+            f"max_model_len={max_model_len}: lower max_model_len or raise num_kv_blocks"
+        )
+    tokenizer = Path(config.tokenizer).expanduser() if config.tokenizer else path
+    if not tokenizer.is_dir():
+        raise ConfigError(f"tokenizer folder {config.tokenizer!r} does not exist")
+    return ResolvedConfig(
+        engine=config,
+        model_path=str(path),
+        tokenizer_path=str(tokenizer),
+        served_model_name=config.served_model_name or (path.name if config.model else DEMO_MODEL_NAME),
+        dtype=_dtype(config.dtype, spec.dtype),
+        device=device,
+        backend=backend,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        shape=ModelShape(
+            vocab_size=spec.vocab_size, eos_token_ids=_eos_token_ids(path, spec.vocab_size), num_layers=spec.num_layers
+        ),
+        num_threads=max(1, num_cores // size),
+    )
+
+
+def _model_folder(model: str) -> Path:
+    if not model:
+        return model_path()
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise ConfigError(f"model folder {model!r} {kind}: give the folder that holds config.json and *.safetensors")
+    return path.resolve()
+
+
+def _device(config: EngineConfig, num_gpus: int) -> Literal["cpu", "cuda"]:
+    if config.device == "cuda" and num_gpus == 0:
+        raise ConfigError("device='cuda', but no NVIDIA GPU is visible: use device='cpu' or check CUDA_VISIBLE_DEVICES")
+    if config.device == "auto":
+        return "cuda" if num_gpus else "cpu"
+    return config.device
+
+
+def _dtype(asked: str, stored: str) -> Any:
+    if asked != "auto":
+        return asked
+    return stored if stored in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _max_model_len(config: EngineConfig, model_max: int) -> int:
+    asked = config.max_model_len
+    if asked is not None and asked > model_max:
+        raise ConfigError(f"max_model_len={asked} is more than the model's context of {model_max} tokens: lower it")
+    return asked or model_max
+
+
+def _eos_token_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
+    """generation_config.json first (as `transformers` does), then config.json."""
+    for name in ("generation_config.json", "config.json"):
+        file = path / name
+        if not file.is_file():
+            continue
+        try:
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{file}: not a JSON object ({error})") from None
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+            raise ConfigError(f"{file}: eos_token_id={value!r} must be token ids below vocab_size={vocab_size}")
+        return tuple(ids)
+    return ()

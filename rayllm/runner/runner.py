@@ -1,0 +1,135 @@
+"""One rank of the model: it does what the plan says. Weights, KV pool, rows and sampler live here; no policy does.
+
+The same class runs inside a worker actor and, alone, in a process without Ray.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from rayllm.config import ResolvedConfig
+from rayllm.distributed.groups import TensorParallel
+from rayllm.layers.batch import LayerKV, allocate_kv
+from rayllm.messages import StepPlan, StepResult, TokenLogprobs
+from rayllm.models import load_decoder
+from rayllm.models.decoder import kv_bytes_per_block
+from rayllm.models.registry import read_spec
+from rayllm.request import pack_ids, unpack_ids
+from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
+from rayllm.runner.memory import plan_num_blocks
+from rayllm.runner.rows import Rows
+from rayllm.sampling.logprobs import token_logprobs
+from rayllm.sampling.sampler import Sampler
+
+_LOGPROB_SLICE = 256
+"""Prompt positions whose logits are held at once."""
+
+
+class Runner:
+    """Loads this rank's shard at construction. `start` allocates the KV pool; then `execute`, once a plan."""
+
+    def __init__(self, config: ResolvedConfig, tp: TensorParallel, device: torch.device | None = None):
+        self._config = config
+        self._tp = tp
+        self._device = device or torch.device(config.device, torch.cuda.current_device() if config.device == "cuda" else None)
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        spec = read_spec(config.model_path)
+        self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
+        self._decoder = load_decoder(
+            config.model_path,
+            spec,
+            tp,
+            dtype=self._dtype,
+            device=self._device,
+            load_format=config.engine.load_format,
+            seed=config.engine.seed,
+        )
+        max_blocks = -(-config.max_model_len // config.block_size)
+        self._rows = Rows(config.max_num_seqs, max_blocks, self._device)
+        self._sampler = Sampler(
+            max_rows=config.max_num_seqs,
+            vocab_size=spec.vocab_size,
+            max_model_len=config.max_model_len,
+            eos_token_ids=config.shape.eos_token_ids,
+            device=self._device,
+        )
+        self._kv: list[LayerKV] = []
+
+    def num_blocks_available(self) -> int:
+        """KV blocks this rank could hold; the engine takes the least of all ranks."""
+        return plan_num_blocks(self._config, self._bytes_per_block, self._device, self._activation_bytes())
+
+    def _activation_bytes(self) -> int:
+        """A bound for what one step allocates: the widest layer's intermediates and the logits."""
+        decoder, tokens = self._decoder, self._config.max_num_batched_tokens
+        logits = self._config.max_num_seqs * self._config.shape.vocab_size * 4 * 3
+        return tokens * decoder.widest * 4 * self._dtype.itemsize + logits
+
+    def start(self, num_blocks: int) -> None:
+        """Allocates the KV pool."""
+        self._kv = allocate_kv(
+            self._config.shape.num_layers,
+            num_blocks,
+            self._decoder.num_local_kv_heads,
+            self._config.block_size,
+            self._decoder.head_dim,
+            self._dtype,
+            self._device,
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Does one step. Plans come in order, none left out; the result is the same on every rank."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self._rows.apply(plan)
+            for row in unpack_ids(plan.finished_rows):
+                self._sampler.clear_row(row)
+            for new in plan.new_rows:
+                tokens = unpack_ids(new.tokens)
+                self._sampler.set_row(new.row, new.params, new.seed, new.choice, tokens, new.num_prompt_tokens)
+            row_ids = np.frombuffer(plan.rows, np.int32)
+            counts = np.frombuffer(plan.counts, np.int32)
+            step = build_step(self._rows, row_ids, counts, self._config.block_size, self._device)
+            hidden_ND = self._decoder.forward(step.batch, self._kv)
+            token_ids, logprobs = self._sample(step, hidden_ND)
+            prompt_logprobs = self._prompt_logprobs(step, hidden_ND[len(step.sampled_rows) :])
+            self._rows.advance(row_ids, counts, step.sampled_rows)
+        return StepResult(
+            step=plan.step,
+            epoch=plan.epoch,
+            rows=pack_ids(step.sampled_rows.tolist()),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            elapsed_s=time.perf_counter() - began,
+        )
+
+    def _sample(self, step: StepInput, hidden_ND: torch.Tensor) -> tuple[bytes, dict[int, TokenLogprobs]]:
+        num_samples = len(step.sampled_rows)
+        if num_samples == 0:
+            return b"", {}
+        logits_NV = self._decoder.logits(hidden_ND[:num_samples])
+        sampled = self._sampler.sample(logits_NV, step.sampled_rows.tolist())
+        rows_N = torch.from_numpy(step.sampled_rows.astype(np.int64)).to(self._device)
+        self._rows.last_token_R[rows_N] = sampled.token_ids_N
+        return sampled.token_ids_N.to(torch.int32).cpu().numpy().tobytes(), sampled.by_row()
+
+    def _prompt_logprobs(self, step: StepInput, hidden_ND: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        found: dict[int, list[TokenLogprobs]] = {}
+        begin = 0
+        for span in step.spans:
+            end = begin + len(span.next_ids)
+            found[span.row] = self._span_logprobs(span, hidden_ND[begin:end])
+            begin = end
+        return found
+
+    def _span_logprobs(self, span: PromptLogprobSpan, hidden_ND: torch.Tensor) -> list[TokenLogprobs]:
+        next_ids_N = torch.from_numpy(span.next_ids.astype(np.int64)).to(self._device)
+        found: list[TokenLogprobs] = []
+        for begin in range(0, len(next_ids_N), _LOGPROB_SLICE):
+            part = slice(begin, begin + _LOGPROB_SLICE)
+            found += token_logprobs(self._decoder.logits(hidden_ND[part]), next_ids_N[part], span.num_top)
+        return found
