@@ -108,8 +108,9 @@ class SamplingParams:
                 raise ValueError(f"stop must hold non-empty strings, got {text!r}")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need text: leave detokenize on, or use stop_token_ids")
-        for token_id in (*self.stop_token_ids, *(self.allowed_token_ids or ()), *self.logit_bias):
-            _check_int("token id", token_id, 0, _MAX_INT32)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(self, name) or ():
+                _check_int(f"{name}: token id", token_id, 0, _MAX_INT32)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty: no token could be drawn; leave it out to allow all")
         for token_id, bias in self.logit_bias.items():

@@ -1,0 +1,114 @@
+"""Fakes that stand where processes would: workers that compute tokens by a formula, and a config without a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from rayllm.config import EngineConfig, ModelShape, ResolvedConfig
+from rayllm.errors import WorkerDiedError
+from rayllm.messages import StepPlan, StepResult
+from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
+
+VOCAB_SIZE = 1000
+EOS_ID = 999
+
+
+def fake_config(**changes: Any) -> ResolvedConfig:
+    """A resolved config of a model that is nowhere: vocabulary 1000, end of sequence 999."""
+    fields: dict[str, Any] = {
+        "engine": EngineConfig(**changes.pop("engine", {})),
+        "model_path": "/nowhere",
+        "tokenizer_path": "/nowhere",
+        "served_model_name": "fake",
+        "dtype": "float32",
+        "device": "cpu",
+        "backend": "inproc",
+        "max_model_len": 128,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "shape": ModelShape(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS_ID,), num_layers=1),
+        "num_threads": 1,
+    }
+    return ResolvedConfig(**{**fields, **changes})
+
+
+def make_request(prompt: list[int], *, request_id: str = "r", max_tokens: int = 4, seed: int = 0, **params: Any) -> Request:
+    """A request with resolved seed and max_tokens; other arguments are `SamplingParams`."""
+    return Request(
+        request_id=request_id,
+        prompt=pack_ids(prompt),
+        params=SamplingParams(max_tokens=max_tokens, **params),
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+
+
+def next_token(tokens: list[int], seed: int, choice: int) -> int:
+    """The token that the fake model gives after `tokens`: a pure function, never the end of sequence."""
+    digest = hashlib.sha256(repr((tokens, seed, choice)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") % EOS_ID
+
+
+def expected_tokens(request: Request, choice: int = 0) -> list[int]:
+    """What the fake model emits for a request that runs to `max_tokens`."""
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.max_tokens):
+        tokens.append(next_token(tokens, request.seed, choice))
+    return tokens[len(request.prompt_token_ids) :]
+
+
+class FakeExecutor:
+    """Workers with no tensors: keeps rows as a real one does and answers with `next_token`. `die_at` is a step number
+    at which `receive` says that rank 1 is gone."""
+
+    def __init__(self, num_blocks: int = 64, pipeline_depth: int = 2, die_at: int | None = None):
+        self.num_blocks = num_blocks
+        self.pipeline_depth = pipeline_depth
+        self.sent: list[StepPlan] = []
+        self.closed = False
+        self._die_at = die_at
+        self._plans: deque[StepPlan] = deque()
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    def send(self, plan: StepPlan) -> None:
+        assert len(self._plans) < self.pipeline_depth, "more plans out than the pipeline holds"
+        self.sent.append(plan)
+        self._plans.append(plan)
+
+    def receive(self, timeout_s: float | None) -> StepResult:
+        plan = self._plans.popleft()
+        if plan.step == self._die_at:
+            raise WorkerDiedError(1, "killed by the test")
+        for row in unpack_ids(plan.finished_rows):
+            self._rows.pop(row, None)
+        for new in plan.new_rows:
+            self._rows[new.row] = {
+                "tokens": list(unpack_ids(new.tokens)),
+                "computed": new.num_computed_tokens,
+                "seed": new.seed,
+                "choice": new.choice,
+            }
+        sampled: list[int] = []
+        token_ids: list[int] = []
+        for row, count in zip(unpack_ids(plan.rows), unpack_ids(plan.counts), strict=True):
+            state = self._rows[row]
+            state["computed"] += count
+            if state["computed"] == len(state["tokens"]):
+                token = next_token(state["tokens"], state["seed"], state["choice"])
+                state["tokens"].append(token)
+                sampled.append(row)
+                token_ids.append(token)
+        return StepResult(plan.step, plan.epoch, pack_ids(sampled), pack_ids(token_ids), {}, {}, elapsed_s=0.0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def packed_floats(values: list[float]) -> bytes:
+    """float32 as messages carry them."""
+    return np.asarray(values, np.float32).tobytes()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from rayllm.config import EngineConfig, ServerConfig
+from rayllm.errors import ConfigError
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting 'max_model_length'; did you mean 'max_model_len'\?"):
+        EngineConfig.parse({"max_model_length": 5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_num_seqs": 0}, ["max_num_seqs=0", "greater than or equal to 1"]),
+        ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization=1.5"]),
+        ({"dtype": "int3"}, ["dtype='int3'", "bfloat16"]),
+        ({"block_size": 24}, ["block_size=24", "power of two"]),
+        ({"name": "a/b"}, ["name='a/b'", "letters"]),
+    ],
+)
+def test_a_bad_value_is_one_line_with_the_limit(settings: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.parse(settings)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        EngineConfig().max_num_seqs = 3  # type: ignore[misc]
+
+
+def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
+    assert sorted(EngineConfig.model_fields) == [
+        "block_size",
+        "chat_template",
+        "device",
+        "distributed_executor_backend",
+        "dtype",
+        "enable_prefix_caching",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "load_format",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "model",
+        "name",
+        "num_kv_blocks",
+        "seed",
+        "served_model_name",
+        "tensor_parallel_size",
+        "tokenizer",
+    ]
+    assert not set(EngineConfig.model_fields) & set(ServerConfig.model_fields)

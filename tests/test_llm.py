@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rayllm import LLM, SamplingParams
+from rayllm.errors import ContextLengthError, RequestError
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """The built-in model."""
+    with LLM(device="cpu", max_num_seqs=16, max_model_len=512) as llm:
+        yield llm
+
+
+def test_an_unknown_setting_is_a_type_error_with_the_nearest_name() -> None:
+    with pytest.raises(TypeError, match=r"'max_num_sequences'; did you mean 'max_num_seqs'\?"):
+        LLM(max_num_sequences=3)
+
+
+def test_outputs_come_in_the_order_of_the_prompts_with_their_texts(llm: LLM) -> None:
+    prompts = ["Hello", "What is RayLLM?", "One two three"]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8))
+    assert [output.prompt for output in outputs] == prompts
+    tokenizer = llm.get_tokenizer()
+    for output in outputs:
+        assert output.finished
+        assert output.prompt_token_ids == tokenizer.encode(output.prompt or "")
+        assert output.outputs[0].text == tokenizer.decode(output.outputs[0].token_ids)
+
+
+def test_the_built_in_model_answers_and_stops_by_itself(llm: LLM) -> None:
+    [output] = llm.chat([{"role": "user", "content": "What is RayLLM?"}], SamplingParams(temperature=0, max_tokens=200))
+    assert "Ray" in output.outputs[0].text
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason is None
+
+
+def test_a_stream_adds_up_to_the_whole_answer(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40)
+    [whole] = llm.generate("Tell me about blocks.", params)
+    parts = list(llm.stream("Tell me about blocks.", params))
+    assert "".join(part.text for part in parts) == whole.outputs[0].text
+    assert [i for part in parts for i in part.token_ids] == whole.outputs[0].token_ids
+    assert [part.finish_reason for part in parts if part.finish_reason] == [whole.outputs[0].finish_reason]
+
+
+def test_a_stream_that_is_left_frees_its_blocks(llm: LLM) -> None:
+    stream = llm.stream("Tell me a story.", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert llm.stats().num_blocks_used == 0
+    [output] = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 4
+
+
+def test_a_stop_string_ends_the_answer_and_the_work(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    [free] = llm.generate("What is RayLLM?", params)
+    text = free.outputs[0].text
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    [stopped] = llm.generate("What is RayLLM?", params.with_(stop=(stop,)))
+    assert stopped.outputs[0].text == text[: text.index(stop)]
+    assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
+    assert len(stopped.outputs[0].token_ids) < len(free.outputs[0].token_ids)
+    assert llm.stats().num_running == 0
+
+
+def test_logprobs_of_output_and_prompt_have_one_entry_a_token(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    [output] = llm.generate([[5, 6, 7, 8]], params)
+    choice = output.outputs[0]
+    assert choice.logprobs is not None
+    assert len(choice.logprobs) == 5
+    for token_id, entry in zip(choice.token_ids, choice.logprobs, strict=True):
+        assert entry[token_id].rank == 1
+        assert entry[token_id].logprob == max(candidate.logprob for candidate in entry.values())
+        assert len(entry) == 2
+    assert choice.cumulative_logprob == pytest.approx(sum(e[t].logprob for t, e in zip(choice.token_ids, choice.logprobs)))
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert [set(entry) >= {token} for token, entry in zip([6, 7, 8], output.prompt_logprobs[1:]) if entry] == [True] * 3
+
+
+def test_requests_without_a_seed_differ_and_the_whole_run_repeats() -> None:
+    runs = []
+    for _ in range(2):
+        with LLM(device="cpu", seed=7, max_model_len=256, num_kv_blocks=64) as llm:
+            outputs = llm.generate(["Once upon a time"] * 3, SamplingParams(max_tokens=12, temperature=1.5, ignore_eos=True))
+            runs.append([output.outputs[0].token_ids for output in outputs])
+    assert runs[0] == runs[1]
+    assert len({tuple(ids) for ids in runs[0]}) == 3
+
+
+def test_a_prompt_that_does_not_fit_starts_nothing(llm: LLM) -> None:
+    before = llm.stats().num_prompt_tokens
+    with pytest.raises(ContextLengthError, match="maximum context length is 512"):
+        llm.generate([[5], [5] * 513], SamplingParams(max_tokens=4))
+    assert llm.stats().num_prompt_tokens == before
+
+
+@pytest.mark.parametrize("prompt", [[], ["a", 5], {"text": "a"}, [[5.5]], [[10**7]], [[-1]], [[2**40]]])
+def test_a_bad_prompt_is_refused(llm: LLM, prompt: list[int]) -> None:
+    if prompt == []:
+        assert llm.generate(prompt) == []
+        return
+    with pytest.raises(RequestError):
+        llm.generate(prompt, SamplingParams(max_tokens=4))
+
+
+def test_as_many_params_as_prompts(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
+        llm.generate([[5]], [SamplingParams(), SamplingParams()])

@@ -1,0 +1,103 @@
+"""The same tokens however the work is cut: pool, chunk size, prefix cache, tensor parallelism, companions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayllm import LLM, SamplingParams
+from rayllm.request import RequestOutput
+
+SHARED = list(range(10, 74))
+PROMPTS: list[list[int]] = [
+    [5],
+    [7, 8, 9],
+    [*SHARED, 100],
+    [*SHARED, 100, 101, 102],
+    [*SHARED[:40], 111, 112],
+    list(range(20, 137)),
+    list(range(30, 46)),
+    [*SHARED, 100],
+]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=1, max_tokens=30),
+    SamplingParams(temperature=1.1, seed=2, top_k=20, top_p=0.9, max_tokens=20, n=2),
+    SamplingParams(temperature=0, max_tokens=33, repetition_penalty=1.3, presence_penalty=0.5),
+    SamplingParams(temperature=0.7, seed=-3, min_p=0.05, max_tokens=17, frequency_penalty=0.4),
+    SamplingParams(temperature=0, max_tokens=40, min_tokens=10, logit_bias={2: 4.0}),
+    SamplingParams(temperature=1.0, seed=2**63 - 1, max_tokens=25, logprobs=3),
+    SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=2),
+]
+AMPLE: dict[str, Any] = {"num_kv_blocks": 400, "max_num_batched_tokens": 512, "enable_prefix_caching": False}
+CUTS: dict[str, dict[str, Any]] = {
+    "starved pool": {"num_kv_blocks": 14},
+    "starved pool with prefix cache": {"num_kv_blocks": 14, "enable_prefix_caching": True},
+    "chunks of 1": {"max_num_batched_tokens": 1},
+    "chunks of 16": {"max_num_batched_tokens": 16},
+    "chunks of 16, starved, prefix cache": {
+        "max_num_batched_tokens": 16,
+        "num_kv_blocks": 14,
+        "enable_prefix_caching": True,
+    },
+    "prefix cache": {"enable_prefix_caching": True},
+    "two at a time": {"max_num_seqs": 2, "enable_prefix_caching": True},
+    "other block size": {"block_size": 4, "num_kv_blocks": 1600},
+}
+
+
+def _llm(path: Path, **settings: Any) -> LLM:
+    return LLM(str(path), **{**AMPLE, "max_model_len": 200, "device": "cpu", **settings})
+
+
+def _tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
+    return [[choice.token_ids for choice in output.outputs] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def alone(llama_path: Path) -> Iterator[list[list[list[int]]]]:
+    """Each request by itself, in an ample pool, with no prefix cache."""
+    with _llm(llama_path) as llm:
+        yield [_tokens(llm.generate([prompt], params))[0] for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+
+
+def test_every_request_alone_is_not_trivial(alone: list[list[list[int]]]) -> None:
+    assert all(len(set(choice)) > 3 for choices in alone for choice in choices)
+    assert alone[2][0] != alone[2][1]
+
+
+def test_among_others(llama_path: Path, alone: list[list[list[int]]]) -> None:
+    with _llm(llama_path) as llm:
+        assert _tokens(llm.generate(PROMPTS, PARAMS)) == alone
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_however_the_work_is_cut(llama_path: Path, alone: list[list[list[int]]], name: str) -> None:
+    with _llm(llama_path, **CUTS[name]) as llm:
+        for repetition in range(2):
+            assert _tokens(llm.generate(PROMPTS, PARAMS)) == alone, f"repetition {repetition}"
+        stats = llm.stats()
+    assert stats.num_blocks_used == 0
+    if "starved" in name:
+        assert stats.num_preemptions > 0
+    if "prefix cache" in name:
+        assert stats.prefix_hits > 0
+
+
+def test_order_of_arrival_does_not_matter(llama_path: Path, alone: list[list[list[int]]]) -> None:
+    with _llm(llama_path, enable_prefix_caching=True) as llm:
+        assert _tokens(llm.generate(PROMPTS[::-1], PARAMS[::-1])) == alone[::-1]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    "cut", [{}, {"num_kv_blocks": 14, "max_num_batched_tokens": 16, "enable_prefix_caching": True}], ids=["ample", "starved"]
+)
+def test_two_tensor_parallel_workers(
+    ray_cluster: None, llama_path: Path, alone: list[list[list[int]]], cut: dict[str, Any]
+) -> None:
+    with _llm(llama_path, tensor_parallel_size=2, name="invariance", **cut) as llm:
+        assert _tokens(llm.generate(PROMPTS, PARAMS)) == alone
