@@ -5,6 +5,7 @@ closing marks, polite words, contractions, slips of the keyboard. Answers are ne
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,10 +27,50 @@ MULTI_TURN_SHARE = 0.3
 PLAIN_TEXT_SHARE = 0.05
 FOLLOW_UP_SHARE = 0.35
 MAX_NUM_TURNS = 9
+LONG_CHAT_SHARE = 0.02  # of all examples: so that positions far into the context are trained too
+MAX_NUM_TURNS_LONG = 27
 
 OPENINGS = ("Please ", "Hi, ", "Hello, ", "Hello! ", "Hey, ", "So, ", "Ok, ", "Now, ", "And ", "Well, ")
+ASKING = (
+    "Can you tell me ",
+    "Could you tell me ",
+    "Please tell me ",
+    "Tell me, ",
+    "I want to know ",
+    "I have a question: ",
+    "Quick question: ",
+    "Do you know ",
+)
+WISHING = (
+    "Can you ",
+    "Could you ",
+    "Please ",
+    "Can you please ",
+    "Would you please ",
+    "I would like you to ",
+)
+QUESTION_WORDS = ("What", "How", "Why", "Which", "Who", "When", "Where")
+WISH_WORDS = (
+    "Tell",
+    "Write",
+    "Name",
+    "List",
+    "Count",
+    "Give",
+    "Say",
+    "Explain",
+    "Describe",
+    "Define",
+    "Summarize",
+)
 CLOSINGS = (" please", ", please", " please?", " thanks", " Thanks!")
-SPELLINGS = (("colour", "color"), ("What is", "What's"), ("I am", "I'm"), ("do not", "don't"), ("You are", "You're"))
+SPELLINGS = (
+    ("colour", "color"),
+    ("What is", "What's"),
+    ("I am", "I'm"),
+    ("do not", "don't"),
+    ("You are", "You're"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,21 +114,31 @@ class ConversationSource:
         messages = []
         if self._random.random() < SYSTEM_PROMPT_SHARE:
             messages.append(Message("system", self._random.choice(self._system_prompts)))
-        num_turns = self._random.randint(2, MAX_NUM_TURNS) if chance > 1 - MULTI_TURN_SHARE else 1
         last: Entry | None = None
-        while num_turns > 0:
-            if last is not None and self._random.random() < FOLLOW_UP_SHARE:
-                follow_up = self._random.choice(self._follow_ups)
-                answer = _answer_to(follow_up, last)
-                if answer is not None:
-                    messages += self._turn(follow_up.questions, answer)
-                    last = None
-                    num_turns -= 1
-                    continue
-            last = self._draw_entry()
-            messages += self._turn(last.questions, last.answer)
-            num_turns -= 1
+        for _ in range(self._num_turns(chance)):
+            answered = self._draw_follow_up(last)
+            if answered is None:
+                last = self._draw_entry()
+                messages += self._turn(last.questions, last.answer)
+            else:
+                last = None
+                messages += self._turn(*answered)
         return Example(messages=tuple(messages))
+
+    def _num_turns(self, chance: float) -> int:
+        if chance > 1 - LONG_CHAT_SHARE:
+            return self._random.randint(MAX_NUM_TURNS, MAX_NUM_TURNS_LONG)
+        if chance > 1 - MULTI_TURN_SHARE:
+            return self._random.randint(2, MAX_NUM_TURNS)
+        return 1
+
+    def _draw_follow_up(self, last: Entry | None) -> tuple[Sequence[str], str] | None:
+        """Questions that follow `last`, with their answer; None when the next turn shall be a new topic."""
+        if last is None or self._random.random() > FOLLOW_UP_SHARE:
+            return None
+        follow_up = self._random.choice(self._follow_ups)
+        answer = _answer_to(follow_up, last)
+        return None if answer is None else (follow_up.questions, answer)
 
     def _draw_entry(self) -> Entry:
         (source,) = self._random.choices(self._sources, self._shares)
@@ -109,7 +160,12 @@ def vary_question(question: str, draw: random.Random) -> str:
         question = (bare or question) + draw.choice(("", "", "?", ".", "!", " ?", "??"))
     if draw.random() < 0.08 and question[:1].isalpha():
         question = question.rstrip(" ?!.") + draw.choice(CLOSINGS)
-    if draw.random() < 0.10 and question[:1].isalpha():
+    chance = draw.random()
+    if chance < 0.12 and question.startswith(QUESTION_WORDS):
+        question = draw.choice(ASKING) + _indirect(question, draw)
+    elif chance < 0.12 and question.startswith(WISH_WORDS):
+        question = draw.choice(WISHING) + _lower_first(question)
+    elif chance < 0.18 and question[:1].isalpha():
         question = draw.choice(OPENINGS) + _lower_first(question)
     if draw.random() < 0.06:
         question = _with_slip(question, draw)
@@ -119,6 +175,14 @@ def vary_question(question: str, draw: random.Random) -> str:
     elif case < 0.28:
         question = question.upper()
     return question
+
+
+def _indirect(question: str, draw: random.Random) -> str:
+    """ "What is a block?" as part of a sentence: "what a block is", or carelessly left as it was."""
+    match = re.fullmatch(r"(What|Who) (is|are|was) ([^,]+?)\??", question)
+    if match and draw.random() < 0.6:
+        return f"{match[1].lower()} {match[3]} {match[2]}"
+    return _lower_first(question)
 
 
 def _lower_first(question: str) -> str:

@@ -36,6 +36,21 @@ TOPIC_FORMS = (
     "Give me a short explanation of {0}.",
     "I want to understand {0}.",
     "{0}",
+    "What exactly is {0}?",
+    "What is meant by {0}?",
+    "Can you explain what {0} is?",
+    "Can you tell me about {0}?",
+    "What is the idea of {0}?",
+    "What is the purpose of {0}?",
+    "What is {0} good for?",
+    "What is {0} used for?",
+    "Why is {0} useful?",
+    "Why do we need {0}?",
+    "How does {0} work?",
+    "How does {0} help?",
+    "Help me understand {0}.",
+    "In simple words, what is {0}?",
+    "Teach me about {0}.",
 )
 PLURAL_FORM = "What are {0}?"
 STORY_FORMS = (
@@ -171,17 +186,24 @@ def _read_entries(name: str) -> list[Entry]:
 def _block_entries(block: list[tuple[str, str]], name: str) -> list[Entry]:
     questions = list(_values(block, "Q"))
     for topic in _values(block, "T"):
-        questions += [form.format(topic) for form in TOPIC_FORMS]
-        if topic.endswith("s"):
-            questions.append(PLURAL_FORM.format(topic))
+        questions += _topic_questions(topic)
     for noun in _values(block, "N"):
         questions += [form.format(noun) for form in STORY_FORMS]
     (answer,) = _values(block, "A")
     short_answers = _values(block, "S")
     rows = [[value.strip() for value in row.split("|")] for row in _values(block, "R")]
     if rows:
-        return [Entry(tuple(q.format(*row) for q in questions), answer.format(*row), None, name) for row in rows]
+        return [
+            Entry(tuple(q.format(*row) for q in questions), answer.format(*row), None, name) for row in rows
+        ]
     return [Entry(tuple(questions), answer, short_answers[0] if short_answers else None, name)]
+
+
+def _topic_questions(topic: str) -> list[str]:
+    """Every form of asking about the topic, also without its article, as hurried people type."""
+    forms = (*TOPIC_FORMS, PLURAL_FORM) if topic.endswith("s") else TOPIC_FORMS
+    bare = re.sub(r"^(an?|the) ", "", topic)
+    return [form.format(name) for name in dict.fromkeys((topic, bare)) for form in forms]
 
 
 def _merge_same_answers(entries: list[Entry]) -> list[Entry]:

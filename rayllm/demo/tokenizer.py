@@ -17,7 +17,7 @@ PAD_ID, START_ID, END_ID = 0, 1, 2
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{- raise_exception('The demo model knows the roles system, user and assistant, not ' + message['role']) }}"
+    "{{- raise_exception('Known roles are system, user and assistant, not ' + message['role']) }}"
     "{%- endif %}"
     "{{- '<|im_start|>' + message['role'] + '\n' }}"
     "{%- if message['content'] is string %}"

@@ -1,7 +1,8 @@
 """Train the built-in model: `python -m rayllm.demo.train [--output DIR] [--steps N] [--seed 0]`.
 
-From random weights to the committed checkpoint in less than twenty minutes on two CPU cores. The same seed, number
-of threads and machine give the same weights, bit for bit. Shapes: B rows, T tokens of a row, L learned tokens, D width.
+From random weights to the committed checkpoint in less than twenty minutes on two CPU cores. The same seed,
+number of threads and machine give the same weights, bit for bit.
+Shapes: B rows, T tokens of a row, L tokens to be learned, D width, V vocabulary.
 """
 
 import argparse
@@ -27,12 +28,35 @@ from rayllm.demo.tokenizer import END_ID, PAD_ID, VOCAB_SIZE, encode_example, sa
 
 NUM_STEPS = 3000
 BATCH_TOKENS = 4096
-MAX_ROW_TOKENS = 1000
+MAX_ROW_TOKENS = 2000
 EXAMPLES_PER_ROUND = 384
 PEAK_LEARNING_RATE = 3e-3
 NUM_WARMUP_STEPS = 100
 NUM_THREADS = 2
 LOG_EVERY = 50
+SAVED_CONFIG_FIELDS = (
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,7 @@ def demo_config() -> LlamaConfig:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
         bos_token_id=None,
@@ -87,7 +111,10 @@ def _pad(group: list[tuple[list[int], list[bool]]]) -> Batch:
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of the learned tokens. Padding is on the right, so causal attention never sees it."""
+    """Mean cross-entropy of the learned tokens.
+
+    Padding stands on the right, where causal attention never sees it.
+    """
     with torch.autocast("cpu", torch.bfloat16):
         hidden_BTD = model.model(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
         hidden_LD = hidden_BTD[:, :-1][batch.learned_BT[:, 1:]]
@@ -143,8 +170,8 @@ def train(num_steps: int, seed: int, num_threads: int = NUM_THREADS) -> tuple[Ll
 def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a checkpoint that transformers and RayLLM load.
 
-    The weights are stored as bfloat16 to stay small, while the config says float32: on a CPU that is the faster
-    and the steadier way to compute, and loading widens the numbers without loss.
+    The weights are stored as bfloat16 to stay small, while the config says float32: loading widens
+    them without loss, and sums in float32 leave the greedy answers no room to waver.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -153,10 +180,21 @@ def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path)
         if name != "lm_head.weight"  # tied to the embedding
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [END_ID], "pad_token_id": PAD_ID})
+    (folder / "model.safetensors").chmod(0o644)
+    _write_json(folder / "config.json", _config_to_save(model.config))
+    _write_json(
+        folder / "generation_config.json",
+        {"do_sample": False, "eos_token_id": [END_ID], "pad_token_id": PAD_ID},
+    )
     save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
+
+
+def _config_to_save(config: LlamaConfig) -> dict[str, Any]:
+    """The fields that say something; transformers would add dozens of defaults."""
+    values = config.to_dict()
+    chosen = {name: values[name] for name in SAVED_CONFIG_FIELDS}
+    rope_theta = values["rope_parameters"]["rope_theta"]  # where readers of older configs look for it
+    return chosen | {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "rope_theta": rope_theta}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
