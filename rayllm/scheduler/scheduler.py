@@ -1,0 +1,501 @@
+"""What each step computes, and what its result means. Plain Python, one thread, no clock.
+
+There is no prefill and no decode: a running sequence has tokens that the workers know and KV for some of
+them, and each step lets it *catch up* as far as one budget of tokens allows. A new prompt, the rest of a long
+one, the token sampled last, a prefix found in the cache, recomputing after preemption and replay after a
+fault are this one rule.
+
+**Two plans may be out.** Step n+1 is planned while n runs. A sequence that n samples for has then one token
+more than the driver has seen; the worker holds it, so n+1 can compute it. Known lengths are never planned
+past; a stop token is seen only at commit, and what n+1 sampled after it is dropped at its own commit.
+
+**Why freed blocks and rows may be given away at once.** Plans still out may write to the blocks of a sequence
+that has ended or was preempted. All workers run all plans in order, so those writes come before anything that
+a plan made later does with the block, and a new owner writes each slot before it attends to it. The prefix
+cache is safe too: such a write goes to a slot after the last one that was committed, and a block is published
+only when all its slots are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from rayllm.errors import ConfigError, ContextLengthError, EngineError, RequestError
+from rayllm.messages import Finish, RowStart, StepPlan, StepResult
+from rayllm.request import Request, pack_ids, unpack_ids
+from rayllm.scheduler.block_pool import BlockPool
+from rayllm.scheduler.prefix_cache import PrefixCache
+from rayllm.scheduler.queue import ServiceQueue
+from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
+
+MAX_UNCOMMITTED = 2
+_row = attrgetter("row")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making. A sequence preempted meanwhile is taken out again."""
+
+    budget: int
+    counts: dict[Sequence, int] = field(default_factory=dict)
+    grown: dict[Sequence, list[int]] = field(default_factory=dict)
+    starts: list[RowStart] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A plan that is out: what its result will be matched with."""
+
+    step: int
+    by_row: dict[int, Sequence]
+    num_samples: int
+    filled: list[tuple[Sequence, int]]
+    """Sequences for which the step may fill blocks, and how many tokens then have KV."""
+
+
+class Scheduler:
+    """Plans steps for the sequences it is given and commits their results, oldest first.
+
+    Raises `ConfigError` where `num_blocks` cannot hold one sequence of `max_model_len`: so the sequence that
+    is first in order of service can always go on, and everything ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        enable_prefix_caching: bool,
+        eos_token_ids: frozenset[int],
+    ):
+        if num_blocks * block_size < max_model_len:
+            raise ConfigError(
+                f"max_model_len={max_model_len} does not fit the KV cache: {num_blocks} blocks of "
+                f"{block_size} hold {num_blocks * block_size} tokens. Lower max_model_len, or give the KV "
+                "cache more memory"
+            )
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._enable_prefix_caching = enable_prefix_caching
+        self._eos_token_ids = eos_token_ids
+        self._watermark = max(1, num_blocks // 100)  # blocks left for the running ones to grow into
+
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        """Prompt tokens looked up in the prefix cache, each sequence's once."""
+        self.prefix_hits = 0
+
+        self._epoch = 0
+        self._step = 0
+        self._num_arrivals = 0
+        self._requests: dict[str, list[Sequence]] = {}  # with their unfinished sequences
+        self._running = ServiceQueue()
+        self._waiting = ServiceQueue()
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self._pool = BlockPool(self._num_blocks)
+        self._cache = PrefixCache(self._pool, self._block_size, enabled=self._enable_prefix_caching)
+        self._free_rows = list(range(self._max_num_seqs - 1, -1, -1))
+        self._finished_rows: list[int] = []  # since the last plan
+        self._flights: deque[_Flight] = deque()  # the oldest first
+
+    # ------------------------------------------------------------------------------------------ what is there
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_uncommitted(self) -> int:
+        """Plans whose result has not come."""
+        return len(self._flights)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def num_blocks_used(self) -> int:
+        """Blocks that running sequences own; cached ones without an owner are not counted."""
+        return self._pool.num_used
+
+    @property
+    def num_slots_filled(self) -> int:
+        """Slots with KV (planned or computed) in the used blocks. Takes time proportional to the running
+        sequences."""
+        size = self._block_size
+        num_empty = sum(len(sequence.blocks) * size - sequence.num_computed for sequence in self._running)
+        return (
+            self._pool.num_used * size - num_empty
+        )  # shared blocks are full: none is counted as empty twice
+
+    # ----------------------------------------------------------------------------------- requests come and go
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queues the request's `params.n` sequences, choice 0 first.
+
+        A replayed choice that had come to its end already is returned with `finish` set, and is not run.
+        Raises `ContextLengthError` where the prompt leaves no room for a token, `RequestError` for an empty
+        prompt or an id that is in use.
+        """
+        self._check_request(request)
+        prompt_hashes: list[bytes] = []
+        sequences = [
+            Sequence(
+                request,
+                choice,
+                arrival=self._num_arrivals + choice,
+                max_model_len=self._max_model_len,
+                eos_token_ids=self._eos_token_ids,
+                prompt_hashes=prompt_hashes,
+            )
+            for choice in range(request.params.n)
+        ]
+        self._num_arrivals += len(sequences)
+        self._requests[request.request_id] = list(sequences)
+        for sequence in sequences:
+            self._waiting.add(sequence)
+            if finish := sequence.finish_reason():
+                self._end(sequence, finish)
+        return sequences
+
+    def _check_request(self, request: Request) -> None:
+        num_prompt_tokens = len(request.prompt) // 4
+        if not num_prompt_tokens:
+            raise RequestError("the prompt is empty: give at least one token", param="prompt")
+        if num_prompt_tokens >= self._max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self._max_model_len} tokens, and the prompt has "
+                f"{num_prompt_tokens}: shorten it to leave room for an answer",
+                param="prompt",
+            )
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request_id={request.request_id!r} is in use by an open request", param="request_id"
+            )
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Ends the request's unfinished sequences and frees their KV, at any stage. An unknown id gives
+        []."""
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in sequences:
+            self.abort_sequence(sequence)
+        return sequences
+
+    def abort_sequence(self, sequence: Sequence) -> None:
+        """Ends this choice alone, its siblings go on. Nothing happens where it has finished."""
+        if sequence.finish is None:
+            self._end(sequence, Finish("abort"))
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        if sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+            self._vacate(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish = finish
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Gives back row and blocks; why at once, see the top of this file."""
+        assert sequence.row is not None
+        self._finished_rows.append(sequence.row)
+        self._free_rows.append(sequence.row)
+        self._cache.withdraw(sequence)
+        self._pool.release(sequence.blocks)
+        sequence.leave()
+
+    # ----------------------------------------------------------------------------------------------- planning
+
+    def plan(self) -> StepPlan | None:
+        """The next step; None where nothing can run now: no work, two plans out, or all waits for a plan that
+        is out."""
+        if len(self._flights) == MAX_UNCOMMITTED:
+            return None
+        draft = _Draft(self._max_num_batched_tokens)
+        self._plan_running(draft)
+        self._plan_waiting(draft)
+        return self._send(draft) if draft.counts else None
+
+    def _plan_running(self, draft: _Draft) -> None:
+        counts, budget, block_size = draft.counts, draft.budget, self._block_size
+        for sequence in self._running:  # the preempted leave from the end, so the walk stays sound
+            num_tokens = len(sequence.tokens) + sequence.num_pending
+            if num_tokens >= sequence.max_length:
+                continue  # all it may have is sampled
+            num_computed = sequence.num_computed
+            count = num_tokens - num_computed
+            if count > budget:
+                count = budget
+            if num_computed + count > len(sequence.blocks) * block_size and not self._grow(
+                sequence, count, draft
+            ):
+                break
+            counts[sequence] = count
+            budget -= count
+            if not budget:
+                break
+        draft.budget = budget
+
+    def _grow(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
+        """Gives `sequence` blocks for `count` more tokens; the last in order are preempted where none is
+        free. False where that came to be `sequence` itself."""
+        num_blocks = self._num_blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        while (blocks := self._pool.allocate(num_blocks)) is None:
+            if self._preempt_last(draft) is sequence:
+                return False
+        sequence.blocks += blocks
+        draft.grown[sequence] = blocks
+        return True
+
+    def _preempt_last(self, draft: _Draft) -> Sequence:
+        """The last running sequence waits again, in its place of order; what it had planned is taken back."""
+        sequence = self._running.pop()
+        draft.budget += draft.counts.pop(sequence, 0)
+        draft.grown.pop(sequence, None)
+        self._vacate(sequence)
+        sequence.resume_after = self._step
+        self._waiting.add(sequence)
+        self.num_preemptions += 1
+        return sequence
+
+    def _plan_waiting(self, draft: _Draft) -> None:
+        """Admits in strict order. Only those that wait for a prefix being computed are passed over."""
+        num_deferred = 0
+        while draft.budget and num_deferred < len(self._waiting):
+            sequence = self._waiting[num_deferred]
+            if not self._may_run(sequence):
+                return
+            hits = self._cache.lookup(sequence)
+            if hits is None:
+                num_deferred += 1
+            elif not self._admit(sequence, hits, draft):
+                return
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        """Whether to try at all: quick, so that a full engine spends no time on those that wait."""
+        if self._flights and sequence.resume_after >= self._flights[0].step:
+            return False  # its tokens are not all known yet
+        if not self._running or self._running[-1].priority > sequence.priority:
+            return True
+        return len(self._running) < self._max_num_seqs and self._pool.num_free >= sequence.num_blocks_wanted
+
+    def _admit(self, sequence: Sequence, hits: list[int], draft: _Draft) -> bool:
+        """Gives it a row, `hits`, and new blocks for all its tokens, so that it will not be cut off
+        half-way."""
+        self._pool.share(hits)
+        num_new_blocks = self._num_blocks_for(len(sequence.tokens)) - len(hits)
+        blocks = (
+            self._pool.allocate(num_new_blocks) if self._make_room(sequence, num_new_blocks, draft) else None
+        )
+        if blocks is None:
+            self._pool.release(hits)
+            return False
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
+        sequence.status = Status.RUNNING
+        sequence.row = row = self._free_rows.pop()
+        sequence.blocks = hits + blocks
+        sequence.num_published = len(hits)
+        sequence.num_computed = len(hits) * self._block_size
+        self._cache.announce(sequence)
+        self._note_start(sequence)
+        draft.starts.append(
+            RowStart(
+                row=row,
+                tokens=sequence.tokens.tobytes(),
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_computed_tokens=sequence.num_computed,
+                blocks=pack_ids(sequence.blocks),
+                params=sequence.request.params,
+                seed=sequence.request.seed,
+                choice=sequence.choice,
+            )
+        )
+        count = min(len(sequence.tokens) - sequence.num_computed, draft.budget)
+        draft.counts[sequence] = count
+        draft.budget -= count
+        return True
+
+    def _make_room(self, sequence: Sequence, num_blocks: int, draft: _Draft) -> bool:
+        """Whether a row and `num_blocks` are free for it, over what the running ones need to grow. Sequences
+        of lower priority are preempted for it, but only if that is enough."""
+        while True:
+            lower = 0  # running sequences that may be preempted for it
+            while lower < len(self._running) and self._running[-1 - lower].priority > sequence.priority:
+                lower += 1
+            wanted = num_blocks + (self._watermark if lower < len(self._running) else 0)
+            sequence.num_blocks_wanted = wanted
+            if len(self._running) < self._max_num_seqs and self._pool.num_free >= wanted:
+                return True
+            reclaimable = sum(len(victim.blocks) for victim in self._running[len(self._running) - lower :])
+            if not lower or self._pool.num_free + reclaimable < wanted:
+                return False
+            self._preempt_last(draft)
+
+    def _note_start(self, sequence: Sequence) -> None:
+        if sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs.clear()  # computed anew, from the first position
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
+            if self._enable_prefix_caching:
+                self.prefix_queries += sequence.num_prompt_tokens
+                self.prefix_hits += sequence.num_cached_tokens
+
+    def _send(self, draft: _Draft) -> StepPlan:
+        """Turns the draft into a plan and moves its sequences forward."""
+        self._step += 1
+        block_size = self._block_size
+        singles = [sequence for sequence, count in draft.counts.items() if count == 1]
+        longer = [sequence for sequence, count in draft.counts.items() if count > 1]
+        num_samples = 0
+        filled = []
+        for sequence in singles:
+            end = sequence.num_computed = sequence.num_computed + 1
+            if end == len(sequence.tokens) + sequence.num_pending:
+                sequence.num_pending += 1
+                num_samples += 1
+            if end % block_size == 0:
+                filled.append((sequence, end))
+        for sequence in longer:
+            end = sequence.num_computed = sequence.num_computed + draft.counts[sequence]
+            if end == len(sequence.tokens) + sequence.num_pending:
+                sequence.num_pending += 1
+                num_samples += 1
+            filled.append((sequence, end))
+        sequences = singles + longer
+        rows = list(map(_row, sequences))
+        self._flights.append(_Flight(self._step, dict(zip(rows, sequences)), num_samples, filled))
+        finished_rows, self._finished_rows = self._finished_rows, []
+        return StepPlan(
+            step=self._step,
+            epoch=self._epoch,
+            finished_rows=pack_ids(finished_rows),
+            new_rows=draft.starts,
+            grown_rows=pack_ids(_row(sequence) for sequence, blocks in draft.grown.items() for _ in blocks),
+            grown_blocks=pack_ids(block for blocks in draft.grown.values() for block in blocks),
+            rows=pack_ids(rows),
+            counts=pack_ids(draft.counts[sequence] for sequence in sequences),
+        )
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    # --------------------------------------------------------------------------------------------- committing
+
+    def commit(self, result: StepResult) -> list[SequenceUpdate]:
+        """Takes the result of the oldest plan that is out: what each of its sequences gained.
+
+        Nothing is said of sequences that ended after the plan was made. `EngineError` where the result is not
+        the answer to that plan.
+        """
+        if not self._flights or (self._flights[0].step, self._epoch) != (result.step, result.epoch):
+            expected = f"step {self._flights[0].step} of epoch {self._epoch}" if self._flights else "none"
+            raise EngineError(
+                f"result of step {result.step} of epoch {result.epoch} came, expected {expected}"
+            )
+        flight = self._flights.popleft()
+        rows = unpack_ids(result.rows)
+        if len(rows) != flight.num_samples:
+            raise EngineError(f"step {flight.step} samples {flight.num_samples} tokens, but {len(rows)} came")
+        if self._enable_prefix_caching:
+            for sequence, end in flight.filled:
+                if sequence.status is Status.RUNNING:  # since that plan: see `resume_after`
+                    self._cache.publish(sequence, end // self._block_size)
+        for row, prompt_logprobs in result.prompt_logprobs.items():
+            sequence = flight.by_row[row]
+            if sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs += prompt_logprobs
+        updates = []
+        for row, token_id in zip(rows, unpack_ids(result.token_ids)):
+            sequence = flight.by_row[row]
+            if sequence.finish is not None:
+                continue
+            update = SequenceUpdate(sequence, [token_id])
+            if result.logprobs and row in result.logprobs:
+                update.logprobs = [result.logprobs[row]]
+            if not sequence.answered:
+                self._answer(sequence, update)
+            tokens = sequence.tokens
+            tokens.append(token_id)
+            sequence.num_pending -= 1
+            if token_id in sequence.stop_ids or len(tokens) >= sequence.max_length:
+                update.finish = sequence.finish_reason()
+                if update.finish:
+                    self._end(sequence, update.finish)
+            updates.append(update)
+        return updates
+
+    def _answer(self, sequence: Sequence, update: SequenceUpdate) -> None:
+        """What is said with the first token alone."""
+        sequence.answered = True
+        update.num_cached_tokens = sequence.num_cached_tokens or 0
+        update.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+
+    # ------------------------------------------------------------------------------------------ after a fault
+
+    def rewind(self, epoch: int) -> None:
+        """Forgets the plans that are out, all KV and the prefix cache. Every unfinished sequence waits, in
+        its old order, with its prompt and the tokens committed. Workers begin the new epoch with no rows."""
+        self._epoch = epoch
+        for sequence in self._running:
+            sequence.leave()
+            self._waiting.add(sequence)
+        self._running.clear()
+        for sequence in self._waiting:
+            sequence.num_pending = 0
+            sequence.num_blocks_wanted = 0
+            sequence.awaited = None
+        self._start_empty()
+
+    # -------------------------------------------------------------------------------------------------- check
+
+    def check(self) -> None:
+        """`AssertionError` if an invariant is broken. Slow: for tests."""
+        self._running.check()
+        self._waiting.check()
+        self._pool.check(sequence.blocks for sequence in self._running)
+        self._cache.check(self._running)
+        rows = list(map(_row, self._running))
+        assert sorted([*rows, *self._free_rows]) == list(range(self._max_num_seqs)), (
+            "a row is lost or taken twice"
+        )
+        sequences = [*self._running, *self._waiting]
+        live = [sequence for siblings in self._requests.values() for sequence in siblings]
+        assert sorted(map(id, live)) == sorted(map(id, sequences)), "requests and queues differ"
+        for sequence in sequences:
+            assert sequence.finish is None, f"{sequence} has finished and is queued"
+            assert 0 <= sequence.num_pending <= len(self._flights), f"{sequence} has too many pending tokens"
+            assert sequence.num_tokens <= sequence.max_length, f"{sequence} is planned past its length"
+        for sequence in self._running:
+            assert sequence.status is Status.RUNNING
+            assert sequence.num_computed <= sequence.num_tokens, f"{sequence} has KV for unknown tokens"
+            assert sequence.num_computed <= len(sequence.blocks) * self._block_size, (
+                f"{sequence} lacks a block"
+            )
+            assert sequence.num_published <= sequence.num_computed // self._block_size
+        for sequence in self._waiting:
+            assert sequence.status is Status.WAITING
+            assert sequence.row is None, f"{sequence} waits and has a row"
+            assert not sequence.blocks, f"{sequence} waits and has blocks"

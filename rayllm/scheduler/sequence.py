@@ -1,0 +1,150 @@
+"""One token stream of a request, and where it stands: tokens, blocks, row."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from enum import Enum
+
+from rayllm.messages import Finish, TokenLogprobs
+from rayllm.request import Request, unpack_ids
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Choice `choice` of `request`. The scheduler alone changes it.
+
+    Workers know `num_tokens` tokens of it: the committed `tokens` and `num_pending` more that they sampled
+    and the driver has not seen. `num_computed` of them have KV, or will once the plans already made have run.
+    """
+
+    __slots__ = (
+        "answered",
+        "awaited",
+        "block_hashes",
+        "blocks",
+        "choice",
+        "eos_token_ids",
+        "finish",
+        "max_length",
+        "num_blocks_wanted",
+        "num_cached_tokens",
+        "num_computed",
+        "num_pending",
+        "num_prompt_tokens",
+        "num_published",
+        "order",
+        "priority",
+        "prompt_hashes",
+        "prompt_logprobs",
+        "request",
+        "resume_after",
+        "row",
+        "status",
+        "stop_ids",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        choice: int,
+        *,
+        arrival: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        prompt_hashes: list[bytes],
+    ):
+        params = request.params
+        self.request = request
+        self.choice = choice
+        self.priority = request.priority
+        self.order = (request.priority, arrival)
+        """Who is served first; no two sequences have the same."""
+        self.tokens: array[int] = unpack_ids(request.prompt)
+        """Prompt, then emitted: what the driver knows for certain."""
+        self.num_prompt_tokens = len(self.tokens)
+        if choice < len(request.emitted):
+            self.tokens.frombytes(request.emitted[choice])
+        self.max_length = min(self.num_prompt_tokens + request.max_tokens, max_model_len)
+        self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self.stop_ids = self.eos_token_ids.union(params.stop_token_ids)
+
+        self.status = Status.WAITING
+        self.finish: Finish | None = None
+        self.row: int | None = None
+        self.blocks: list[int] = []
+        self.num_computed = 0
+        self.num_pending = 0
+        self.resume_after = 0
+        """The last plan that may hold it, when it was preempted: it waits until that one is committed."""
+        self.num_blocks_wanted = 0
+        """Free blocks that its last attempt to run asked for."""
+
+        self.prompt_hashes = prompt_hashes
+        """Hashes of the prompt's full blocks, one list for all choices; filled when first needed."""
+        self.block_hashes: list[bytes] | None = None
+        """Hashes of its own full blocks, `prompt_hashes` first."""
+        self.num_published = 0
+        """Leading blocks that the prefix cache knows."""
+        self.awaited: bytes | None = None
+        """The block it is deferred for, while another sequence computes it."""
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens that the prefix cache served when it first ran."""
+
+        self.answered = len(self.tokens) > self.num_prompt_tokens
+        """Whether a token of it was delivered, by this scheduler or before a replay."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        if params.prompt_logprobs is not None and choice == 0 and not self.answered:
+            self.prompt_logprobs = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the workers know."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    def finish_reason(self) -> Finish | None:
+        """Why it ends with its last token, if it does: a stop token (from `min_tokens` on), or its length."""
+        if 0 < self.num_emitted >= self.request.params.min_tokens:
+            last = self.tokens[-1]
+            if last in self.stop_ids:
+                return Finish("stop", None if last in self.eos_token_ids else last)
+        return Finish("length") if len(self.tokens) >= self.max_length else None
+
+    def leave(self) -> None:
+        """Forgets its row and KV: it waits, and will be computed again from its tokens."""
+        self.status = Status.WAITING
+        self.row = None
+        self.blocks = []
+        self.num_computed = self.num_published = self.num_blocks_wanted = 0
+        self.awaited = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id!r}, choice={self.choice}, {self.status.value}, "
+            f"row={self.row}, tokens={len(self.tokens)}+{self.num_pending}, computed={self.num_computed})"
+        )
+
+
+@dataclass(slots=True)
+class SequenceUpdate:
+    """What a step's result added to a sequence."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    finish: Finish | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """Parallel with `token_ids`, where asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For prompt positions 1.., once, with the first token of choice 0."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache served; said with the first token."""

@@ -1,0 +1,247 @@
+"""A worker without tensors that does what plans say, and objects to each one that would read wrong KV."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from rayllm.messages import RowStart, StepPlan, StepResult, TokenLogprobs
+from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
+from rayllm.scheduler.scheduler import Scheduler
+from rayllm.scheduler.sequence import Sequence, SequenceUpdate
+
+EOS = 0
+VOCAB_SIZE = 12
+
+
+def digest(*numbers: int) -> int:
+    return int.from_bytes(blake2b(struct.pack(f"{len(numbers)}q", *numbers), digest_size=7).digest(), "big")
+
+
+def prefix_digests(tokens: list[int]) -> list[int]:
+    """For each position, what its KV depends on: all tokens up to it."""
+    digests, last = [], 0
+    for token in tokens:
+        last = digest(last, token)
+        digests.append(last)
+    return digests
+
+
+def draw(prefix_digest: int, seed: int, choice: int, num_emitted: int, params: SamplingParams) -> int:
+    """The next token, a pure function of its arguments; before `min_tokens`, stop tokens are masked."""
+    token = digest(prefix_digest, seed, choice, num_emitted) % VOCAB_SIZE
+    masked = {EOS, *params.stop_token_ids} if num_emitted < params.min_tokens else set()
+    while token in masked:
+        token = (token + 1) % VOCAB_SIZE
+    return token
+
+
+def expected_answer(request: Request, choice: int, max_model_len: int) -> tuple[list[int], str, int | None]:
+    """All tokens of a choice, finish reason and stop reason, by the rules and with no scheduler."""
+    params, prompt = request.params, list(request.prompt_token_ids)
+    emitted: list[int] = []
+    while True:
+        last = prefix_digests(prompt + emitted)[-1]
+        token = draw(last, request.seed, choice, len(emitted), params)
+        emitted.append(token)
+        if token == EOS and not params.ignore_eos:
+            return emitted, "stop", None
+        if token in params.stop_token_ids and len(emitted) >= params.min_tokens:
+            return emitted, "stop", token
+        if len(emitted) == request.max_tokens or len(prompt) + len(emitted) == max_model_len:
+            return emitted, "length", None
+
+
+@dataclass
+class Row:
+    start: RowStart
+    tokens: list[int]
+    digests: list[int]
+    blocks: list[int]
+    num_computed: int
+
+
+@dataclass
+class SimulatedWorker:
+    num_blocks: int
+    block_size: int
+    max_num_batched_tokens: int
+    rows: dict[int, Row] = field(default_factory=dict)
+    slots: dict[int, int] = field(default_factory=dict)
+    """By slot: the digest of the prefix whose KV was written there last."""
+    num_tokens_computed: int = 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self._take_over(plan)
+        rows, counts = unpack_ids(plan.rows), unpack_ids(plan.counts)
+        assert len(set(rows)) == len(rows) > 0
+        assert min(counts) >= 1
+        assert sum(counts) <= self.max_num_batched_tokens
+        assert sorted(counts, key=lambda count: count > 1) == list(counts), "single tokens come first"
+        self._write(rows, counts)
+        self._attend(rows)
+        self.num_tokens_computed += sum(counts)
+        return self._sample(plan, rows, counts)
+
+    def _take_over(self, plan: StepPlan) -> None:
+        for row in unpack_ids(plan.finished_rows):
+            del self.rows[row]
+        for start in plan.new_rows:
+            assert start.row not in self.rows, f"row {start.row} is taken"
+            tokens = list(unpack_ids(start.tokens))
+            assert start.num_computed_tokens < len(tokens)
+            blocks = list(unpack_ids(start.blocks))
+            self.rows[start.row] = Row(
+                start, tokens, prefix_digests(tokens), blocks, start.num_computed_tokens
+            )
+        for row, block in zip(unpack_ids(plan.grown_rows), unpack_ids(plan.grown_blocks), strict=True):
+            self.rows[row].blocks.append(block)
+        for row in self.rows.values():
+            assert len(set(row.blocks)) == len(row.blocks)
+            assert all(0 <= block < self.num_blocks for block in row.blocks)
+
+    def _slot(self, row: Row, position: int) -> int:
+        return row.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _write(self, rows, counts) -> None:
+        written = set()
+        for row_id, count in zip(rows, counts):
+            row = self.rows[row_id]
+            assert row.num_computed + count <= len(row.tokens), "a plan computes tokens that are not there"
+            for position in range(row.num_computed, row.num_computed + count):
+                slot = self._slot(row, position)
+                assert slot not in written, "two rows write one slot"
+                written.add(slot)
+                self.slots[slot] = row.digests[position]
+            row.num_computed += count
+
+    def _attend(self, rows) -> None:
+        for row_id in rows:
+            row = self.rows[row_id]
+            for position in range(row.num_computed):
+                found = self.slots.get(self._slot(row, position))
+                assert found == row.digests[position], f"row {row_id} reads foreign KV at position {position}"
+
+    def _sample(self, plan: StepPlan, rows, counts) -> StepResult:
+        sampled, token_ids, logprobs, prompt_logprobs = [], [], {}, {}
+        for row_id, count in zip(rows, counts):
+            row, start = self.rows[row_id], self.rows[row_id].start
+            if start.params.prompt_logprobs is not None:
+                positions = range(row.num_computed - count + 1, row.num_computed + 1)
+                wanted = [position for position in positions if position < start.num_prompt_tokens]
+                if wanted:
+                    prompt_logprobs[row_id] = [say(position, row.tokens[position]) for position in wanted]
+            if row.num_computed == len(row.tokens):
+                num_emitted = len(row.tokens) - start.num_prompt_tokens
+                token = draw(row.digests[-1], start.seed, start.choice, num_emitted, start.params)
+                if start.params.logprobs is not None:
+                    logprobs[row_id] = say(len(row.tokens), token)
+                row.tokens.append(token)
+                row.digests.append(digest(row.digests[-1], token))
+                sampled.append(row_id)
+                token_ids.append(token)
+        return StepResult(
+            step=plan.step,
+            epoch=plan.epoch,
+            rows=pack_ids(sampled),
+            token_ids=pack_ids(token_ids),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            elapsed_s=0.0,
+        )
+
+
+def say(position: int, token: int) -> TokenLogprobs:
+    return TokenLogprobs(ids=pack_ids([token]), values=struct.pack("f", -1.0), rank=position)
+
+
+def make_scheduler(**changes) -> Scheduler:
+    settings = {
+        "num_blocks": 64,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 128,
+        "enable_prefix_caching": True,
+        "eos_token_ids": frozenset({EOS}),
+    }
+    return Scheduler(**(settings | changes))
+
+
+def make_request(
+    request_id: str, prompt: list[int], *, priority=0, cache_salt="", emitted=(), **params
+) -> Request:
+    sampling = SamplingParams(**({"max_tokens": 8, "ignore_eos": True} | params))
+    return Request(
+        request_id=request_id,
+        prompt=pack_ids(prompt),
+        params=sampling,
+        seed=7,
+        max_tokens=sampling.max_tokens,
+        priority=priority,
+        cache_salt=cache_salt,
+        emitted=tuple(map(pack_ids, emitted)),
+    )
+
+
+class Engine:
+    """A scheduler and a simulated worker; steps on demand, and remembers what was delivered."""
+
+    def __init__(self, **changes):
+        self.settings = changes
+        self.scheduler = make_scheduler(**changes)
+        self.delivered: dict[Sequence, list[SequenceUpdate]] = {}
+        self.results: list[StepResult] = []
+        self.epoch = 0
+        self._start_worker()
+
+    def _start_worker(self) -> None:
+        scheduler = self.scheduler
+        self.worker = SimulatedWorker(
+            scheduler.num_blocks, scheduler._block_size, scheduler._max_num_batched_tokens
+        )
+        self.results.clear()
+
+    def add(self, request: Request) -> list[Sequence]:
+        sequences = self.scheduler.add(request)
+        self.delivered |= {sequence: [] for sequence in sequences}
+        return sequences
+
+    def plan(self) -> StepPlan | None:
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.results.append(self.worker.run(plan))
+        self.scheduler.check()
+        return plan
+
+    def commit(self) -> list[SequenceUpdate]:
+        updates = self.scheduler.commit(self.results.pop(0))
+        for update in updates:
+            self.delivered[update.sequence].append(update)
+        self.scheduler.check()
+        return updates
+
+    def step(self) -> tuple[StepPlan | None, list[SequenceUpdate]]:
+        """One plan and, where one is out, one result."""
+        plan = self.plan()
+        return plan, self.commit() if self.results else []
+
+    def rewind(self) -> None:
+        self.epoch += 1
+        self.scheduler.rewind(self.epoch)
+        self.scheduler.check()
+        self._start_worker()
+
+    def drain(self, depth: int = 2) -> None:
+        """Runs until nothing is left, with up to `depth` plans out."""
+        while True:
+            while len(self.results) < depth and self.plan():
+                pass
+            if not self.results:
+                assert not self.scheduler.has_work, "work is left, and no plan is made"
+                return
+            self.commit()
+
+    def tokens_of(self, sequence: Sequence) -> list[int]:
+        return [token for update in self.delivered[sequence] for token in update.token_ids]
