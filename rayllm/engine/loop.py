@@ -115,6 +115,10 @@ class EngineLoop:
         for choice in sequences:
             self._streams[client, message.stream + choice] = request.request_id, choice
         self._totals.num_prompt_tokens += len(request.prompt) // 4
+        for choice, sequence in sequences.items():
+            if sequence.finish is not None:  # a continued choice that had come to its end already
+                self._outbox(client, Deltas([TokenDelta(message.stream + choice, b"", sequence.finish)]))
+                self._close_choice(request.request_id, choice)
 
     def _refuse(self, client: Client, streams: range, finish: Finish) -> None:
         self._outbox(client, Deltas([TokenDelta(stream, b"", finish) for stream in streams]))
