@@ -13,17 +13,18 @@ import torch
 from rayllm.config import ResolvedConfig
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.batch import LayerKV, allocate_kv
-from rayllm.messages import StepPlan, StepResult, TokenLogprobs
+from rayllm.messages import RowStart, StepPlan, StepResult, TokenLogprobs
 from rayllm.models import load_decoder
 from rayllm.models.decoder import kv_bytes_per_block
 from rayllm.models.registry import read_spec
-from rayllm.request import pack_ids, unpack_ids
+from rayllm.request import SamplingParams, pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
 from rayllm.runner.memory import plan_num_blocks
 from rayllm.runner.rows import Rows
 from rayllm.sampling.logprobs import token_logprobs
 from rayllm.sampling.sampler import Sampler
 
+_WARM_UP_TOKENS = 16
 _LOGPROB_SLICE = 256
 """Prompt positions whose logits are held at once."""
 
@@ -79,6 +80,19 @@ class Runner:
             self._dtype,
             self._device,
         )
+
+    def warm_up(self) -> None:
+        """One short prompt and one decode step, so that the first request does not pay for first uses (allocators,
+        library handles, collectives). Leaves no row behind; all ranks must call it."""
+        num_tokens = min(_WARM_UP_TOKENS, self._config.max_model_len, self._config.max_num_batched_tokens)
+        blocks = pack_ids(range(-(-self._config.max_model_len // self._config.block_size))[: num_tokens + 1])
+        params = SamplingParams(temperature=0, max_tokens=1)
+        start = RowStart(0, pack_ids([0] * num_tokens), num_tokens, 0, blocks, params, 0, 0)
+        self.execute(StepPlan(0, 0, b"", [start], b"", b"", pack_ids([0]), pack_ids([num_tokens])))
+        if num_tokens < self._config.max_model_len:
+            self.execute(StepPlan(0, 0, b"", [], b"", b"", pack_ids([0]), pack_ids([1])))
+        self._rows.apply(StepPlan(0, 0, pack_ids([0]), [], b"", b"", b"", b""))
+        self._sampler.clear_row(0)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Does one step. Plans come in order, none left out; the result is the same on every rank."""
