@@ -1,0 +1,323 @@
+"""A model's tokenizer: text to ids, ids to text and bytes, chats to text. No torch, no remote code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayllm.errors import ConfigError, RequestError
+from rayllm.text.chat_template import ChatTemplate, cut_after_last_content
+
+_GENERIC_CLASSES = frozenset({None, "PreTrainedTokenizerFast", "TokenizersBackend"})
+"""Classes that add nothing to tokenizer.json."""
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SENTENCEPIECE_SPACE = "▁"
+
+
+class _Backend(Protocol):
+    """What differs between a `tokenizers` pipeline and a tokenizer written in Python."""
+
+    special_ids: frozenset[int]
+    added_text: Mapping[int, str]
+    is_byte_level: bool
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+    def piece(self, token_id: int) -> str | None: ...
+    def vocab(self) -> dict[str, int]: ...
+
+
+class _Pipeline(_Backend):
+    """A tokenizer.json, or what `transformers` made of one."""
+
+    def __init__(self, pipeline: Any):
+        pipeline.no_truncation()
+        pipeline.no_padding()
+        self._pipeline = pipeline
+        added = pipeline.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_text = {token_id: token.content for token_id, token in added.items()}
+        decoder = pipeline.decoder
+        self.is_byte_level = decoder is not None and '"ByteLevel"' in decoder.__getstate__().decode()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._pipeline.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text: str = self._pipeline.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def piece(self, token_id: int) -> str | None:
+        piece: str | None = self._pipeline.id_to_token(token_id)
+        return piece
+
+    def vocab(self) -> dict[str, int]:
+        vocab: dict[str, int] = self._pipeline.get_vocab(with_added_tokens=True)
+        return vocab
+
+
+class _PythonTokenizer(_Backend):
+    """A `transformers` tokenizer without a `tokenizers` pipeline."""
+
+    is_byte_level = False
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        self.added_text = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def piece(self, token_id: int) -> str | None:
+        if not 0 <= token_id < len(self._tokenizer):
+            return None
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        return piece
+
+    def vocab(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `from_path`."""
+
+    def __init__(
+        self,
+        backend: _Backend,
+        named_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ):
+        self._backend = backend
+        self._bytes: dict[int, bytes] = {}
+        self._anchor: tuple[int, str] | None = None
+        named = dict(named_tokens or {})
+        vocab = backend.vocab()
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        """One more than the largest id."""
+        self.longest_token = max(map(len, vocab), default=1)
+        """Characters in the longest token: no text of n tokens is much longer than n times this."""
+        self.eos_token_id: int | None = vocab.get(named.get("eos_token", ""))
+        self.special_token_ids = backend.special_ids
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named)
+
+    @classmethod
+    def from_path(cls, path: str, chat_template: str | None = None) -> Tokenizer:
+        """Reads the tokenizer of a folder. `chat_template`: a file (or a template's text) in place of the
+        model's.
+
+        Raises `ConfigError`, one line that names the file, for what is missing or cannot be read.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ConfigError(f"tokenizer: {path} is not a folder")
+        settings = _read_json(folder / "tokenizer_config.json")
+        template = (
+            _read_template(folder, settings) if chat_template is None else _given_template(chat_template)
+        )
+        pipeline_file = folder / "tokenizer.json"
+        if pipeline_file.is_file():
+            pipeline = _load_pipeline(pipeline_file)
+            if _is_whole(pipeline, settings):
+                return cls(_Pipeline(pipeline), _named_tokens(folder, settings), template)
+        backend, named = _load_with_transformers(folder)
+        return cls(backend, named, template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; `add_special_tokens` adds what the model's own tokenizer adds (a start token, say)."""
+        return self._backend.encode(text, add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence. For text that grows, `detokenizer.ChoiceText`."""
+        return self._backend.decode(ids, skip_special_tokens)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt of a chat; `kwargs` are variables of the template. `encode` it without special tokens.
+
+        `continue_final_message=True` leaves the last message open, for the model to go on with. Raises
+        `RequestError`.
+        """
+        if self.chat_template is None:
+            raise RequestError(
+                "this model has no chat template: use /v1/completions, or start with --chat-template FILE",
+                param="messages",
+                code="no_chat_template",
+            )
+        continues = bool(kwargs.pop("continue_final_message", False))
+        text = self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt and not continues, **kwargs
+        )
+        if continues:
+            content = messages[-1].get("content") if messages else None
+            return cut_after_last_content(text, content if isinstance(content, str) else "")
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, within a text; empty for an id that is no token."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._compute_bytes(token_id)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """A token for people to read: bytes that are no whole character become U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _compute_bytes(self, token_id: int) -> bytes:
+        piece = self._backend.piece(token_id) if token_id >= 0 else None
+        if piece is None:
+            return b""
+        added = self._backend.added_text.get(token_id)
+        if added is not None:
+            return added.encode("utf-8", "replace")
+        if self._backend.is_byte_level:
+            return _byte_level_bytes(piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes.fromhex(piece[3:5])
+        return self._decoded_after_anchor(token_id, piece).encode("utf-8", "replace")
+
+    def _decoded_after_anchor(self, token_id: int, piece: str) -> str:
+        """What the tokenizer's own decoder makes of the token inside a text: after another token, not
+        first."""
+        if self._anchor is None:
+            ordinary = [i for i in self._backend.encode("a", False) if i not in self._backend.special_ids]
+            self._anchor = (
+                (ordinary[-1], self._backend.decode(ordinary[-1:], False)) if ordinary else (-1, "")
+            )
+        anchor_id, anchor_text = self._anchor
+        if anchor_text:
+            text = self._backend.decode([anchor_id, token_id], False)
+            if text.startswith(anchor_text):
+                return text[len(anchor_text) :]
+        return piece.replace(_SENTENCEPIECE_SPACE, " ")
+
+
+def _byte_table() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable ones stand for themselves, the others for 256, 257, ..."""
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    table = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(byte for byte in range(256) if byte not in printable):
+        table[chr(256 + i)] = byte
+    return table
+
+
+_BYTE_OF_CHARACTER = _byte_table()
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+    except KeyError:
+        return piece.encode("utf-8", "replace")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{file}: not readable as JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file}: not readable as text: {error}") from None
+
+
+def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The model's own template: chat_template.jinja, or a field of tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default") or next(iter(named.values()), None)
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template must be text")
+    return template
+
+
+def _given_template(given: str) -> str:
+    if "{{" in given or "{%" in given:
+        return given
+    if not Path(given).is_file():
+        raise ConfigError(f"chat_template: {given} is not a file")
+    return _read_text(Path(given))
+
+
+def _load_pipeline(file: Path) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception for everything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file}: not a tokenizer: {reason}") from None
+
+
+def _is_whole(pipeline: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether the pipeline is all there is: `transformers` would change nothing."""
+    adds_ends = settings.get("add_bos_token") or settings.get("add_eos_token")
+    names_ends = "add_bos_token" in settings or "add_eos_token" in settings
+    if settings.get("tokenizer_class") not in _GENERIC_CLASSES or "auto_map" in settings:
+        return False
+    if adds_ends or (names_ends and pipeline.post_processor is not None):
+        return False
+    declared = settings.get("added_tokens_decoder")
+    added = {entry.get("content") for entry in declared.values()} if isinstance(declared, dict) else set()
+    known = {token.content for token in pipeline.get_added_tokens_decoder().values()}
+    named = {text for name in _NAMED_TOKENS if (text := _token_content(settings.get(name)))}
+    return added <= known and named <= known
+
+
+def _token_content(value: Any) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _named_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for source in (_read_json(folder / "special_tokens_map.json"), settings):
+        for name in _NAMED_TOKENS:
+            if (content := _token_content(source.get(name))) is not None:
+                named[name] = content
+    return named
+
+
+def _load_with_transformers(folder: Path) -> tuple[_Backend, dict[str, str]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # from OSError to KeyError, by the way in which the files are wrong
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"tokenizer: cannot load one from {folder}: {reason}") from None
+    named = {
+        name: str(token) for name in _NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None
+    }
+    pipeline = getattr(tokenizer, "backend_tokenizer", None)
+    return (_PythonTokenizer(tokenizer) if pipeline is None else _Pipeline(pipeline)), named

@@ -1,0 +1,47 @@
+"""Small tokenizers of the two kinds that decoders use: bytes as characters, and pieces with byte fallback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+START, END = "<s>", "</s>"
+
+
+def make_sentencepiece_tokenizer(folder: Path) -> Path:
+    """Like Llama 2's: spaces are `▁`, unknown characters fall back to `<0x..>` tokens."""
+    words = ["▁hello", "▁world", "hello", "world", "▁", *"abcdefghijklmnopqrstuvwxyz.,!", "中"]
+    pieces = ["<unk>", START, END, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    merges = []
+    for word in ("▁hello", "hello", "▁world", "world"):
+        for i in range(1, len(word)):
+            if word[: i + 1] not in pieces:
+                pieces.append(word[: i + 1])
+            if (word[:i], word[i]) not in merges:
+                merges.append((word[:i], word[i]))
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    pipeline = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    pipeline.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    pipeline.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, vocab[START])]
+    )
+    pipeline.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    pipeline.add_special_tokens(["<unk>", START, END])
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": START,
+        "eos_token": END,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
