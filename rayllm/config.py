@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -89,9 +90,65 @@ class ServerConfig(_Config):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    api_key: tuple[str, ...] = Field((), description="Keys that clients must send; repeatable. Empty: no key asked.")
+    api_key: tuple[str, ...] = Field(
+        (), description="Key that clients must send, or @FILE with one key a line; repeatable. None: no key asked."
+    )
     num_ingress_replicas: int = Field(1, ge=1, le=64, description="Processes that speak HTTP.")
     shutdown_timeout_s: float = Field(30.0, ge=0, description="Seconds open requests get to finish at shutdown.")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _one_key_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def read_api_keys(self) -> tuple[str, ...]:
+        """The keys themselves, with each `@FILE` replaced by its lines. `ConfigError` where a file gives none."""
+        keys: list[str] = []
+        for entry in self.api_key:
+            keys += _keys_of_file(entry[1:]) if entry.startswith("@") else [entry]
+        if not all(keys):
+            raise ConfigError("api_key is empty: give a key, @FILE, or leave it out to ask for none")
+        return tuple(keys)
+
+
+def _keys_of_file(path: str) -> list[str]:
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"api_key file {path!r} cannot be read: {error.strerror}") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise ConfigError(f"api_key file {path!r} holds no key: write one a line")
+    return keys
+
+
+def read_settings_file(path: str) -> dict[str, Any]:
+    """The settings of a YAML file, named as the fields of `EngineConfig` and `ServerConfig` ('-' or '_')."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path!r} is not YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"config file {path!r} must hold lines of 'setting: value'")
+    return {key.replace("-", "_"): value for key, value in settings.items()}
+
+
+def parse_settings(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
+    """Sorts plain settings into the two configs; an unknown one is a `ConfigError` that names the nearest of both."""
+    engine, server = EngineConfig.model_fields, ServerConfig.model_fields
+    unknown = [name for name in settings if name not in engine and name not in server]
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}{did_you_mean(unknown[0], [*engine, *server])}")
+    return (
+        EngineConfig.parse({name: value for name, value in settings.items() if name in engine}),
+        ServerConfig.parse({name: value for name, value in settings.items() if name in server}),
+    )
 
 
 class ModelShape(_Config):
@@ -136,3 +193,13 @@ class Environment:
     @staticmethod
     def ray_address() -> str | None:
         return os.environ.get("RAY_ADDRESS")
+
+    @staticmethod
+    def has_ray_token() -> bool:
+        """Whether Ray's token is given by the environment rather than by the file in the home folder."""
+        return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
+
+    @staticmethod
+    def api_key() -> str | None:
+        """The key that `rayllm chat` and `rayllm complete` send."""
+        return os.environ.get("RLLM_API_KEY")

@@ -1,0 +1,87 @@
+"""The command `rayllm`: finds the verb and imports that verb's module alone, so that help and typos answer at once.
+
+A verb's module has `run(argv) -> int`. Exit codes: 0 ok, 1 failure, 2 usage, 3 server not reachable,
+4 out of memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+OK, FAILURE, USAGE, NOT_REACHABLE, OUT_OF_MEMORY = range(5)
+INTERRUPTED = 130
+"""What a shell expects of a command that Ctrl-C ended."""
+
+VERBS = {
+    "serve": ("rayllm.cli.serve", "start an OpenAI-compatible server on this machine"),
+    "demo": ("rayllm.cli.demo", "see it work: two workers, the built-in model, one streamed answer"),
+    "chat": ("rayllm.cli.chat", "talk to a server, or to a model, in the terminal"),
+    "complete": ("rayllm.cli.complete", "continue a prompt"),
+    "bench": ("rayllm.cli.bench", "measure: throughput"),
+    "doctor": ("rayllm.cli.doctor", "check this machine: Python, libraries, devices, memory, ports"),
+    "version": ("rayllm.cli.version", "print the version"),
+}
+
+
+def help_text() -> str:
+    verbs = "\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items())
+    return (
+        "Usage: rayllm VERB [OPTIONS]\n\n"
+        "The LLM inference engine that is native to Ray.\n\n"
+        f"Verbs:\n{verbs}\n\n"
+        "rayllm VERB --help tells a verb's options. Start here: rayllm demo\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; what a user can mend is one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return OK
+    verb, *rest = words
+    if verb in ("-V", "--version"):
+        verb = "version"
+    if verb not in VERBS:
+        from rayllm.errors import did_you_mean
+
+        kind = "option" if verb.startswith("-") else "verb"
+        return complain(f"rayllm: unknown {kind} {verb!r}{did_you_mean(verb, VERBS)} (see rayllm --help)", USAGE)
+    return _run(verb, rest)
+
+
+def complain(line: str, code: int) -> int:
+    """Says `line` on stderr and hands back `code`."""
+    print(line, file=sys.stderr)
+    return code
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    from rayllm.cli.flags import UsageError
+    from rayllm.errors import ConfigError, EngineUnreachableError, RayLLMError
+
+    try:
+        return int(import_module(VERBS[verb][0]).run(argv))
+    except (UsageError, ConfigError) as error:
+        return complain(f"rayllm {verb}: {error}", USAGE)
+    except EngineUnreachableError as error:
+        return complain(f"rayllm {verb}: {error}", NOT_REACHABLE)
+    except RayLLMError as error:
+        return complain(f"rayllm {verb}: {error}", OUT_OF_MEMORY if is_out_of_memory(str(error)) else FAILURE)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return FAILURE
+    except KeyboardInterrupt:
+        return complain("", INTERRUPTED)
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether a failure's text says that memory ran out."""
+    lowered = message.lower()
+    return any(sign in lowered for sign in ("out of memory", "outofmemory", "memoryerror", "cannot allocate memory"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
