@@ -25,7 +25,7 @@ _HOMES = {
     "CompletionOutput": "rayllm.request",
 }
 
-__all__ = [  # noqa: F822 (loaded by __getattr__)
+__all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",

@@ -46,7 +46,9 @@ class _Config(BaseModel):
 class EngineConfig(_Config):
     """How one model is served: field names are vLLM's where the meaning is the same."""
 
-    model: str = Field("", description="Folder of a checkpoint (config.json, *.safetensors); empty: the built-in model.")
+    model: str = Field(
+        "", description="Folder of a checkpoint (config.json, *.safetensors); empty: the built-in model."
+    )
     tokenizer: str | None = Field(None, description="Folder of the tokenizer, where it is not the model's.")
     served_model_name: str | None = Field(None, description="Name that clients use; default: the folder's name.")
     name: str = Field(DEFAULT_ENGINE_NAME, description="Name of the engine, as in get_engine(name).")
@@ -68,7 +70,9 @@ class EngineConfig(_Config):
     enable_prefix_caching: bool = Field(True, description="Share KV blocks among requests with equal prefixes.")
     load_format: LoadFormat = Field("auto", description="dummy: random weights, for benchmarks.")
     seed: int = Field(0, ge=0, description="Seeds dummy weights, and requests that bring no seed of their own (LLM).")
-    chat_template: str | None = Field(None, description="File with a Jinja chat template to use in place of the model's.")
+    chat_template: str | None = Field(
+        None, description="File with a Jinja chat template to use in place of the model's."
+    )
 
     @field_validator("block_size")
     @classmethod

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rayllm.config import DEFAULT_ENGINE_NAME, EngineConfig, ResolvedConfig
+from rayllm.config import DEFAULT_ENGINE_NAME, RAY_NAMESPACE, EngineConfig, ResolvedConfig
+from rayllm.engine.client import BlockingConnection, EngineConnection, connect
+from rayllm.engine.driver import Driver, RunningEngine, create_driver, find_address, find_driver
 from rayllm.engine.local import BlockingEngine, LocalEngine
-from rayllm.engine.outputs import OutputBuilder, PreparedPrompt, Prompt, build_request, derived_seed, prepare_prompt
+from rayllm.engine.outputs import (
+    OutputBuilder,
+    PreparedPrompt,
+    Prompt,
+    build_request,
+    derived_seed,
+    prepare_prompt,
+)
 from rayllm.engine.resolve import resolve
-from rayllm.errors import RequestError, did_you_mean
+from rayllm.errors import EngineUnreachableError, RequestError, did_you_mean
+from rayllm.executor.inproc import InprocExecutor
+from rayllm.executor.placement import cluster_devices
+from rayllm.executor.ray_cluster import connected_ray, ray_is_initialized
 from rayllm.messages import EngineStats
 from rayllm.request import CompletionOutput, Request, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
@@ -29,19 +43,10 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     return config
 
 
-def _ray_is_initialized() -> bool:
-    import sys
-
-    ray = sys.modules.get("ray")
-    return bool(ray is not None and ray.is_initialized())
-
-
 def _resolve(config: EngineConfig) -> ResolvedConfig:
     """With a Ray at hand, its cluster's devices count, and it carries the engine."""
-    if config.distributed_executor_backend == "inproc" or not _ray_is_initialized():
+    if config.distributed_executor_backend == "inproc" or not ray_is_initialized():
         return resolve(config)
-    from rayllm.executor.placement import cluster_devices
-
     num_gpus, num_cores = cluster_devices()
     return resolve(config, num_gpus=num_gpus, num_cores=num_cores, backend="ray")
 
@@ -61,7 +66,10 @@ class LLM:
         config = _engine_config(model, settings)
         self.config = _resolve(config)
         self._tokenizer = Tokenizer.from_path(self.config.tokenizer_path, config.chat_template)
-        self._engine = _open_engine(self.config)
+        self._cleanup = contextlib.ExitStack()
+        with self._cleanup as cleanup:
+            self._engine = _open_engine(self.config, cleanup)
+            self._cleanup = cleanup.pop_all()
         self._next_stream = 0
         self._num_unseeded = 0
 
@@ -102,7 +110,9 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionOutput]:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`). Leaving the loop
         ends the request."""
-        [builder], first = self._submit([prepare_prompt(prompt, self._tokenizer)], [sampling_params or SamplingParams()])
+        [builder], first = self._submit(
+            [prepare_prompt(prompt, self._tokenizer)], [sampling_params or SamplingParams()]
+        )
         try:
             while not builder.finished:
                 for delta in self._engine.receive():
@@ -177,12 +187,14 @@ class LLM:
 
     def close(self) -> None:
         """Ends the engine and every process it started; safe to call twice."""
-        self._engine.close()
+        self._cleanup.close()
 
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -205,7 +217,10 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, num_pr
 
 
 def _render(
-    tokenizer: Tokenizer, conversation: Conversation, add_generation_prompt: bool, kwargs: dict[str, Any] | None
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    add_generation_prompt: bool,
+    kwargs: dict[str, Any] | None,
 ) -> PreparedPrompt:
     text = tokenizer.render_chat(list(conversation), add_generation_prompt=add_generation_prompt, **(kwargs or {}))
     return PreparedPrompt(text, tokenizer.encode(text, add_special_tokens=False))
@@ -215,3 +230,192 @@ def _progress(total: int, shown: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="Processed prompts", disable=None if shown else True, dynamic_ncols=True)
+
+
+# ---------------------------------------------------------------------------------------------------- where it runs
+
+
+def _open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> BlockingEngine:
+    """The engine as one thread sees it; `cleanup` gets what ends it."""
+    if config.backend == "inproc":
+        engine = LocalEngine(config, InprocExecutor.load(config))
+        cleanup.callback(engine.close)
+        return engine
+    import ray
+
+    running = _start_driver(config, cleanup)
+    connection = BlockingConnection(ray.get(running.driver.address.remote(_this_node())))
+    cleanup.callback(connection.close)
+    return connection
+
+
+def _start_driver(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> RunningEngine:
+    """A driver actor with its workers, ready, in this process's Ray or in one of its own."""
+    cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
+    import ray
+
+    running = create_driver(config)
+    cleanup.callback(running.close)
+    ray.get(running.driver.start.remote(config.model_dump_json()))
+    return running
+
+
+def _this_node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+# ------------------------------------------------------------------------------------------------------------ async
+
+
+class AsyncEngine:
+    """A running engine for asyncio programs: what `AsyncLLM` and `get_engine` give.
+
+    `connect` is awaited for a connection when there is none, or none any more. Use one event loop.
+    """
+
+    def __init__(self, config: ResolvedConfig, connect: Callable[[], Awaitable[EngineConnection]]):
+        self.config = config
+        self._connect = connect
+        self._connection: EngineConnection | None = None
+        self._connecting = asyncio.Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._num_unseeded = 0
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """One prompt's output as it grows: each item holds everything so far, the last is `finished`. Leaving the loop
+        ends the request. Raises `RequestError` when it does not fit, `EngineError` when the engine is lost."""
+        prepared = await asyncio.to_thread(prepare_prompt, prompt, self.get_tokenizer())
+        async for builder, _ in self._run(prepared, sampling_params or SamplingParams(), request_id):
+            yield builder.output()
+
+    async def chat(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """One conversation's answer as it grows; see `generate`."""
+        prepared = _render(self.get_tokenizer(), messages, add_generation_prompt, chat_template_kwargs)
+        async for builder, _ in self._run(prepared, sampling_params or SamplingParams(), request_id):
+            yield builder.output()
+
+    async def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[CompletionOutput]:
+        """One prompt's answer as it comes: each item holds what was added to its choice (`index`)."""
+        prepared = await asyncio.to_thread(prepare_prompt, prompt, self.get_tokenizer())
+        async for _, added in self._run(prepared, sampling_params or SamplingParams(), request_id):
+            for part in added:
+                yield part
+
+    async def _run(
+        self, prompt: PreparedPrompt, params: SamplingParams, request_id: str | None
+    ) -> AsyncIterator[tuple[OutputBuilder, list[CompletionOutput]]]:
+        seed = 0
+        if params.seed is None and not params.greedy:
+            seed = derived_seed(self.config.engine.seed, self._num_unseeded)
+            self._num_unseeded += 1
+        request = build_request(request_id or uuid.uuid4().hex, prompt.token_ids, params, self.config, seed)
+        builder = OutputBuilder(request, prompt, self.get_tokenizer())
+        async with (await self._connected()).submit(request) as deltas:
+            async for batch in deltas:
+                parts = []
+                for delta in batch:
+                    added, ended_by_text = builder.push(delta.stream, delta)
+                    if ended_by_text:
+                        deltas.abort_choice(delta.stream)
+                    if added.token_ids or added.text or added.finish_reason:
+                        parts.append(added)
+                if parts:
+                    yield builder, parts
+
+    async def _connected(self) -> EngineConnection:
+        async with self._connecting:
+            if self._connection is None or self._connection.lost_reason is not None:
+                self._connection = await self._connect()
+            return self._connection
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_path(self.config.tokenizer_path, self.config.engine.chat_template)
+        return self._tokenizer
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters and gauges."""
+        return await (await self._connected()).stats()
+
+    async def close(self) -> None:
+        """Ends this client's connection, and its open requests with it."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncLLM(AsyncEngine):
+    """`LLM` for asyncio programs: many requests at once, each an async iterator. Settings are the same.
+
+    The constructor returns when the engine is ready; `await close()` ends it with every process it started.
+    """
+
+    def __init__(self, model: str = "", **settings: Any):
+        config = _resolve(_engine_config(model, settings))
+        with contextlib.ExitStack() as cleanup:
+            if config.backend == "ray":
+                driver = _start_driver(config, cleanup).driver
+
+                async def connect_to_driver() -> EngineConnection:
+                    return await connect(await driver.address.remote(_this_node()))
+            else:
+                local = Driver(lambda config, on_stage: InprocExecutor.load(config))
+                local.start(config)
+                cleanup.callback(local.close)
+
+                async def connect_to_driver() -> EngineConnection:
+                    return await connect(local.address())
+
+            super().__init__(config, connect_to_driver)
+            self.get_tokenizer()
+            self._cleanup = cleanup.pop_all()
+
+    async def close(self) -> None:
+        await super().close()
+        await asyncio.to_thread(self._cleanup.close)
+
+
+class RemoteEngine(AsyncEngine):
+    """An engine that somebody else runs; `driver` is its actor's handle."""
+
+    def __init__(self, name: str, driver: Any, config: ResolvedConfig):
+        async def connect_by_name() -> EngineConnection:
+            return await connect(await find_address(name))
+
+        super().__init__(config, connect_by_name)
+        self.driver = driver
+
+
+def get_engine(name: str = DEFAULT_ENGINE_NAME, namespace: str = RAY_NAMESPACE) -> RemoteEngine:
+    """The running engine of that name, from any Ray job of the cluster. Raises `EngineUnreachableError`, which names
+    the engines that do run. Its tokenizer's folder must be readable here."""
+    import ray
+
+    driver = find_driver(name, namespace)
+    try:
+        description = ray.get(driver.describe.remote(), timeout=30)
+    except ray.exceptions.RayError as error:
+        raise EngineUnreachableError(f"engine {name!r} cannot be used: {error}") from None
+    return RemoteEngine(name, driver, ResolvedConfig.model_validate_json(description.config))

@@ -37,7 +37,9 @@ def fake_config(**changes: Any) -> ResolvedConfig:
     return ResolvedConfig(**{**fields, **changes})
 
 
-def make_request(prompt: list[int], *, request_id: str = "r", max_tokens: int = 4, seed: int = 0, **params: Any) -> Request:
+def make_request(
+    prompt: list[int], *, request_id: str = "r", max_tokens: int = 4, seed: int = 0, **params: Any
+) -> Request:
     """A request with resolved seed and max_tokens; other arguments are `SamplingParams`."""
     return Request(
         request_id=request_id,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -79,7 +78,9 @@ def test_logprobs_of_output_and_prompt_have_one_entry_a_token(llm: LLM) -> None:
         assert entry[token_id].rank == 1
         assert entry[token_id].logprob == max(candidate.logprob for candidate in entry.values())
         assert len(entry) == 2
-    assert choice.cumulative_logprob == pytest.approx(sum(e[t].logprob for t, e in zip(choice.token_ids, choice.logprobs)))
+    assert choice.cumulative_logprob == pytest.approx(
+        sum(e[t].logprob for t, e in zip(choice.token_ids, choice.logprobs))
+    )
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
     assert [set(entry) >= {token} for token, entry in zip([6, 7, 8], output.prompt_logprobs[1:]) if entry] == [True] * 3
@@ -89,7 +90,9 @@ def test_requests_without_a_seed_differ_and_the_whole_run_repeats() -> None:
     runs = []
     for _ in range(2):
         with LLM(device="cpu", seed=7, max_model_len=256, num_kv_blocks=64) as llm:
-            outputs = llm.generate(["Once upon a time"] * 3, SamplingParams(max_tokens=12, temperature=1.5, ignore_eos=True))
+            outputs = llm.generate(
+                ["Once upon a time"] * 3, SamplingParams(max_tokens=12, temperature=1.5, ignore_eos=True)
+            )
             runs.append([output.outputs[0].token_ids for output in outputs])
     assert runs[0] == runs[1]
     assert len({tuple(ids) for ids in runs[0]}) == 3

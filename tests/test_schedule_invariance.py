@@ -94,7 +94,9 @@ def test_order_of_arrival_does_not_matter(llama_path: Path, alone: list[list[lis
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    "cut", [{}, {"num_kv_blocks": 14, "max_num_batched_tokens": 16, "enable_prefix_caching": True}], ids=["ample", "starved"]
+    "cut",
+    [{}, {"num_kv_blocks": 14, "max_num_batched_tokens": 16, "enable_prefix_caching": True}],
+    ids=["ample", "starved"],
 )
 def test_two_tensor_parallel_workers(
     ray_cluster: None, llama_path: Path, alone: list[list[list[int]]], cut: dict[str, Any]

@@ -44,7 +44,9 @@ def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
 class LocalEngine:
     """A `BlockingEngine` that computes in `receive`, on the caller's thread."""
 
-    def __init__(self, config: ResolvedConfig, executor: Executor, after_step: Callable[[EngineLoop], None] | None = None):
+    def __init__(
+        self, config: ResolvedConfig, executor: Executor, after_step: Callable[[EngineLoop], None] | None = None
+    ):
         self._executor = executor
         self._deltas: list[TokenDelta] = []
         self._after_step = after_step

@@ -57,7 +57,12 @@ def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
 
 
 def build_request(
-    request_id: str, token_ids: Sequence[int], params: SamplingParams, config: ResolvedConfig, default_seed: int, **extra: Any
+    request_id: str,
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    config: ResolvedConfig,
+    default_seed: int,
+    **extra: Any,
 ) -> Request:
     """A complete `Request`; raises `RequestError` when it does not fit the model."""
     try:

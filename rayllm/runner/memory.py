@@ -36,7 +36,7 @@ def plan_num_blocks(config: ResolvedConfig, bytes_per_block: int, device: torch.
         fits = max(0, num_blocks) * config.block_size
         raise ConfigError(
             f"max_model_len={config.max_model_len} needs {blocks_per_sequence * bytes_per_block / 2**20:.0f} MiB of KV "
-            f"cache a worker, {max(0, budget) / 2**20:.0f} MiB are there: set max_model_len to at most {fits}, or raise "
+            f"cache a worker, {max(0, budget) / 2**20:.0f} MiB are there: lower max_model_len to {fits}, or raise "
             + ("gpu_memory_utilization" if device.type == "cuda" else "kv_cache_memory_bytes")
         )
     return num_blocks

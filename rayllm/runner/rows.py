@@ -6,7 +6,6 @@ The state is a pure fold of the plans received, the same on every rank. Sampled 
 
 from __future__ import annotations
 
-
 import numpy as np
 import torch
 
@@ -67,5 +66,3 @@ class Rows:
     def prompt_logprobs_wanted(self, row: int) -> tuple[int, int] | None:
         """(number of candidates, prompt length) where the row's request asked for prompt log-probabilities."""
         return self._prompt_logprobs.get(row)
-
-

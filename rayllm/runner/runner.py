@@ -35,7 +35,9 @@ class Runner:
     def __init__(self, config: ResolvedConfig, tp: TensorParallel, device: torch.device | None = None):
         self._config = config
         self._tp = tp
-        self._device = device or torch.device(config.device, torch.cuda.current_device() if config.device == "cuda" else None)
+        self._device = device or torch.device(
+            config.device, torch.cuda.current_device() if config.device == "cuda" else None
+        )
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         spec = read_spec(config.model_path)
         self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)

@@ -52,7 +52,9 @@ def test_requests_of_several_clients_each_get_their_own_tokens(depth: int) -> No
     requests: dict[tuple[object, int], Request] = {}
     for client in ("a", "b"):
         for stream in range(4):
-            request = make_request([1, 2, 3 + stream], request_id="same id everywhere", max_tokens=3 + stream, seed=stream)
+            request = make_request(
+                [1, 2, 3 + stream], request_id="same id everywhere", max_tokens=3 + stream, seed=stream
+            )
             requests[client, stream] = request
             loop.submit(client, Submit(stream, request))
     _run(loop)
@@ -143,7 +145,9 @@ def test_a_client_that_left_takes_its_requests_with_it() -> None:
         (make_request([1], logit_bias={2000: 1}), None, "logit_bias"),
     ],
 )
-def test_a_request_that_does_not_fit_the_model_is_refused_at_once(request_: Request, code: str | None, word: str) -> None:
+def test_a_request_that_does_not_fit_the_model_is_refused_at_once(
+    request_: Request, code: str | None, word: str
+) -> None:
     loop, clients = _loop(FakeExecutor())
     loop.submit("a", Submit(0, request_))
     finish = clients.finishes["a", 0]

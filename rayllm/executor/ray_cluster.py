@@ -1,0 +1,124 @@
+"""A Ray to run in: the one this process is connected to, the one at RAY_ADDRESS, or one of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rayllm.config import RAY_NAMESPACE, Environment
+from rayllm.errors import EngineError
+
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+
+def ray_is_initialized() -> bool:
+    """Whether this process is connected to a Ray; does not import it."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+@contextlib.contextmanager
+def connected_ray(num_cpus: int) -> Iterator[bool]:
+    """A connection to Ray for the length of the block; yields whether that Ray is our own and ends with it.
+
+    Our own listens on loopback alone, prints nothing, and counts `num_cpus` logical CPUs. Raises `EngineError` where
+    no Ray answers at RAY_ADDRESS.
+    """
+    if ray_is_initialized():
+        yield False
+        return
+    address = Environment.ray_address()
+    prepare_environment(own_cluster=address is None)
+    common: dict[str, Any] = {
+        "namespace": RAY_NAMESPACE,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    # A short path: the sockets below it may have 107 bytes at most.
+    temp_dir = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    try:
+        import ray
+
+        if address:
+            ray.init(address=address, **common)
+        else:
+            if Environment.ha_proxy():
+                os.environ.update(_haproxy_environment(temp_dir))
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temp_dir,
+                **common,
+            )
+        yield address is None
+    except ConnectionError as error:
+        raise EngineError(f"no Ray cluster answers at RAY_ADDRESS={address!r}: {error}") from None
+    finally:
+        if ray_is_initialized():
+            sys.modules["ray"].shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def prepare_environment(*, own_cluster: bool) -> None:
+    """Settings that Ray and its children read from the environment; must come before Ray is imported."""
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_AUTH_MODE": "token",
+    }
+    if own_cluster:
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen on loopback alone
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        ensure_ray_token()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+
+
+def ensure_ray_token() -> None:
+    """Ray's token file, where no token is given otherwise: made when missing, readable by its owner alone."""
+    if Environment.has_ray_token():
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    if path.exists():
+        with contextlib.suppress(OSError):
+            path.chmod(0o600)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # another process was first: its token serves us too
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def _haproxy_environment(temp_dir: str) -> dict[str, str]:
+    """Keeps HAProxy's files in our folder and its two side ports off the fixed numbers that others may use."""
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{temp_dir}/haproxy/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{temp_dir}/haproxy/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{temp_dir}/haproxy",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{temp_dir}/haproxy/server-state",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+    }
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nothing listens on now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
