@@ -114,7 +114,5 @@ class PrefixCache:
         assert self._hash_of == {block: block_hash for block_hash, block in self._published.items()}
         assert self._hash_of.keys() == self._pool.kept, "kept blocks and published blocks differ"
         for block_hash, owner in self._announced.items():
-            assert any(owner is sequence for sequence in running), (
-                f"{owner} announced a block and does not run"
-            )
+            assert any(owner is sequence for sequence in running), f"{owner} announced a block and does not run"
             assert block_hash in (owner.block_hashes or [])[owner.num_published :], "a stale announcement"

@@ -142,9 +142,7 @@ class Scheduler:
         sequences."""
         size = self._block_size
         num_empty = sum(len(sequence.blocks) * size - sequence.num_computed for sequence in self._running)
-        return (
-            self._pool.num_used * size - num_empty
-        )  # shared blocks are full: none is counted as empty twice
+        return self._pool.num_used * size - num_empty  # shared blocks are full: none is counted as empty twice
 
     # ----------------------------------------------------------------------------------- requests come and go
 
@@ -187,9 +185,7 @@ class Scheduler:
                 param="prompt",
             )
         if request.request_id in self._requests:
-            raise RequestError(
-                f"request_id={request.request_id!r} is in use by an open request", param="request_id"
-            )
+            raise RequestError(f"request_id={request.request_id!r} is in use by an open request", param="request_id")
 
     def abort(self, request_id: str) -> list[Sequence]:
         """Ends the request's unfinished sequences and frees their KV, at any stage. An unknown id gives
@@ -239,18 +235,20 @@ class Scheduler:
         return self._send(draft) if draft.counts else None
 
     def _plan_running(self, draft: _Draft) -> None:
+        """In order of service. However long a prompt, one token is left for each sequence behind it."""
         counts, budget, block_size = draft.counts, draft.budget, self._block_size
+        spare = max(0, budget - len(self._running))
         for sequence in self._running:  # the preempted leave from the end, so the walk stays sound
             num_tokens = len(sequence.tokens) + sequence.num_pending
             if num_tokens >= sequence.max_length:
                 continue  # all it may have is sampled
             num_computed = sequence.num_computed
             count = num_tokens - num_computed
-            if count > budget:
-                count = budget
-            if num_computed + count > len(sequence.blocks) * block_size and not self._grow(
-                sequence, count, draft
-            ):
+            if count > 1:
+                count = min(count, 1 + spare)
+                spare -= count - 1
+            end = num_computed + count
+            if end > len(sequence.blocks) * block_size and not self._grow(sequence, end, draft):
                 break
             counts[sequence] = count
             budget -= count
@@ -258,10 +256,10 @@ class Scheduler:
                 break
         draft.budget = budget
 
-    def _grow(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
-        """Gives `sequence` blocks for `count` more tokens; the last in order are preempted where none is
+    def _grow(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
+        """Gives `sequence` blocks for its first `num_tokens`; the last in order are preempted where none is
         free. False where that came to be `sequence` itself."""
-        num_blocks = self._num_blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        num_blocks = self._num_blocks_for(num_tokens) - len(sequence.blocks)
         while (blocks := self._pool.allocate(num_blocks)) is None:
             if self._preempt_last(draft) is sequence:
                 return False
@@ -281,9 +279,10 @@ class Scheduler:
         return sequence
 
     def _plan_waiting(self, draft: _Draft) -> None:
-        """Admits in strict order. Only those that wait for a prefix being computed are passed over."""
+        """Admits in strict order. Only those that wait for a prefix being computed are passed over, and only
+        so many: a long queue must not make a plan slow."""
         num_deferred = 0
-        while draft.budget and num_deferred < len(self._waiting):
+        while draft.budget and num_deferred < min(len(self._waiting), self._max_num_seqs):
             sequence = self._waiting[num_deferred]
             if not self._may_run(sequence):
                 return
@@ -302,23 +301,25 @@ class Scheduler:
         return len(self._running) < self._max_num_seqs and self._pool.num_free >= sequence.num_blocks_wanted
 
     def _admit(self, sequence: Sequence, hits: list[int], draft: _Draft) -> bool:
-        """Gives it a row, `hits`, and new blocks for all its tokens, so that it will not be cut off
-        half-way."""
+        """Starts it where there is room for all its tokens, so that it is not cut off half-way."""
         self._pool.share(hits)
         num_new_blocks = self._num_blocks_for(len(sequence.tokens)) - len(hits)
-        blocks = (
-            self._pool.allocate(num_new_blocks) if self._make_room(sequence, num_new_blocks, draft) else None
-        )
-        if blocks is None:
+        if not self._make_room(sequence, num_new_blocks, draft):
             self._pool.release(hits)
             return False
+        new_blocks = self._pool.allocate(num_new_blocks)
+        assert new_blocks is not None
+        sequence.blocks = hits + new_blocks
+        sequence.num_published = len(hits)
+        sequence.num_computed = len(hits) * self._block_size
+        self._start(sequence, draft)
+        return True
+
+    def _start(self, sequence: Sequence, draft: _Draft) -> None:
         self._waiting.remove(sequence)
         self._running.add(sequence)
         sequence.status = Status.RUNNING
         sequence.row = row = self._free_rows.pop()
-        sequence.blocks = hits + blocks
-        sequence.num_published = len(hits)
-        sequence.num_computed = len(hits) * self._block_size
         self._cache.announce(sequence)
         self._note_start(sequence)
         draft.starts.append(
@@ -336,7 +337,6 @@ class Scheduler:
         count = min(len(sequence.tokens) - sequence.num_computed, draft.budget)
         draft.counts[sequence] = count
         draft.budget -= count
-        return True
 
     def _make_room(self, sequence: Sequence, num_blocks: int, draft: _Draft) -> bool:
         """Whether a row and `num_blocks` are free for it, over what the running ones need to grow. Sequences
@@ -357,34 +357,26 @@ class Scheduler:
     def _note_start(self, sequence: Sequence) -> None:
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs.clear()  # computed anew, from the first position
-        if sequence.num_cached_tokens is None:
+        elif self._enable_prefix_caching and sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
-            if self._enable_prefix_caching:
-                self.prefix_queries += sequence.num_prompt_tokens
-                self.prefix_hits += sequence.num_cached_tokens
+            self.prefix_queries += sequence.num_prompt_tokens
+            self.prefix_hits += sequence.num_cached_tokens
 
     def _send(self, draft: _Draft) -> StepPlan:
         """Turns the draft into a plan and moves its sequences forward."""
         self._step += 1
-        block_size = self._block_size
-        singles = [sequence for sequence, count in draft.counts.items() if count == 1]
-        longer = [sequence for sequence, count in draft.counts.items() if count > 1]
+        sequences = [sequence for sequence, count in draft.counts.items() if count == 1]
+        sequences += [sequence for sequence, count in draft.counts.items() if count > 1]
+        counts = [draft.counts[sequence] for sequence in sequences]
         num_samples = 0
         filled = []
-        for sequence in singles:
-            end = sequence.num_computed = sequence.num_computed + 1
+        for sequence, count in zip(sequences, counts):
+            end = sequence.num_computed = sequence.num_computed + count
             if end == len(sequence.tokens) + sequence.num_pending:
                 sequence.num_pending += 1
                 num_samples += 1
-            if end % block_size == 0:
+            if count > 1 or end % self._block_size == 0:
                 filled.append((sequence, end))
-        for sequence in longer:
-            end = sequence.num_computed = sequence.num_computed + draft.counts[sequence]
-            if end == len(sequence.tokens) + sequence.num_pending:
-                sequence.num_pending += 1
-                num_samples += 1
-            filled.append((sequence, end))
-        sequences = singles + longer
         rows = list(map(_row, sequences))
         self._flights.append(_Flight(self._step, dict(zip(rows, sequences)), num_samples, filled))
         finished_rows, self._finished_rows = self._finished_rows, []
@@ -396,7 +388,7 @@ class Scheduler:
             grown_rows=pack_ids(_row(sequence) for sequence, blocks in draft.grown.items() for _ in blocks),
             grown_blocks=pack_ids(block for blocks in draft.grown.values() for block in blocks),
             rows=pack_ids(rows),
-            counts=pack_ids(draft.counts[sequence] for sequence in sequences),
+            counts=pack_ids(counts),
         )
 
     def _num_blocks_for(self, num_tokens: int) -> int:
@@ -412,13 +404,12 @@ class Scheduler:
         """
         if not self._flights or (self._flights[0].step, self._epoch) != (result.step, result.epoch):
             expected = f"step {self._flights[0].step} of epoch {self._epoch}" if self._flights else "none"
-            raise EngineError(
-                f"result of step {result.step} of epoch {result.epoch} came, expected {expected}"
-            )
-        flight = self._flights.popleft()
+            raise EngineError(f"result of step {result.step} of epoch {result.epoch} came, expected {expected}")
+        flight = self._flights[0]
         rows = unpack_ids(result.rows)
         if len(rows) != flight.num_samples:
             raise EngineError(f"step {flight.step} samples {flight.num_samples} tokens, but {len(rows)} came")
+        self._flights.popleft()
         if self._enable_prefix_caching:
             for sequence, end in flight.filled:
                 if sequence.status is Status.RUNNING:  # since that plan: see `resume_after`
@@ -465,8 +456,6 @@ class Scheduler:
         self._running.clear()
         for sequence in self._waiting:
             sequence.num_pending = 0
-            sequence.num_blocks_wanted = 0
-            sequence.awaited = None
         self._start_empty()
 
     # -------------------------------------------------------------------------------------------------- check
@@ -478,9 +467,7 @@ class Scheduler:
         self._pool.check(sequence.blocks for sequence in self._running)
         self._cache.check(self._running)
         rows = list(map(_row, self._running))
-        assert sorted([*rows, *self._free_rows]) == list(range(self._max_num_seqs)), (
-            "a row is lost or taken twice"
-        )
+        assert sorted([*rows, *self._free_rows]) == list(range(self._max_num_seqs)), "a row is lost or taken twice"
         sequences = [*self._running, *self._waiting]
         live = [sequence for siblings in self._requests.values() for sequence in siblings]
         assert sorted(map(id, live)) == sorted(map(id, sequences)), "requests and queues differ"
@@ -491,9 +478,7 @@ class Scheduler:
         for sequence in self._running:
             assert sequence.status is Status.RUNNING
             assert sequence.num_computed <= sequence.num_tokens, f"{sequence} has KV for unknown tokens"
-            assert sequence.num_computed <= len(sequence.blocks) * self._block_size, (
-                f"{sequence} lacks a block"
-            )
+            assert sequence.num_computed <= len(sequence.blocks) * self._block_size, f"{sequence} lacks a block"
             assert sequence.num_published <= sequence.num_computed // self._block_size
         for sequence in self._waiting:
             assert sequence.status is Status.WAITING

@@ -125,8 +125,7 @@ class Sequence:
         self.status = Status.WAITING
         self.row = None
         self.blocks = []
-        self.num_computed = self.num_published = self.num_blocks_wanted = 0
-        self.awaited = None
+        self.num_computed = self.num_published = 0
 
     def __repr__(self) -> str:
         return (

@@ -92,9 +92,7 @@ class SimulatedWorker:
             tokens = list(unpack_ids(start.tokens))
             assert start.num_computed_tokens < len(tokens)
             blocks = list(unpack_ids(start.blocks))
-            self.rows[start.row] = Row(
-                start, tokens, prefix_digests(tokens), blocks, start.num_computed_tokens
-            )
+            self.rows[start.row] = Row(start, tokens, prefix_digests(tokens), blocks, start.num_computed_tokens)
         for row, block in zip(unpack_ids(plan.grown_rows), unpack_ids(plan.grown_blocks), strict=True):
             self.rows[row].blocks.append(block)
         for row in self.rows.values():
@@ -156,22 +154,22 @@ def say(position: int, token: int) -> TokenLogprobs:
     return TokenLogprobs(ids=pack_ids([token]), values=struct.pack("f", -1.0), rank=position)
 
 
+SETTINGS = {
+    "num_blocks": 64,
+    "block_size": 4,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 128,
+    "enable_prefix_caching": True,
+    "eos_token_ids": frozenset({EOS}),
+}
+
+
 def make_scheduler(**changes) -> Scheduler:
-    settings = {
-        "num_blocks": 64,
-        "block_size": 4,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 128,
-        "enable_prefix_caching": True,
-        "eos_token_ids": frozenset({EOS}),
-    }
-    return Scheduler(**(settings | changes))
+    return Scheduler(**(SETTINGS | changes))
 
 
-def make_request(
-    request_id: str, prompt: list[int], *, priority=0, cache_salt="", emitted=(), **params
-) -> Request:
+def make_request(request_id: str, prompt: list[int], *, priority=0, cache_salt="", emitted=(), **params) -> Request:
     sampling = SamplingParams(**({"max_tokens": 8, "ignore_eos": True} | params))
     return Request(
         request_id=request_id,
@@ -189,18 +187,16 @@ class Engine:
     """A scheduler and a simulated worker; steps on demand, and remembers what was delivered."""
 
     def __init__(self, **changes):
-        self.settings = changes
-        self.scheduler = make_scheduler(**changes)
+        self.settings = SETTINGS | changes
+        self.scheduler = Scheduler(**self.settings)
         self.delivered: dict[Sequence, list[SequenceUpdate]] = {}
         self.results: list[StepResult] = []
         self.epoch = 0
         self._start_worker()
 
     def _start_worker(self) -> None:
-        scheduler = self.scheduler
-        self.worker = SimulatedWorker(
-            scheduler.num_blocks, scheduler._block_size, scheduler._max_num_batched_tokens
-        )
+        names = ("num_blocks", "block_size", "max_num_batched_tokens")
+        self.worker = SimulatedWorker(**{name: self.settings[name] for name in names})
         self.results.clear()
 
     def add(self, request: Request) -> list[Sequence]:

@@ -41,9 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, block_size, num_spare_blocks, **config):
         self.max_model_len = 20
         num_blocks = -(-self.max_model_len // block_size) + num_spare_blocks
-        self.engine = Engine(
-            block_size=block_size, num_blocks=num_blocks, max_model_len=self.max_model_len, **config
-        )
+        self.engine = Engine(block_size=block_size, num_blocks=num_blocks, max_model_len=self.max_model_len, **config)
         self.num_requests = 0
         self.open = {}
 
@@ -53,8 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = f"r{self.num_requests}"
         self.num_requests += 1
         answers = [
-            expected_answer(make_request(request_id, **spec), choice, self.max_model_len)
-            for choice in range(spec["n"])
+            expected_answer(make_request(request_id, **spec), choice, self.max_model_len) for choice in range(spec["n"])
         ]
         emitted = [tokens[:num_replayed] for tokens, _, _ in answers] if num_replayed else ()
         sequences = self.engine.add(make_request(request_id, emitted=emitted, **spec))
@@ -114,9 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             updates, params = self.engine.delivered[sequence], sequence.request.params
             for update in updates:
                 assert (update.logprobs is not None) == (params.logprobs is not None)
-                assert (update.finish is not None) == (
-                    update is updates[-1] and sequence.finish.reason != "abort"
-                )
+                assert (update.finish is not None) == (update is updates[-1] and sequence.finish.reason != "abort")
             first, *later = updates or [None]
             assert all(update.prompt_logprobs is None for update in later)
             wanted = params.prompt_logprobs is not None and sequence.choice == 0 and not num_replayed

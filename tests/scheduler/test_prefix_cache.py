@@ -1,0 +1,155 @@
+from scheduler.simulated_worker import make_request
+
+from rayllm.scheduler.block_pool import BlockPool
+from rayllm.scheduler.prefix_cache import PrefixCache
+from rayllm.scheduler.sequence import Sequence, Status
+
+BLOCK_SIZE = 4
+PROMPT = list(range(1, 13))  # three blocks
+
+
+class Cache:
+    """A prefix cache over a small pool, and sequences for it."""
+
+    def __init__(self, num_blocks: int = 8, *, enabled: bool = True):
+        self.pool = BlockPool(num_blocks)
+        self.cache = PrefixCache(self.pool, BLOCK_SIZE, enabled=enabled)
+        self.num_arrivals = 0
+
+    def sequence(self, tokens: list[int], **request) -> Sequence:
+        self.num_arrivals += 1
+        made = make_request(str(self.num_arrivals), tokens, **request)
+        return Sequence(
+            made,
+            0,
+            arrival=self.num_arrivals,
+            max_model_len=99,
+            eos_token_ids=frozenset(),
+            prompt_hashes=[],
+        )
+
+    def start(self, tokens: list[int], **request) -> Sequence:
+        sequence = self.sequence(tokens, **request)
+        sequence.status = Status.RUNNING
+        sequence.blocks = self.pool.allocate(-(-len(tokens) // BLOCK_SIZE))
+        self.cache.announce(sequence)
+        return sequence
+
+    def computed(self, tokens: list[int], **request) -> Sequence:
+        sequence = self.start(tokens, **request)
+        self.cache.publish(sequence, len(tokens) // BLOCK_SIZE)
+        return sequence
+
+    def lookup(self, tokens: list[int], **request) -> list[int] | None:
+        return self.cache.lookup(self.sequence(tokens, **request))
+
+
+def test_published_blocks_are_found_up_to_the_first_difference():
+    cache = Cache()
+    owner = cache.computed(PROMPT)
+    assert cache.lookup([*PROMPT, 99]) == owner.blocks
+    assert cache.lookup([*PROMPT[:8], 50, 51, 52, 53, 54]) == owner.blocks[:2]
+    assert cache.lookup([99, *PROMPT]) == []
+    cache.cache.check([owner])
+
+
+def test_the_last_token_is_never_served_from_the_cache():
+    cache = Cache()
+    owner = cache.computed(PROMPT)
+    assert cache.lookup(PROMPT) == owner.blocks[:2]
+    assert cache.lookup(PROMPT[:4]) == []
+    assert cache.lookup(PROMPT[:5]) == owner.blocks[:1]
+
+
+def test_a_block_is_known_by_its_whole_prefix_and_not_by_its_own_tokens():
+    cache = Cache()
+    cache.computed(PROMPT)
+    assert cache.lookup([*PROMPT[4:8], 99]) == []
+    assert cache.lookup([90, 91, 92, 93, *PROMPT[4:]]) == []
+
+
+def test_salts_do_not_share():
+    cache = Cache()
+    owner = cache.computed(PROMPT, cache_salt="a")
+    assert cache.lookup([*PROMPT, 99], cache_salt="a") == owner.blocks
+    assert cache.lookup([*PROMPT, 99], cache_salt="b") == []
+    assert cache.lookup([*PROMPT, 99]) == []
+
+
+def test_an_evicted_block_is_forgotten():
+    cache = Cache(num_blocks=3)
+    owner = cache.computed(PROMPT)
+    cache.pool.release(owner.blocks)
+    assert cache.lookup([*PROMPT, 99]) == owner.blocks
+    cache.pool.allocate(1)
+    assert cache.lookup([*PROMPT, 99]) == owner.blocks[:2]
+    cache.cache.check([])
+
+
+def test_the_second_of_two_equal_blocks_stays_private():
+    cache = Cache()
+    first, second = cache.start(PROMPT), cache.start(PROMPT)
+    cache.cache.publish(second, 1)
+    cache.cache.publish(first, 3)
+    assert cache.lookup([*PROMPT, 99]) == [second.blocks[0], *first.blocks[1:]]
+    cache.cache.publish(second, 3)
+    assert second.num_published == 3
+    cache.cache.check([first, second])
+    cache.pool.release(first.blocks)
+    cache.pool.release(second.blocks)
+    assert cache.lookup([*PROMPT, 99]) == [second.blocks[0], *first.blocks[1:]]
+
+
+def test_a_block_that_a_running_sequence_computes_is_waited_for():
+    cache = Cache()
+    owner = cache.start(PROMPT)
+    waiting = cache.sequence([*PROMPT, 99])
+    assert cache.cache.lookup(waiting) is None
+    cache.cache.publish(owner, 1)
+    assert cache.cache.lookup(waiting) is None
+    cache.cache.publish(owner, 3)
+    assert cache.cache.lookup(waiting) == owner.blocks
+
+
+def test_only_the_next_block_is_waited_for():
+    cache = Cache()
+    cache.start(PROMPT)
+    assert cache.lookup([99, *PROMPT]) == []
+    assert cache.lookup(PROMPT[:4]) == [], "its only block must be computed by itself"
+
+
+def test_nothing_is_waited_for_once_its_owner_stops():
+    cache = Cache()
+    owner = cache.start(PROMPT)
+    cache.cache.publish(owner, 1)
+    waiting = cache.sequence([*PROMPT, 99])
+    assert cache.cache.lookup(waiting) is None
+    cache.cache.withdraw(owner)
+    assert cache.cache.lookup(waiting) == owner.blocks[:1]
+    cache.cache.check([])
+
+
+def test_a_sequence_does_not_wait_for_one_of_lower_priority():
+    cache = Cache()
+    cache.start(PROMPT, priority=1)
+    assert cache.lookup([*PROMPT, 99], priority=1) is None
+    assert cache.lookup([*PROMPT, 99], priority=2) is None
+    assert cache.lookup([*PROMPT, 99], priority=0) == []
+
+
+def test_prompt_logprobs_use_no_hits_and_wait_for_nothing_but_serve_others():
+    cache = Cache()
+    first = cache.start(PROMPT)
+    assert cache.lookup([*PROMPT, 99], prompt_logprobs=0) == []
+    cache.cache.publish(first, 3)
+    assert cache.lookup([*PROMPT, 99], prompt_logprobs=0) == []
+    other = cache.computed([50, 51, 52, 53], prompt_logprobs=0)
+    assert cache.lookup([50, 51, 52, 53, 99]) == other.blocks
+
+
+def test_a_disabled_cache_finds_and_defers_nothing():
+    cache = Cache(enabled=False)
+    owner = cache.start(PROMPT)
+    assert cache.lookup([*PROMPT, 99]) == []
+    cache.cache.withdraw(owner)
+    cache.cache.check([])
