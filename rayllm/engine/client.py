@@ -1,0 +1,392 @@
+"""A client of a driver: one duplex socket for a client process and a driver, many requests on it.
+
+`EngineConnection` is for an asyncio program (an ingress), `BlockingConnection` for one thread that blocks
+(`LLM`). No Ray in here but to find an engine by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from rayllm.engine.link import DriverAddress
+from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.executor.channel import (
+    Address,
+    FrameReader,
+    FrameTooLargeError,
+    FrameWriter,
+    PeerGoneError,
+)
+from rayllm.executor.channel import (
+    connect as connect_channel,
+)
+from rayllm.messages import (
+    Abort,
+    DriverMessage,
+    EngineStats,
+    Hello,
+    StatsQuery,
+    Submit,
+    TokenDelta,
+)
+from rayllm.request import Request
+
+CONNECT_TIMEOUT_S = 10.0
+STATS_TIMEOUT_S = 10.0
+_PEER = "the engine's driver"
+
+
+class RequestStream:
+    """What a request brings, as an async iterator of lists of `TokenDelta` whose `stream` is the choice, from
+    0.
+
+    A list holds all that came since the last one was taken, in order. It ends after each choice has had its
+    `Finish` or was aborted; when the driver is lost, `EngineError` is raised after what came before. Close it
+    when done early: `close` is also the end of `async with`.
+    """
+
+    def __init__(self, connection: EngineConnection, request: Request, first_stream: int):
+        self.request_id = request.request_id
+        self._connection = connection
+        self._first_stream = first_stream
+        self._open = set(range(request.params.n))
+        self._ready: list[TokenDelta] = []
+        self._error: EngineError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> list[TokenDelta]:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        ready, self._ready = self._ready, []
+        return ready
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come; what came may not have been taken yet."""
+        return not self._open or self._error is not None
+
+    def abort_choice(self, choice: int) -> None:
+        """Wants no more of this choice; nothing of it comes after what came already. Idempotent."""
+        if choice in self._open:
+            self._open.discard(choice)
+            self._connection._abort(self._first_stream + choice)
+            self._wake()
+
+    def close(self) -> None:
+        """Aborts each unfinished choice and forgets what was not taken. Idempotent."""
+        for choice in sorted(self._open):
+            self.abort_choice(choice)
+        self._ready = []
+
+    def _add(self, choice: int, delta: TokenDelta) -> None:
+        self._ready.append(
+            TokenDelta(
+                choice,
+                delta.token_ids,
+                delta.finish,
+                delta.logprobs,
+                delta.prompt_logprobs,
+                delta.num_cached_tokens,
+            )
+        )
+        if delta.finish is not None:
+            self._open.discard(choice)
+        self._wake()
+
+    def _fail(self, error: EngineError) -> None:
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Wire(asyncio.BufferedProtocol):
+    """Reads frames straight into the reader's buffer; the loop calls it once for what one read brought."""
+
+    def __init__(self, on_frame: Callable[[memoryview], None], on_lost: Callable[[str], None]):
+        self._reader = FrameReader(_PEER)
+        self._on_frame = on_frame
+        self._on_lost = on_lost
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> Any:  # typeshed asks for a bytearray; any writable buffer serves
+        return self._reader.space()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        try:
+            self._reader.received(nbytes)
+            while (frame := self._reader.next_frame()) is not None:
+                self._on_frame(frame)
+        except (FrameTooLargeError, msgspec.MsgspecError) as error:
+            self._on_lost(f"it sent what cannot be read: {error}")
+            assert self.transport is not None
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_lost(f"connection lost: {exc}" if exc else "it closed the connection or died")
+
+
+class EngineConnection:
+    """Requests to one driver and their tokens back, for one event loop. Made by `connect`."""
+
+    def __init__(self) -> None:
+        self._wire = _Wire(self._take, self._lost)
+        self._writer = FrameWriter()
+        self._decoder = msgspec.msgpack.Decoder(DriverMessage)
+        self._next_stream = 0
+        self._streams: dict[int, tuple[RequestStream, int]] = {}
+        self._tickets = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[EngineStats]] = {}
+        self._welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._lost_reason: str | None = None
+        self._gone = asyncio.Event()
+
+    @property
+    def lost_reason(self) -> str | None:
+        """Why the connection is over; None while it stands."""
+        return self._lost_reason
+
+    async def wait_lost(self) -> str:
+        """Returns the reason once the connection is over."""
+        await self._gone.wait()
+        return self._lost_reason or ""
+
+    def submit(self, request: Request) -> RequestStream:
+        """Sends the request and returns at once. Raises `EngineError` when the driver is gone."""
+        self._check_alive()
+        first, n = self._next_stream, request.params.n
+        stream = RequestStream(self, request, first)
+        self._send(Submit(first, request))  # raises before anything is kept
+        self._next_stream += n
+        for choice in range(n):
+            self._streams[first + choice] = stream, choice
+        return stream
+
+    async def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> EngineStats:
+        """The driver's figures. Raises `EngineError` when it is gone or does not answer in time."""
+        self._check_alive()
+        ticket = next(self._tickets)
+        answer = self._asked[ticket] = asyncio.get_running_loop().create_future()
+        self._send(StatsQuery(ticket))
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except asyncio.TimeoutError:
+            raise EngineError(f"{_PEER} did not answer within {timeout_s:g} s", code="engine_timeout") from None
+        finally:
+            self._asked.pop(ticket, None)
+
+    def close(self) -> None:
+        """Closes the socket: the driver aborts what is open, and open streams end with `EngineError`.
+        Idempotent.
+        """
+        self._lost("this client closed the connection")
+        if self._wire.transport is not None:
+            self._wire.transport.close()
+
+    async def __aenter__(self) -> EngineConnection:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # ----------------------------------------------------------------------------------------------- the wire
+
+    async def _open(self, address: DriverAddress, name: str, timeout_s: float) -> None:
+        where = _where(address)
+        loop = asyncio.get_running_loop()
+        try:
+            if isinstance(where, str):
+                opening: Awaitable[Any] = loop.create_unix_connection(lambda: self._wire, where)
+            else:
+                opening = loop.create_connection(lambda: self._wire, *where)
+            await asyncio.wait_for(opening, timeout_s)
+            self._send(Hello(address.token, name))
+            await asyncio.wait_for(self._welcome, timeout_s)
+        except (OSError, asyncio.TimeoutError) as error:
+            self.close()
+            raise EngineUnreachableError(f"no driver answers at {where}: {_cause(error, timeout_s)}") from None
+        except EngineError as error:
+            raise EngineUnreachableError(f"the driver at {where} refused this client: {error}") from None
+
+    def _send(self, message: msgspec.Struct) -> None:
+        assert self._wire.transport is not None
+        self._wire.transport.write(bytes(self._writer.frame(message)))
+
+    def _take(self, frame: memoryview) -> None:
+        message = self._decoder.decode(frame)
+        if isinstance(message, EngineStats):
+            answer = self._asked.get(message.ticket)
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+            return
+        if not self._welcome.done():
+            self._welcome.set_result(None)
+        streams = self._streams
+        for delta in message.deltas:
+            found = streams.get(delta.stream)
+            if found is None:
+                continue  # aborted: this was on its way
+            stream, choice = found
+            if delta.finish is not None:
+                del streams[delta.stream]
+            stream._add(choice, delta)
+
+    def _abort(self, stream: int) -> None:
+        if self._streams.pop(stream, None) is not None and self._lost_reason is None:
+            self._send(Abort(stream))
+
+    def _lost(self, reason: str) -> None:
+        if self._lost_reason is not None:
+            return
+        self._lost_reason = reason
+        self._gone.set()
+        error = self._gone_error()
+        streams, self._streams = self._streams, {}
+        for stream in {id(stream): stream for stream, _ in streams.values()}.values():
+            stream._fail(error)
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(error)
+        if not self._welcome.done():
+            self._welcome.set_exception(error)
+            self._welcome.exception()  # seen: only `connect` waits for it, and it may have given up
+
+    def _check_alive(self) -> None:
+        if self._lost_reason is not None:
+            raise self._gone_error()
+
+    def _gone_error(self) -> EngineError:
+        return EngineError(f"{_PEER} is gone: {self._lost_reason}", code="engine_gone")
+
+
+async def connect(
+    address: DriverAddress, *, name: str | None = None, timeout_s: float = CONNECT_TIMEOUT_S
+) -> EngineConnection:
+    """Connects to a driver. Raises `EngineUnreachableError` when nobody answers there or the token is
+    wrong.
+    """
+    connection = EngineConnection()
+    await connection._open(address, name or _client_name(), timeout_s)
+    return connection
+
+
+async def connect_by_name(engine: str, *, name: str | None = None) -> EngineConnection:
+    """Connects to the engine of that name in this process's Ray cluster. Raises `EngineUnreachableError`."""
+    from rayllm.engine.driver import find_address
+
+    return await connect(await find_address(engine), name=name)
+
+
+class BlockingConnection:
+    """A driver as one thread sees it (`engine.local.BlockingEngine`): the caller numbers its streams, choice
+    i of a request is `stream + i`.
+    """
+
+    def __init__(self, address: DriverAddress, *, name: str | None = None, timeout_s: float = CONNECT_TIMEOUT_S):
+        """Raises `EngineUnreachableError` when nobody answers there or the token is wrong."""
+        where = _where(address)
+        try:
+            self._channel = connect_channel(where, address.token, name or _client_name(), _PEER, timeout_s)
+        except OSError as error:
+            raise EngineUnreachableError(f"no driver answers at {where}: {error}") from None
+        self._decoder = msgspec.msgpack.Decoder(DriverMessage)
+        self._tickets = itertools.count(1)
+        self._deltas: list[TokenDelta] = []
+        try:
+            self._channel.receive(timeout_s)
+        except OSError as error:  # a TimeoutError is one too
+            self._channel.close()
+            raise EngineUnreachableError(f"the driver at {where} refused this client: {error}") from None
+
+    def submit(self, stream: int, request: Request) -> None:
+        """Raises `EngineError` when the driver is gone."""
+        self._send(Submit(stream, request))
+
+    def abort(self, stream: int) -> None:
+        """Wants no more of the choice with this number; deltas on their way may still come."""
+        self._send(Abort(stream))
+
+    def receive(self) -> list[TokenDelta]:
+        """The next deltas; waits for some. Raises `EngineError` when the driver is gone."""
+        while not self._deltas:
+            self._take(None)
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> EngineStats:
+        """The driver's figures. Raises `EngineError` when it is gone or does not answer in time."""
+        ticket = next(self._tickets)
+        self._send(StatsQuery(ticket))
+        while True:
+            answer = self._take(timeout_s)
+            if answer is not None and answer.ticket == ticket:
+                return answer
+
+    def close(self) -> None:
+        """The driver aborts what is open. Idempotent."""
+        self._channel.close()
+
+    def _take(self, timeout_s: float | None) -> EngineStats | None:
+        try:
+            message = self._decoder.decode(self._channel.receive(timeout_s))
+        except TimeoutError:
+            raise EngineError(f"{_PEER} did not answer within {timeout_s} s", code="engine_timeout") from None
+        except (PeerGoneError, FrameTooLargeError) as error:
+            raise EngineError(str(error), code="engine_gone") from None
+        if isinstance(message, EngineStats):
+            return message
+        self._deltas += message.deltas
+        return None
+
+    def _send(self, message: msgspec.Struct) -> None:
+        try:
+            self._channel.send(message)
+        except PeerGoneError as error:
+            raise EngineError(str(error), code="engine_gone") from None
+
+
+def _where(address: DriverAddress) -> Address:
+    """The Unix socket where it can be seen from here, else TCP. Raises `EngineUnreachableError`."""
+    if os.path.exists(address.unix_path):
+        return address.unix_path
+    if address.host is not None and address.port is not None:
+        return address.host, address.port
+    raise EngineUnreachableError(
+        f"the driver on node {address.node_id[:8]} listens at {address.unix_path}, which is not here: "
+        "it has ended, or this process is on another node and must ask the driver again"
+    )
+
+
+def _client_name() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _cause(error: BaseException, timeout_s: float) -> str:
+    return f"no answer within {timeout_s:g} s" if isinstance(error, asyncio.TimeoutError) else str(error)

@@ -1,0 +1,347 @@
+"""The driver: one actor an engine, which plans tokens. It owns the workers, the step loop and the clients'
+sockets.
+
+Ray finds it by name (`rayllm:<engine>:driver` in namespace `rayllm`); requests and tokens go over
+`engine.link`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import selectors
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayllm.config import RAY_NAMESPACE, ResolvedConfig
+from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
+from rayllm.engine.loop import EngineLoop
+from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
+from rayllm.executor.executor import Executor
+from rayllm.executor.worker import RunnerFactory, WorkerPlace
+
+log = logging.getLogger(__name__)
+
+_JOIN_TIMEOUT_S = 10.0
+
+
+# ------------------------------------------------------------------------------------------ the loop's thread
+
+
+class Steps(Protocol):
+    """What the thread drives: `EngineLoop`."""
+
+    def submit(self, client: int, message: Any) -> None: ...
+
+    def client_gone(self, client: int) -> None: ...
+
+    def step(self) -> bool: ...
+
+    def fail(self, error: EngineError) -> None: ...
+
+
+def run_loop(
+    loop: Steps,
+    link: ClientLink,
+    executor: Executor,
+    stop: threading.Event,
+    on_failed: Callable[[EngineError], None],
+) -> None:
+    """The loop's thread: messages in, a step, and so on until `stop` is set (and `link.wake` called). Without
+    work it blocks until a message comes or a worker is lost.
+
+    When the executor is lost, `recover` decides; if it cannot mend, `on_failed` is told once, and from then
+    on the loop only answers: new requests are refused with the reason.
+    """
+    failed = False
+    with selectors.DefaultSelector() as idle:
+        idle.register(link, selectors.EVENT_READ)
+        results = executor.result_socket()
+        if results is not None:
+            idle.register(results, selectors.EVENT_READ)
+        while not stop.is_set():
+            for client, event in link.drain():
+                if isinstance(event, ClientGone):
+                    loop.client_gone(client)
+                else:
+                    loop.submit(client, event)
+            try:
+                if loop.step():
+                    continue
+                if not failed:
+                    executor.check()
+            except EngineError as error:
+                if recover(loop, error):
+                    continue
+                failed = True
+                if results is not None:
+                    idle.unregister(results)
+                on_failed(error)
+            idle.select()
+
+
+def recover(loop: Steps, error: EngineError) -> bool:
+    """Mends what a lost worker broke; False: it cannot, and every open request has been told so.
+
+    Nothing is mended yet. Replacing the lost rank, rebuilding the group under a new epoch and letting the
+    sequences catch up belongs here.
+    """
+    loop.fail(error)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- the driver
+
+
+@dataclass(frozen=True)
+class EngineDescription:
+    """What runs where."""
+
+    config: str
+    """The resolved config as JSON."""
+    served_model_name: str
+    num_blocks: int
+    driver: WorkerPlace
+    workers: tuple[WorkerPlace, ...]
+
+
+class Driver:
+    """An engine's processes seen from its middle, without Ray: `start`, then clients connect to `link`, then
+    `close`.
+
+    `make_executor(config, on_stage)` brings the workers up; it is called by `start`.
+    """
+
+    def __init__(self, make_executor: Callable[[ResolvedConfig, Callable[[str], None]], Executor]):
+        self._make_executor = make_executor
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.stage = "starting the driver"
+        self.failure: str | None = None
+        self.on_failed: Callable[[str], None] = lambda reason: None
+        self.executor: Executor | None = None
+        self.config: ResolvedConfig | None = None
+        self.link: ClientLink | None = None
+
+    def start(self, config: ResolvedConfig) -> None:
+        """Brings workers and loop up; clients are served when it returns. Raises what the executor raises."""
+        from rayllm.engine.local import build_scheduler
+
+        self.config = config
+        try:
+            self.executor = self._make_executor(config, self._set_stage)
+            self.link = ClientLink()
+            loop = EngineLoop(config, build_scheduler(config, self.executor.num_blocks), self.executor, self.link.send)
+        except BaseException as error:
+            self.stage = f"failed: {error}"
+            self.close()
+            raise
+        gc.collect()
+        gc.freeze()
+        arguments = loop, self.link, self.executor, self._stop, self._fail
+        self._thread = threading.Thread(target=self._run, args=arguments, name="engine-loop", daemon=True)
+        self._thread.start()
+        self.stage = "ready"
+
+    def close(self) -> None:
+        """Ends loop, clients' sockets and workers; idempotent."""
+        self._stop.set()
+        executor, link, thread = self.executor, self.link, self._thread
+        if link is not None and thread is not None and thread.is_alive():
+            link.wake()
+            thread.join(_JOIN_TIMEOUT_S)
+        if executor is not None:
+            executor.close()  # a loop that hangs in a step sees its workers go
+        if link is not None:
+            link.close()
+
+    def _run(self, *arguments: Any) -> None:
+        try:
+            run_loop(*arguments)
+        except Exception as error:
+            if not self._stop.is_set():
+                log.exception("the loop's thread ended")
+                self._fail(EngineError(f"the loop's thread ended: {type(error).__name__}: {error}"))
+
+    def _fail(self, error: EngineError) -> None:
+        self.failure = str(error)
+        self.stage = f"failed: {error}"
+        log.error("engine failed: %s", error)
+        self.on_failed(self.failure)
+
+    def _set_stage(self, stage: str) -> None:
+        self.stage = stage
+
+
+class DriverActor:
+    """The Ray actor round a `Driver`. Its calls are of the lifecycle; none is made while tokens flow."""
+
+    def __init__(self, placement_group: Any, runner_factory: RunnerFactory | None = None):
+        from rayllm.executor.group import WorkerGroup
+
+        def make_executor(config: ResolvedConfig, on_stage: Callable[[str], None]) -> Executor:
+            return WorkerGroup(config, on_stage, placement_group, runner_factory)
+
+        self._driver = Driver(make_executor)
+        self._failed = asyncio.Event()
+
+    async def start(self, resolved_config_json: str) -> None:
+        """Returns when requests are served."""
+        event_loop = asyncio.get_running_loop()
+
+        def on_failed(reason: str) -> None:
+            event_loop.call_soon_threadsafe(self._failed.set)
+
+        self._driver.on_failed = on_failed
+        config = ResolvedConfig.model_validate_json(resolved_config_json)
+        try:
+            await asyncio.to_thread(self._driver.start, config)
+        except EngineError as error:
+            raise EngineError(str(error), code=error.code) from None  # subclasses do not all survive a pickle
+
+    async def stage(self) -> str:
+        """What `start` is doing, in a few words; then `ready`, or `failed: ` and the reason."""
+        return self._driver.stage
+
+    async def address(self, client_node: str | None = None) -> DriverAddress:
+        """Where clients connect. TCP is opened when a client lives on another node."""
+        import ray
+
+        link = self._driver.link
+        if link is None:
+            raise EngineError(f"the engine is not ready: {self._driver.stage}", code="engine_not_ready")
+        node = ray.get_runtime_context().get_node_id()
+        if client_node not in (None, node):
+            link.listen_tcp(ray.util.get_node_ip_address())
+        host, port = link.tcp_address or (None, None)
+        return DriverAddress(node, link.unix_path, link.token, host, port)
+
+    async def describe(self) -> EngineDescription:
+        from rayllm.executor.worker import worker_place
+
+        config, executor = self._driver.config, self._driver.executor
+        if config is None or executor is None:
+            raise EngineError(f"the engine is not ready: {self._driver.stage}", code="engine_not_ready")
+        return EngineDescription(
+            config=config.model_dump_json(),
+            served_model_name=config.served_model_name,
+            num_blocks=executor.num_blocks,
+            driver=worker_place(),
+            workers=tuple(executor.places),  # type: ignore[attr-defined]  # a WorkerGroup, see __init__
+        )
+
+    async def wait_failed(self) -> str:
+        """Returns the reason once the engine has failed; not before."""
+        await self._failed.wait()
+        return self._driver.failure or ""
+
+    async def shutdown(self) -> None:
+        await asyncio.to_thread(self._driver.close)
+
+
+# ------------------------------------------------------------------------------------ finding one, making one
+
+
+def driver_name(engine: str) -> str:
+    """The actor's name in `RAY_NAMESPACE`."""
+    return f"rayllm:{engine}:driver"
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """A driver and its placement group, as their maker holds them; both go when the maker goes."""
+
+    driver: Any
+    placement_group: Any
+
+    def close(self) -> None:
+        """Ends driver and workers and gives the resources back."""
+        import contextlib
+
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.driver.shutdown.remote(), timeout=3 * _JOIN_TIMEOUT_S)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self.driver, no_restart=True)
+        remove_placement_group(self.placement_group)
+
+
+def create_driver(config: ResolvedConfig, runner_factory: RunnerFactory | None = None) -> RunningEngine:
+    """Places an engine and makes its driver actor, not yet started: call `driver.start.remote(config_json)`
+    and ask `driver.stage` meanwhile. Raises `ConfigError` where there is no room or the name is taken.
+    """
+    import ray
+    from ray.util.placement_group import remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from rayllm.executor.placement import create_placement_group
+
+    name = config.engine.name
+    if name in known_engines():
+        raise ConfigError(f"an engine named {name!r} is already running: give this one another name, or stop that one")
+    group = create_placement_group(config)
+    options: dict[str, Any] = {
+        "name": driver_name(name),
+        "namespace": RAY_NAMESPACE,
+        "num_cpus": group.bundle_specs[0]["CPU"],
+        "max_restarts": 0,
+        "max_concurrency": 1000,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+    }
+    try:
+        driver = ray.remote(DriverActor).options(**options).remote(group, runner_factory)
+    except BaseException as error:
+        remove_placement_group(group)
+        if isinstance(error, ValueError):
+            raise ConfigError(f"cannot make the driver of engine {name!r}: {error}") from None
+        raise
+    return RunningEngine(driver, group)
+
+
+def known_engines() -> list[str]:
+    """Names of the engines whose driver is alive in this Ray cluster, sorted."""
+    import ray
+
+    names = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == RAY_NAMESPACE
+    ]
+    prefix, suffix = driver_name("|").split("|")
+    return sorted(n[len(prefix) : -len(suffix)] for n in names if n.startswith(prefix) and n.endswith(suffix))
+
+
+def find_driver(engine: str) -> Any:
+    """The driver's actor handle. Raises `EngineUnreachableError`, which names the engines that do run."""
+    import ray
+
+    if not ray.is_initialized():
+        raise EngineUnreachableError(
+            f"cannot look for engine {engine!r}: not connected to Ray, call ray.init(address='auto')"
+        )
+    try:
+        return ray.get_actor(driver_name(engine), namespace=RAY_NAMESPACE)
+    except ValueError:
+        running = ", ".join(repr(name) for name in known_engines()) or "none"
+        raise EngineUnreachableError(f"no engine named {engine!r} in this Ray cluster; running: {running}") from None
+
+
+async def find_address(engine: str) -> DriverAddress:
+    """Where the engine of that name takes clients from this process's node. Raises
+    `EngineUnreachableError`.
+    """
+    import ray
+
+    driver = find_driver(engine)
+    try:
+        address: DriverAddress = await driver.address.remote(ray.get_runtime_context().get_node_id())
+    except ray.exceptions.RayActorError as error:
+        raise EngineUnreachableError(f"the driver of engine {engine!r} is gone: {error}") from None
+    except EngineError as error:
+        raise EngineUnreachableError(f"engine {engine!r} cannot be used: {error}") from None
+    return address

@@ -1,0 +1,45 @@
+"""What the step loop asks of whatever computes its plans."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rayllm.messages import StepPlan, StepResult
+
+
+class Selectable(Protocol):
+    """Anything that `select` can wait for."""
+
+    def fileno(self) -> int: ...
+
+
+class Executor(Protocol):
+    """One or more workers, seen as one. Used from a single thread; results come in the order of the plans."""
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Plans that may be uncommitted at once: 1 in process, 2 with worker processes."""
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks, the least over the workers."""
+
+    def send(self, plan: StepPlan) -> None:
+        """Gives the plan to all workers and returns at once. A lost worker is told by `receive`."""
+
+    def receive(self, timeout_s: float | None) -> StepResult:
+        """The result of the oldest plan sent.
+
+        Raises `WorkerDiedError` when a worker is lost or says that it failed, and `TimeoutError`.
+        """
+
+    def check(self) -> None:
+        """Raises `WorkerDiedError` when a worker is lost, without waiting; for a loop that has no plan to
+        wait for.
+        """
+
+    def result_socket(self) -> Selectable | None:
+        """Readable when a result or a loss may be there; None where `receive` itself computes."""
+
+    def close(self) -> None:
+        """Ends the workers and leaves nothing behind; idempotent."""

@@ -1,0 +1,75 @@
+"""One worker in this process, without Ray: the plan is computed when its result is asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from rayllm.config import ResolvedConfig
+from rayllm.errors import WorkerDiedError
+from rayllm.executor.executor import Selectable
+from rayllm.messages import StepPlan, StepResult
+
+
+class StepRunner(Protocol):
+    """What an executor needs of `rayllm.runner.runner.Runner`."""
+
+    def num_blocks_available(self) -> int: ...
+
+    def start(self, num_blocks: int) -> None: ...
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def warm_up(self) -> None: ...
+
+
+class InprocExecutor:
+    """Runs plans on the caller's thread, one at a time; a failing runner is a dead worker of rank 0."""
+
+    pipeline_depth = 1
+
+    def __init__(self, runner: StepRunner):
+        self.num_blocks = runner.num_blocks_available()
+        runner.start(self.num_blocks)
+        runner.warm_up()
+        self._runner = runner
+        self._plans: deque[StepPlan] = deque()
+        self._failure: WorkerDiedError | None = None
+
+    @classmethod
+    def load(cls, config: ResolvedConfig) -> InprocExecutor:
+        """Loads the model on this process's device."""
+        from rayllm.distributed.groups import TensorParallel
+        from rayllm.runner.runner import Runner
+
+        return cls(Runner(config, TensorParallel()))
+
+    def send(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+
+    def receive(self, timeout_s: float | None) -> StepResult:
+        """Computes the oldest plan; `timeout_s` bounds only the wait for a plan that was never sent."""
+        self.check()
+        if not self._plans:
+            raise TimeoutError("no plan was sent")
+        try:
+            return self._runner.execute(self._plans.popleft())
+        except Exception as error:
+            self._failure = WorkerDiedError(0, one_line(error))
+            raise self._failure from error
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def result_socket(self) -> Selectable | None:
+        return None
+
+    def close(self) -> None:
+        self._plans.clear()
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line: its type and message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

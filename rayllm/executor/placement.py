@@ -1,0 +1,174 @@
+"""Where an engine's processes go: one placement group, asked for only when the cluster is seen to have
+room.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayllm.config import ResolvedConfig
+from rayllm.errors import ConfigError
+
+_SMALL_CPU_SHARE = 0.01
+_CPUS_LEFT_FOR_OTHERS = 2
+_STALE_VIEW_S = 0.8
+"""Ray's view of what is free lags behind an engine that has just ended: look again for so long before
+refusing.
+"""
+_CREATE_TIMEOUT_S = 15.0
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of the cluster, as far as placement asks."""
+
+    node_id: str
+    total: Resources
+    free: Resources
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bundles to ask for: the driver's first, then one a rank."""
+
+    bundles: list[dict[str, float]]
+    strategy: str
+
+
+def plan_placement(config: ResolvedConfig, nodes: Sequence[Node], holders: Sequence[str] = ()) -> Placement:
+    """Decides the bundles. Raises `ConfigError` with what is asked, what is free and who holds the rest.
+
+    Each process asks for one CPU where the nodes have that free and two more for others (Serve's replicas);
+    else for 0.01 CPU, so that a small machine can hold an engine and its server: what a rank really uses is
+    its number of threads, not this figure. With GPUs a rank asks for one. Ranks never outnumber the cluster's
+    GPUs, or its CPUs when they compute there. All go on one node where one has room (STRICT_PACK), else on as
+    few as possible (PACK).
+    """
+    ranks = config.engine.tensor_parallel_size
+    kind = "GPU" if config.device == "cuda" else "CPU"
+    total = _sum(nodes, "total", kind)
+    if ranks > total:
+        raise ConfigError(
+            f"tensor_parallel_size={ranks} asks for {ranks} {kind}s, one a worker, and the cluster has "
+            f"{total:g}: set tensor_parallel_size to {max(1, int(total))} or lower"
+            + ("" if total or kind == "CPU" else ", or device='cpu'")
+        )
+    gpu = {"GPU": 1.0} if kind == "GPU" else {}
+    for share in (1.0, _SMALL_CPU_SHARE):
+        bundles = [{"CPU": share}] + [{**gpu, "CPU": share} for _ in range(ranks)]
+        spare = _CPUS_LEFT_FOR_OTHERS if share == 1.0 else 0
+        if any(_fits_one(bundles, node, spare) for node in nodes):
+            return Placement(bundles, "STRICT_PACK")
+        if len(nodes) > 1 and _fits_many(bundles, nodes, spare):
+            return Placement(bundles, "PACK")
+    free = ", ".join(
+        f"{_sum(nodes, 'free', name):g} of {_sum(nodes, 'total', name):g} {name}s" for name in {kind: 0, "CPU": 0}
+    )
+    asked = f"{ranks} GPUs and " * bool(gpu) + f"{_SMALL_CPU_SHARE * (ranks + 1):g} CPUs"
+    held = "; held by " + ", ".join(holders) if holders else "; held by other Ray actors and tasks"
+    raise ConfigError(
+        f"engine {config.engine.name!r} asks for at least {asked}, but free in the Ray cluster are "
+        f"{free}{held}: stop one of them or ask for fewer workers (tensor_parallel_size)"
+    )
+
+
+def create_placement_group(config: ResolvedConfig) -> Any:
+    """The engine's placement group, ready. Raises `ConfigError` within a second when the cluster has no room.
+
+    It belongs to the calling job or actor and goes with it.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    placement = _plan_when_settled(config)
+    group = placement_group(placement.bundles, strategy=placement.strategy, name=f"rayllm:{config.engine.name}")
+    try:
+        ray.get(group.ready(), timeout=_CREATE_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        remove_placement_group(group)
+        held = ", ".join(_holders()) or "nothing else is placed, try again"
+        raise ConfigError(
+            f"Ray did not place engine {config.engine.name!r} ({placement.bundles}, {placement.strategy}) "
+            f"within {_CREATE_TIMEOUT_S:g} s although the resources looked free: {held}"
+        ) from None
+    return group
+
+
+def _plan_when_settled(config: ResolvedConfig) -> Placement:
+    deadline = time.monotonic() + _STALE_VIEW_S
+    while True:
+        try:
+            return plan_placement(config, cluster_nodes(), _holders())
+        except ConfigError as error:
+            if "asks for at least" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+def cluster_nodes() -> list[Node]:
+    """The cluster's living nodes with what they have and what is free."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [
+        Node(node["NodeID"], node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]
+    ]
+
+
+def cluster_devices() -> tuple[int, int]:
+    """GPUs in the cluster and CPU cores of its largest node; of this machine, no more than it has."""
+    nodes = cluster_nodes()
+    num_cores = int(max((node.total.get("CPU", 0.0) for node in nodes), default=0.0))
+    if len(nodes) == 1:
+        num_cores = min(num_cores, len(os.sched_getaffinity(0)))
+    return int(_sum(nodes, "total", "GPU")), max(1, num_cores)
+
+
+def _holders() -> list[str]:
+    """Placement groups that hold something, as `name (4 GPU, 1 CPU)`; plain actors are not known by name
+    to Ray.
+    """
+    from ray.util.placement_group import placement_group_table
+
+    found = []
+    for group in placement_group_table().values():
+        if group["state"] in ("REMOVED", "PENDING"):
+            continue
+        held: dict[str, float] = {}
+        for bundle in group["bundles"].values():
+            for name, amount in bundle.items():
+                held[name] = held.get(name, 0) + amount
+        amounts = ", ".join(f"{amount:g} {name}" for name, amount in sorted(held.items()))
+        found.append(f"{group['name'] or 'placement group ' + group['placement_group_id'][:8]} ({amounts})")
+    return found
+
+
+def _sum(nodes: Sequence[Node], which: str, name: str) -> float:
+    return sum(getattr(node, which).get(name, 0.0) for node in nodes)
+
+
+def _fits_one(bundles: Sequence[Resources], node: Node, spare_cpus: float) -> bool:
+    needed: dict[str, float] = {"CPU": float(spare_cpus)}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            needed[name] = needed.get(name, 0.0) + amount
+    return all(node.free.get(name, 0.0) >= amount - 1e-6 for name, amount in needed.items())
+
+
+def _fits_many(bundles: Sequence[Resources], nodes: Sequence[Node], spare_cpus: float) -> bool:
+    """Whether the bundles fit when each goes to the first node with room; the spare CPUs may be anywhere."""
+    free = [dict(node.free) for node in nodes]
+    for bundle in bundles:
+        home = next((left for left in free if all(left.get(n, 0.0) >= a - 1e-6 for n, a in bundle.items())), None)
+        if home is None:
+            return False
+        for name, amount in bundle.items():
+            home[name] -= amount
+    return sum(left.get("CPU", 0.0) for left in free) >= spare_cpus

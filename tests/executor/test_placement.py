@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+from fakes import fake_config
+
+from rayllm.config import ResolvedConfig
+from rayllm.errors import ConfigError
+from rayllm.executor.placement import Node, plan_placement
+
+
+def _config(ranks: int, device: str = "cpu") -> ResolvedConfig:
+    return fake_config(engine={"tensor_parallel_size": ranks, "name": "mine"}, device=device)
+
+
+def _node(cpus: float, free_cpus: float | None = None, gpus: float = 0, free_gpus: float | None = None) -> Node:
+    free = {"CPU": cpus if free_cpus is None else free_cpus, "GPU": gpus if free_gpus is None else free_gpus}
+    return Node("node", {"CPU": cpus, "GPU": gpus}, free)
+
+
+def test_a_roomy_machine_gives_every_process_a_cpu() -> None:
+    placement = plan_placement(_config(2), [_node(8)])
+    assert placement.bundles == [{"CPU": 1.0}] * 3
+    assert placement.strategy == "STRICT_PACK"
+
+
+def test_two_ranks_fit_a_two_core_machine_that_also_serves() -> None:
+    placement = plan_placement(_config(2), [_node(2, free_cpus=1)])
+    assert placement.bundles == [{"CPU": 0.01}] * 3
+
+
+def test_a_rank_gets_a_whole_gpu() -> None:
+    placement = plan_placement(_config(2, "cuda"), [_node(16, gpus=4)])
+    assert placement.bundles == [{"CPU": 1.0}, {"GPU": 1.0, "CPU": 1.0}, {"GPU": 1.0, "CPU": 1.0}]
+
+
+def test_an_engine_that_fits_no_single_node_is_packed_on_several() -> None:
+    placement = plan_placement(_config(4, "cuda"), [_node(16, gpus=2), _node(16, gpus=2)])
+    assert placement.strategy == "PACK"
+    assert placement.bundles[1:] == [{"GPU": 1.0, "CPU": 1.0}] * 4
+
+
+def test_one_node_with_room_is_enough_for_strict_packing() -> None:
+    assert plan_placement(_config(2, "cuda"), [_node(4, gpus=1), _node(8, gpus=2)]).strategy == "STRICT_PACK"
+
+
+@pytest.mark.parametrize(
+    ("device", "node", "message"),
+    [
+        ("cpu", _node(2), r"tensor_parallel_size=3 asks for 3 CPUs.*has 2: set tensor_parallel_size to 2 or"),
+        (
+            "cuda",
+            _node(8, gpus=2),
+            r"tensor_parallel_size=3 asks for 3 GPUs.*has 2: set tensor_parallel_size to 2 or",
+        ),
+        ("cuda", _node(8), r"asks for 3 GPUs.*has 0.*device='cpu'"),
+    ],
+)
+def test_more_ranks_than_the_cluster_has_devices_are_refused(device: str, node: Node, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_placement(_config(3, device), [node])
+
+
+def test_devices_held_by_others_are_named_with_their_holder() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan_placement(_config(2, "cuda"), [_node(8, gpus=2, free_gpus=1)], ["rayllm:other (1 GPU)"])
+    message = str(refusal.value)
+    for part in ("'mine'", "2 GPUs", "1 of 2 GPUs", "8 of 8 CPUs", "rayllm:other (1 GPU)"):
+        assert part in message
+
+
+def test_a_machine_with_no_free_cpu_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="0 of 2 CPUs; held by other Ray actors"):
+        plan_placement(_config(1), [_node(2, free_cpus=0)])

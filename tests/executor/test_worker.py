@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+import pytest
+from fakes import fake_config
+
+from rayllm.executor.channel import Channel
+from rayllm.executor.worker import WorkerLoop, worker_environment
+from rayllm.messages import StepPlan, StepResult, WorkerFailure
+
+
+class _Runner:
+    def __init__(self, *_: Any) -> None:
+        self.warm = False
+
+    def num_blocks_available(self) -> int:
+        return 20
+
+    def start(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+
+    def warm_up(self) -> None:
+        self.warm = True
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.step == 13:
+            raise ValueError("row 9 is\nunknown")
+        assert self.warm
+        return StepResult(plan.step, plan.epoch, b"", b"", {}, {}, 0.5)
+
+
+def _plan(step: int, epoch: int = 0) -> StepPlan:
+    return StepPlan(step, epoch, b"", [], b"", b"", b"", b"")
+
+
+def _call(function: Callable[[], Any]) -> Future[Any]:
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+@pytest.fixture(params=[0, 1])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[int, Channel, Future[Any]]]:
+    """A rank that serves: its number, the driver's end, and what `serve` returns."""
+    rank = request.param
+    loop = WorkerLoop(fake_config(), rank, _Runner)
+    assert loop.load(None) == 20
+    loop.start(7)
+    ours, theirs = socket.socketpair()
+    driver, worker = Channel(ours, "worker"), Channel(theirs, "the driver")
+    yield rank, driver, _call(lambda: loop.serve(worker))
+    driver.close()
+    worker.close()
+
+
+def test_only_rank_0_answers_and_says_how_long_it_waited(served: tuple[int, Channel, Future[Any]]) -> None:
+    rank, driver, _ = served
+    driver.send(_plan(1, epoch=4))
+    if rank == 0:
+        result = msgspec.msgpack.decode(driver.receive(5.0), type=StepResult)
+        assert (result.step, result.epoch, result.elapsed_s) == (1, 4, 0.5)
+        assert result.waited_s > 0
+    else:
+        with pytest.raises(TimeoutError):
+            driver.receive(0.1)
+
+
+def test_a_failing_step_is_told_in_one_line_by_any_rank_and_ends_it(
+    served: tuple[int, Channel, Future[Any]],
+) -> None:
+    rank, driver, ended = served
+    driver.send(_plan(13, epoch=4))
+    failure = msgspec.msgpack.decode(driver.receive(5.0), type=WorkerFailure)
+    assert failure == WorkerFailure(rank, 4, "ValueError: row 9 is unknown")
+    assert ended.result(5.0) == "ValueError: row 9 is unknown"
+
+
+def test_a_driver_that_hangs_up_ends_the_worker_quietly(served: tuple[int, Channel, Future[Any]]) -> None:
+    _, driver, ended = served
+    driver.close()
+    assert ended.result(5.0) is None
+
+
+def test_rubbish_in_place_of_a_plan_is_a_failure(served: tuple[int, Channel, Future[Any]]) -> None:
+    rank, driver, _ = served
+    driver.send(WorkerFailure(0, 0, "not a plan"))
+    failure = msgspec.msgpack.decode(driver.receive(5.0), type=WorkerFailure)
+    assert failure.rank == rank
+    assert "ValidationError" in failure.reason
+
+
+def test_the_rendezvous_store_listens_on_the_given_host_alone() -> None:
+    loop = WorkerLoop(fake_config(engine={"tensor_parallel_size": 2}), 0, _Runner)
+    host, port = loop.open_store("127.0.0.1")
+    assert host == "127.0.0.1"
+    with open("/proc/net/tcp") as table, open("/proc/net/tcp6") as table6:
+        listening = [line.split()[1] for line in [*table, *table6] if f":{port:04X} " in line and " 0A " in line]
+    assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_workers_of_one_node_talk_over_loopback_with_their_own_threads() -> None:
+    config = fake_config(num_threads=3)
+    assert worker_environment(config, single_node=True) == {
+        "OMP_NUM_THREADS": "3",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    assert worker_environment(config, single_node=False) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:
+    code = (
+        "import sys, rayllm.executor.worker, rayllm.executor.group;"
+        "import rayllm.engine.driver, rayllm.engine.client;"
+        "print([name for name in ('torch', 'transformers', 'fastapi') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
