@@ -1,0 +1,242 @@
+"""Drawing tokens, in plain torch: exact, and the same for a row whatever else is in the batch.
+
+Shapes: N rows to draw for, V vocabulary ids, K candidates. Logits are float32, per-row numbers float64.
+
+Values alone define which tokens are kept, never an order among equals; ties are kept or dropped whole:
+- top-k keeps a token when fewer than k tokens are strictly more likely;
+- top-p keeps a token when the mass of the strictly more likely tokens is below top_p of the mass that min-p
+  and top-k left; so the most likely token is always kept;
+- min-p keeps a token when its probability is at least min_p times the highest.
+
+A probability is a weight: floor(exp((logit - max) / temperature) * 2**34), a whole number. Sums of up to
+2**19 of them are exact in float64, so no order of summation, batch shape or thread count can change a sum,
+and with it a kept set or a draw. The floor drops less than 2**-34 of the highest probability from each token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WEIGHT_SCALE = 2.0**34
+MAX_VOCAB_SIZE = 2**19
+_BLOCK = 64
+_MASK32 = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUNDS = 10
+
+
+def philox(counter_4N: Tensor, key_2N: Tensor) -> Tensor:
+    """Philox-4x32-10: four 32-bit words for each of N counters and keys.
+
+    Words are unsigned, in int64 tensors. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    device = counter_4N.device
+    multipliers_21 = torch.tensor(_PHILOX_MULTIPLIERS, device=device)[:, None]
+    weyl_21 = torch.tensor(_PHILOX_WEYL, device=device)[:, None]
+    rounds = torch.arange(_PHILOX_ROUNDS, device=device)[:, None, None]
+    keys = (key_2N + rounds * weyl_21) & _MASK32
+    even_2N, odd_2N = counter_4N[0::2], counter_4N[1::2]
+    for key_of_round in keys:
+        # int64 wraps modulo 2**64, so the bits are those of the unsigned product.
+        product_2N = even_2N * multipliers_21
+        even_2N = ((product_2N >> 32) & _MASK32).flip(0) ^ odd_2N ^ key_of_round
+        odd_2N = (product_2N & _MASK32).flip(0)
+    return torch.stack((even_2N[0], odd_2N[0], even_2N[1], odd_2N[1]))
+
+
+def uniform(seed_N: Tensor, choice_N: Tensor, position_N: Tensor) -> Tensor:
+    """One float64 in [0, 1) with 53 random bits for each (seed, choice, position), which are any int64."""
+    key_2N = torch.stack((seed_N & _MASK32, (seed_N >> 32) & _MASK32))
+    counter_4N = torch.stack((position_N & _MASK32, (position_N >> 32) & _MASK32, choice_N & _MASK32, 0 * choice_N))
+    words_4N = philox(counter_4N, key_2N)
+    return ((words_4N[0] >> 5) * 2**26 + (words_4N[1] >> 6)).double() * 2.0**-53
+
+
+def greedy(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely id of each row (the lowest of equals) and its logit: NaN where any logit is NaN."""
+    vocab_size = logits_NV.shape[1]
+    main = vocab_size - vocab_size % _BLOCK
+    if logits_NV.is_cuda or main == 0:
+        ids_N = logits_NV.argmax(1)
+        return ids_N, logits_NV.gather(1, ids_N[:, None])[:, 0]
+    # On a CPU argmax is ten times slower than amax: find the first block with the highest value, look inside.
+    blocks_NMB = logits_NV[:, :main].unflatten(1, (-1, _BLOCK))
+    max_NM = blocks_NMB.amax(2)
+    block_N = max_NM.argmax(1)
+    rows_N = torch.arange(len(logits_NV), device=logits_NV.device)
+    best_N = max_NM[rows_N, block_N]
+    ids_N = block_N * _BLOCK + blocks_NMB[rows_N, block_N].argmax(1)
+    if main == vocab_size:
+        return ids_N, best_N
+    tail_ids_N = logits_NV[:, main:].argmax(1)
+    tail_best_N = logits_NV[rows_N, main + tail_ids_N]
+    better_N = (tail_best_N > best_N) | (tail_best_N.isnan() & ~best_N.isnan())
+    return torch.where(better_N, tail_ids_N + main, ids_N), torch.where(better_N, tail_best_N, best_N)
+
+
+class Rules(NamedTuple):
+    """What filters each row, float64; None where no row has that filter. A top-k is 1 or more, a top-p above 0."""
+
+    temperature_N: Tensor
+    min_p_N: Tensor | None = None
+    top_k_N: Tensor | None = None
+    top_p_N: Tensor | None = None
+
+    def of(self, rows: slice) -> Rules:
+        """The rules of some of the rows."""
+        temperature_N, *others = (None if per_row_N is None else per_row_N[rows] for per_row_N in self)
+        assert temperature_N is not None
+        return Rules(temperature_N, *others)
+
+
+def token_weights(logits_NK: Tensor, max_N: Tensor, rules: Rules) -> Tensor:
+    """Whole float32 numbers like probabilities, 0 for what min-p drops. `max_N`: the highest logits."""
+    weights_NK = logits_NK - max_N[:, None]
+    weights_NK.div_(rules.temperature_N.float()[:, None]).exp_()
+    if rules.min_p_N is not None:
+        weights_NK.masked_fill_(weights_NK < rules.min_p_N.float()[:, None], 0)
+    return weights_NK.mul_(WEIGHT_SCALE).floor_()
+
+
+def _first_above(cumulative_NK: Tensor, target_N: Tensor) -> Tensor:
+    """The first index whose running sum is above the target: never one of weight 0."""
+    return (cumulative_NK <= target_N[:, None]).sum(1).clamp_(max=cumulative_NK.shape[1] - 1)
+
+
+def draw(weights_NK: Tensor, uniform_N: Tensor) -> Tensor:
+    """The index that the uniform number falls on, when weights are laid end to end (inverse CDF)."""
+    num = weights_NK.shape[1]
+    if num <= 1024:
+        cumulative_NK = weights_NK.double().cumsum(1)
+        return _first_above(cumulative_NK, _target(cumulative_NK[:, -1], uniform_N))
+    if num % _BLOCK:
+        weights_NK = torch.nn.functional.pad(weights_NK, (0, _BLOCK - num % _BLOCK))
+    blocks_NMB = weights_NK.unflatten(1, (-1, _BLOCK))
+    cumulative_NM = blocks_NMB.sum(2, dtype=torch.float64).cumsum(1)
+    target_N = _target(cumulative_NM[:, -1], uniform_N)
+    block_N = _first_above(cumulative_NM, target_N)
+    rows_N = torch.arange(len(weights_NK), device=weights_NK.device)
+    inside_NB = blocks_NMB[rows_N, block_N].double()
+    before_N = cumulative_NM[rows_N, block_N] - inside_NB.sum(1)
+    return block_N * _BLOCK + _first_above(inside_NB.cumsum(1), target_N - before_N)
+
+
+def _target(total_N: Tensor, uniform_N: Tensor) -> Tensor:
+    return torch.minimum((uniform_N * total_N).floor_(), total_N - 1)
+
+
+def candidates(logits_NV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `num` most likely tokens: values in falling order (equal ones in order of ids), ids, and `floor_N`.
+
+    Every token with a value above the floor is among them; of those at the floor or below some may be
+    missing. So a floor of -inf says that all tokens above -inf are there.
+    """
+    vocab_size = logits_NV.shape[1]
+    if num >= vocab_size:
+        values_NK, ids_NK = logits_NV.sort(dim=1, descending=True, stable=True)
+        return values_NK, ids_NK, torch.full_like(values_NK[:, 0], -torch.inf)
+    num_blocks = vocab_size // _BLOCK
+    if num_blocks <= 4 * num:
+        values_NK, ids_NK = logits_NV.topk(num, sorted=False)
+        floor_N = values_NK.amin(1)
+    else:
+        values_NK, ids_NK, floor_N = _candidates_of_best_blocks(logits_NV, num)
+    by_id_NK = ids_NK.argsort(1)
+    values_NK, order_NK = values_NK.gather(1, by_id_NK).sort(dim=1, descending=True, stable=True)
+    return values_NK, ids_NK.gather(1, by_id_NK).gather(1, order_NK), floor_N
+
+
+def _candidates_of_best_blocks(logits_NV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `num` highest values can only lie in the `num` blocks with the highest maxima: look only there."""
+    num_rows, vocab_size = logits_NV.shape
+    main = vocab_size - vocab_size % _BLOCK
+    blocks_NMB = logits_NV[:, :main].unflatten(1, (-1, _BLOCK))
+    max_NM, block_NM = blocks_NMB.amax(2).topk(num + 1)
+    rows_N1 = torch.arange(num_rows, device=logits_NV.device)[:, None]
+    inside_NC = torch.cat((blocks_NMB[rows_N1, block_NM[:, :num]].flatten(1), logits_NV[:, main:]), dim=1)
+    values_NK, place_NK = inside_NC.topk(num, sorted=False)
+    in_block_NK = block_NM.gather(1, (place_NK // _BLOCK).clamp(max=num)) * _BLOCK + place_NK % _BLOCK
+    ids_NK = torch.where(place_NK < num * _BLOCK, in_block_NK, place_NK - num * _BLOCK + main)
+    return values_NK, ids_NK, torch.maximum(max_NM[:, num], values_NK.amin(1))
+
+
+def top_k_edge(values_NK: Tensor, top_k_N: Tensor) -> Tensor:
+    """The lowest value that top-k keeps. `values_NK` fall along K; a top-k beyond K gives the last of them."""
+    place_N = top_k_N.long().clamp(1, values_NK.shape[1]) - 1
+    return values_NK.gather(1, place_N[:, None])[:, 0]
+
+
+def top_p_edge(values_NK: Tensor, weights_NK: Tensor, top_p_N: Tensor, mass_N: Tensor) -> Tensor:
+    """The lowest value that top-p keeps of `mass_N`; -inf where top_p is 1. Both `_NK` fall along K."""
+    before_NK = weights_NK.cumsum(1) - weights_NK
+    num_inside_N = (before_NK < (top_p_N * mass_N)[:, None]).sum(1).clamp_(min=1)
+    edge_N = values_NK.gather(1, num_inside_N[:, None] - 1)[:, 0]
+    return edge_N.masked_fill(top_p_N >= 1, -torch.inf)
+
+
+def row_slices(logits_NV: Tensor) -> list[slice]:
+    """Rows whose temporaries fit a CPU's cache together, or, on a GPU, take a modest part of its memory."""
+    num_rows = max(1, (2**27 if logits_NV.is_cuda else 2**19) // logits_NV.shape[1])
+    return [slice(begin, begin + num_rows) for begin in range(0, len(logits_NV), num_rows)]
+
+
+def sample_all(logits_NV: Tensor, rules: Rules, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids drawn from all tokens that min-p keeps, and the rows' highest logits."""
+    max_N = logits_NV.amax(1)
+    drawn = [
+        draw(token_weights(logits_NV[some], max_N[some], rules.of(some)), uniform_N[some])
+        for some in row_slices(logits_NV)
+    ]
+    return torch.cat(drawn), max_N
+
+
+def sample_top(logits_NV: Tensor, rules: Rules, uniform_N: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """Ids drawn from the tokens that min-p, then top-k, then top-p keep, and the rows' highest logits.
+
+    `num_candidates` decides speed, never the result: rows whose kept set does not fit look at all tokens.
+    """
+    values_NK, ids_NK, floor_N = candidates(logits_NV, num_candidates)
+    max_N = values_NK[:, 0]
+    weights_NK = token_weights(values_NK, max_N, rules).double()
+    if rules.top_k_N is not None:
+        top_k_edge_N = top_k_edge(values_NK, rules.top_k_N)
+        weights_NK.masked_fill_(values_NK < top_k_edge_N[:, None], 0)
+    if rules.top_p_N is not None:
+        mass_N = weights_NK.sum(1) if rules.top_k_N is not None else _mass(logits_NV, max_N, rules)
+        top_p_edge_N = top_p_edge(values_NK, weights_NK, rules.top_p_N, mass_N)
+        weights_NK.masked_fill_(values_NK < top_p_edge_N[:, None], 0)
+    # With top-k all that it keeps must be among the candidates, else the mass that top-p takes a part of is wrong.
+    needed_N = top_p_edge_N if rules.top_k_N is None else top_k_edge_N
+    incomplete_N = (needed_N <= floor_N) & (floor_N > -torch.inf)
+    # Drawn in order of ids, so that the draw does not depend on how many candidates were looked at.
+    by_id_NK = ids_NK.argsort(1)
+    place_N = draw(weights_NK.gather(1, by_id_NK), uniform_N)
+    token_ids_N = ids_NK.gather(1, by_id_NK).gather(1, place_N[:, None])[:, 0]
+    for line in incomplete_N.nonzero()[:, 0].tolist():  # one row at a time bounds the memory
+        one = slice(line, line + 1)
+        token_ids_N[one] = _sample_top_of_all(logits_NV[one], max_N[one], rules.of(one), uniform_N[one])
+    return token_ids_N, max_N
+
+
+def _mass(logits_NV: Tensor, max_N: Tensor, rules: Rules) -> Tensor:
+    masses = [
+        token_weights(logits_NV[some], max_N[some], rules.of(some)).sum(1, dtype=torch.float64)
+        for some in row_slices(logits_NV)
+    ]
+    return torch.cat(masses)
+
+
+def _sample_top_of_all(logits_NV: Tensor, max_N: Tensor, rules: Rules, uniform_N: Tensor) -> Tensor:
+    weights_NV = token_weights(logits_NV, max_N, rules)
+    values_NV, ids_NV = logits_NV.sort(dim=1, descending=True)
+    if rules.top_k_N is not None:
+        weights_NV.masked_fill_(logits_NV < top_k_edge(values_NV, rules.top_k_N)[:, None], 0)
+    if rules.top_p_N is not None:
+        sorted_NV = weights_NV.gather(1, ids_NV).double()
+        edge_N = top_p_edge(values_NV, sorted_NV, rules.top_p_N, sorted_NV.sum(1))
+        weights_NV.masked_fill_(logits_NV < edge_N[:, None], 0)
+    return draw(weights_NV, uniform_N)

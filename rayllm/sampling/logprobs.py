@@ -1,0 +1,65 @@
+"""Log-probabilities of sampled and of prompt tokens: log_softmax of the model's raw logits, before any edit.
+
+Shapes: N positions, V vocabulary ids, K most likely tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayllm.messages import TokenLogprobs
+from rayllm_kernels.sampling.reference import candidates, row_slices
+
+
+@dataclass(slots=True)
+class LogprobTensors:
+    """Log-probabilities still on the device: each line's own token first, then the K most likely."""
+
+    ids_NK: Tensor
+    values_NK: Tensor
+    rank_N: Tensor
+    num_top_N: list[int]
+    """How many of the K each line asked for."""
+
+    def to_messages(self) -> list[TokenLogprobs]:
+        """Waits for the device."""
+        ids_NK = self.ids_NK.to(torch.int32).cpu().numpy()
+        values_NK = self.values_NK.cpu().numpy()
+        return [
+            TokenLogprobs(ids_K[: num_top + 1].tobytes(), values_K[: num_top + 1].tobytes(), rank)
+            for ids_K, values_K, rank, num_top in zip(ids_NK, values_NK, self.rank_N.tolist(), self.num_top_N)
+        ]
+
+
+def compute_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top_N: list[int]) -> LogprobTensors:
+    """Does not wait for the device. A rank is 1 plus the number of strictly more likely tokens.
+
+    The `num_top_N[i]` most likely of line i come in falling order, equal ones in order of their ids.
+    """
+    parts = [_logprobs_of_slice(logits_NV[some], token_ids_N[some], max(num_top_N)) for some in row_slices(logits_NV)]
+    ids, values, ranks = zip(*parts)
+    return LogprobTensors(torch.cat(ids), torch.cat(values), torch.cat(ranks), num_top_N)
+
+
+def _logprobs_of_slice(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    chosen_N1 = logits_NV.gather(1, token_ids_N[:, None].long())
+    max_N1 = logits_NV.amax(1, keepdim=True)
+    # Summed in float64, so that the order of summation, which depends on the batch, does not show in float32.
+    mass_N1 = (logits_NV - max_N1).exp_().sum(1, keepdim=True, dtype=torch.float64)
+    rank_N = (logits_NV > chosen_N1).sum(1) + 1
+    ids_NK, values_NK = token_ids_N[:, None].long(), chosen_N1
+    if num_top:
+        top_NK, top_ids_NK, _ = candidates(logits_NV, num_top)
+        values_NK = torch.cat((values_NK, top_NK[:, :num_top]), 1)
+        ids_NK = torch.cat((ids_NK, top_ids_NK[:, :num_top]), 1)
+    return ids_NK, ((values_NK - max_N1).double() - mass_N1.log()).float(), rank_N
+
+
+def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> list[TokenLogprobs]:
+    """Each line's token first, then its `num_top` most likely ones (all of a smaller vocabulary)."""
+    if len(token_ids_N) == 0:
+        return []
+    return compute_logprobs(logits_NV.float(), token_ids_N, [num_top] * len(token_ids_N)).to_messages()
