@@ -47,7 +47,13 @@ class LayerKV:
 
 
 def allocate_kv(
-    num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[LayerKV]:
     """A pool of `num_blocks` blocks for every layer, zeroed (an unwritten NaN would poison a masked product)."""
     shape = (num_blocks, num_kv_heads, block_size, head_dim)

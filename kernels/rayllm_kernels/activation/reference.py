@@ -1,0 +1,27 @@
+"""Activations by name. Shape letters: T tokens, I width of the feed-forward layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_mul(gate_up_TI2: Tensor) -> Tensor:
+    """silu(gate) * up of a `[T, 2 I]` matrix whose left half is the gate; returns a contiguous `[T, I]`."""
+    gate, up = gate_up_TI2.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+}

@@ -1,0 +1,5 @@
+"""Attention over paged keys and values."""
+
+from rayllm_kernels.attention.reference import gather_pages, paged_decode, paged_prefill, prompt_attention
+
+__all__ = ["gather_pages", "paged_decode", "paged_prefill", "prompt_attention"]

@@ -1,0 +1,99 @@
+"""Attention over paged keys and values. Shape letters: B rows (sequences), T query tokens of a row, H query heads,
+K key/value heads, G = H / K heads that share one, P page size, L key length, D head width.
+
+Pages are `[blocks, K, P, D]`. Seen as `[blocks * K, P * D]`, one `index_select` over `block * K + head` lays a row's
+pages side by side as `[K, L, D]`: no transposition, no copy per head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gather_pages(cache: Tensor, pages: Tensor, out: Tensor) -> Tensor:
+    """The chosen pages of `cache` (block * K + head) one after another, in `out`, a flat buffer large enough."""
+    width = cache.shape[2] * cache.shape[3]
+    gathered = out[: pages.numel() * width].view(pages.numel(), width)
+    torch.index_select(cache.view(-1, width), 0, pages, out=gathered)
+    return gathered
+
+
+def paged_decode(
+    q_BHD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pages: Tensor,
+    kv_len: int,
+    mask_BL: Tensor | None,
+    scale: float,
+    workspace: Tensor,
+) -> Tensor:
+    """One query token for each of B rows; returns `[B, H, D]`.
+
+    `pages` (`B * K * pages of a row`, block * K + head) are gathered and cut to `kv_len`; `mask_BL` is added to the
+    scores (-inf where a row has no key), None if all rows have exactly `kv_len` keys. The heads that share a
+    key/value head are given to the product as its query rows. `workspace` is a flat buffer `[2, n]`.
+    """
+    num_rows, num_heads, head_dim = q_BHD.shape
+    num_kv_heads = k_cache.shape[1]
+    k = gather_pages(k_cache, pages, workspace[0]).view(num_rows, num_kv_heads, -1, head_dim)
+    v = gather_pages(v_cache, pages, workspace[1]).view(num_rows, num_kv_heads, -1, head_dim)
+    q_BKGD = q_BHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    mask = None if mask_BL is None else mask_BL.view(num_rows, 1, 1, kv_len)
+    out = F.scaled_dot_product_attention(q_BKGD, k[:, :, :kv_len], v[:, :, :kv_len], attn_mask=mask, scale=scale)
+    return out.reshape(num_rows, num_heads, head_dim)
+
+
+def paged_prefill(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pages: Tensor,
+    kv_len: int,
+    mask_TL: Tensor,
+    scale: float,
+    workspace: Tensor,
+) -> Tensor:
+    """A chunk of one row whose earlier keys are in its pages (its own are written already); returns `[T, H, D]`.
+
+    `pages` (`K * pages of the row`) and `workspace` as for `paged_decode`; `mask_TL` is added to the scores.
+    """
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_kv_heads = k_cache.shape[1]
+    group = num_heads // num_kv_heads
+    k = gather_pages(k_cache, pages, workspace[0]).view(num_kv_heads, 1, -1, head_dim)[:, :, :kv_len]
+    v = gather_pages(v_cache, pages, workspace[1]).view(num_kv_heads, 1, -1, head_dim)[:, :, :kv_len]
+    q_KGTD = q_THD.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    out = F.scaled_dot_product_attention(
+        q_KGTD, k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1), attn_mask=mask_TL, scale=scale
+    )
+    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def prompt_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, num_rows: int, mask_TT: Tensor | None, scale: float
+) -> Tensor:
+    """Causal attention of `num_rows` whole prompts of equal length that stand one after another; `[T, H, D]`.
+
+    Nothing is read from pages. `mask_TT` (one prompt's length squared) is added to the scores, in place of the
+    causal mask, where a window is narrower than the prompt.
+    """
+    num_heads, head_dim = q_THD.shape[1:]
+    num_kv_heads = k_TKD.shape[1]
+    group = num_heads // num_kv_heads
+    length = q_THD.shape[0] // num_rows
+    q = q_THD.reshape(num_rows, length, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    k, v = (x.reshape(num_rows, length, num_kv_heads, head_dim).transpose(1, 2) for x in (k_TKD, v_TKD))
+    batch = num_rows * num_kv_heads
+    out = F.scaled_dot_product_attention(
+        q.reshape(batch, group, length, head_dim),
+        k.reshape(batch, 1, length, head_dim).expand(-1, group, -1, -1),
+        v.reshape(batch, 1, length, head_dim).expand(-1, group, -1, -1),
+        attn_mask=mask_TT,
+        is_causal=mask_TT is None,
+        scale=scale,
+    )
+    out = out.view(num_rows, num_kv_heads, group, length, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(num_rows * length, num_heads, head_dim)

@@ -1,0 +1,28 @@
+"""Root-mean-square norm (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016). Shape letter: D width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
+
+    Given `[T, heads, D]` it is the per-head form that some models apply to queries and keys.
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return (wide * scale).to(x.dtype).mul_(weight_D)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, sum) where sum = x + residual, which becomes the next residual. `residual` is written in place."""
+    residual.add_(x)
+    return rms_norm(residual, weight_D, eps), residual
+
+
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
+    return F.layer_norm(x, (x.shape[-1],), weight_D, bias_D, eps)

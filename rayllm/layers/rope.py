@@ -1,0 +1,71 @@
+"""Rotary frequencies and their scalings: linear, llama3 (Llama 3.1), YaRN (Peng et al., 2023).
+
+Angles are computed for the tokens of a step, once, and shared by all layers: no table, whatever the context length.
+Shape letters: T tokens, R rotated width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rayllm.layers.spec import RopeSpec
+
+
+class RotaryEmbedding:
+    """Cosines and sines of a spec's angles."""
+
+    def __init__(self, spec: RopeSpec, dtype: torch.dtype, device: torch.device):
+        self._frequencies_R = torch.cat((inverse_frequencies(spec),) * 2).to(device)
+        self._factor = spec.attention_factor
+        self._dtype = dtype
+
+    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos_TR, sin_TR), each angle twice, in the model's dtype."""
+        angles_TR = positions_T.float().unsqueeze(1) * self._frequencies_R
+        cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+        if self._factor != 1.0:
+            cos_TR, sin_TR = cos_TR * self._factor, sin_TR * self._factor
+        return cos_TR.to(self._dtype), sin_TR.to(self._dtype)
+
+
+def inverse_frequencies(spec: RopeSpec) -> Tensor:
+    """Radians a position for each pair of channels, float32 `[R / 2]`."""
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
+    plain = 1.0 / spec.theta**exponents
+    if spec.scaling == "linear":
+        return plain / spec.factor
+    if spec.scaling == "llama3":
+        return _llama3(plain, spec)
+    if spec.scaling == "yarn":
+        return _yarn(plain, spec)
+    return plain
+
+
+def _llama3(plain: Tensor, spec: RopeSpec) -> Tensor:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    context = spec.original_max_positions
+    wavelengths = 2 * math.pi / plain
+    smooth = (context / wavelengths - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    smooth = smooth.clamp(0.0, 1.0)
+    return (1 - smooth) * plain / spec.factor + smooth * plain
+
+
+def _yarn(plain: Tensor, spec: RopeSpec) -> Tensor:
+    """Channels that turn more than `beta_fast` times in the pretrained context are kept, those that turn less than
+    `beta_slow` times stretched by `factor`, with a linear ramp between.
+    """
+
+    def channel_that_turns(num_turns: float) -> float:
+        context = spec.original_max_positions
+        return spec.rotary_dim * math.log(context / (num_turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+    low, high = channel_that_turns(spec.beta_fast), channel_that_turns(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+    width = high - low if high != low else 0.001
+    stretched = ((torch.arange(spec.rotary_dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
+    return plain / spec.factor * stretched + plain * (1 - stretched)

@@ -1,0 +1,47 @@
+"""Qwen 2 and 2.5: Llama with biases on queries, keys and values, and windows on the upper layers where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rayllm.errors import ConfigError
+from rayllm.models.architectures import llama
+from rayllm.models.config_fields import MAX_LAYERS, MAX_POSITIONS, ConfigFields
+from rayllm.models.spec import DecoderSpec
+
+MODEL_TYPES = ("qwen2",)
+WEIGHT_NAMES = llama.WEIGHT_NAMES
+
+
+def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
+    """Reads Qwen2's config."""
+    base = llama.spec(hf_config, default_positions=32768)
+    windows = layer_windows(hf_config, base.num_layers)
+    layers = tuple(
+        llama.with_attention(layer, qkv_bias=True, out_bias=False, window=window)
+        for layer, window in zip(base.layers, windows)
+    )
+    return replace(base, architecture="Qwen2ForCausalLM", layers=layers)
+
+
+def layer_windows(hf_config: Mapping[str, Any], num_layers: int) -> list[int | None]:
+    """Each layer's window: by `layer_types` if given, else the layers from `max_window_layers` on have one."""
+    fields = ConfigFields(hf_config)
+    if not fields.flag("use_sliding_window", False) or (
+        "sliding_window" in hf_config and fields.get("sliding_window") is None
+    ):
+        return [None] * num_layers
+    window = fields.integer("sliding_window", 1, MAX_POSITIONS, default=4096)
+    layer_types = fields.get("layer_types")
+    if layer_types is None:
+        first = fields.integer("max_window_layers", 0, MAX_LAYERS, default=28)
+        return [window if layer >= first else None for layer in range(num_layers)]
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        raise ConfigError(f"layer_types must be a list of num_hidden_layers={num_layers} names")
+    windows: dict[Any, int | None] = {"full_attention": None, "sliding_attention": window}
+    for kind in layer_types:
+        if kind not in windows:
+            raise ConfigError(f"layer_types holds {kind!r}; known are {', '.join(windows)}")
+    return [windows[kind] for kind in layer_types]

@@ -1,0 +1,110 @@
+"""The safetensors files of a model folder. Nothing in it is executed; each fault is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rayllm.errors import ConfigError, did_you_mean
+from rayllm.weights.config_file import check_regular_file, read_json
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, read slice by slice; files are mapped, not loaded.
+
+    With an index file the index says which file holds a tensor; else all `*.safetensors` files are read.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.bytes_read = 0
+        if not self.folder.is_dir():
+            raise ConfigError(f"model folder {str(folder)!r} does not exist")
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        index = self.folder / _INDEX
+        if index.exists():
+            self._read_index(index)
+        else:
+            self._read_all()
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def num_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds tensor `name`; `ConfigError` if none does."""
+        if name not in self._files:
+            near = did_you_mean(name, self._files)
+            raise ConfigError(f"{self.folder}: the checkpoint has no tensor {name!r}{near}")
+        return self._files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, dim: int, part: range) -> Tensor:
+        """`part` of tensor `name` along `dim` (0 or 1), in the checkpoint's own dtype."""
+        view = self._slice(name)
+        dtype = view.get_dtype()
+        if dtype not in _DTYPE_BYTES:
+            known = ", ".join(_DTYPE_BYTES)
+            raise ConfigError(f"{self.file_of(name)}: tensor {name!r} has dtype {dtype}; known are {known}")
+        try:
+            tensor = view[part.start : part.stop] if dim == 0 else view[:, part.start : part.stop]
+        except Exception as error:
+            raise ConfigError(f"{self.file_of(name)}: tensor {name!r} cannot be read: {_one_line(error)}") from None
+        self.bytes_read += tensor.numel() * _DTYPE_BYTES[dtype]
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._open[self.file_of(name)].get_slice(name)
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{index}: weight_map must be an object of tensor names and file names")
+        for file_name in dict.fromkeys(map(str, weight_map.values())):
+            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+                raise ConfigError(
+                    f"{index}: weight_map names {file_name!r}; it must be a .safetensors file in the same folder"
+                )
+            self._open_file(self.folder / file_name)
+        for name, file_name in weight_map.items():
+            path = self.folder / file_name
+            if name not in self._open[path].keys():  # noqa: SIM118 (not a dict)
+                raise ConfigError(f"{index}: {file_name} holds no tensor {name!r}")
+            self._files[name] = path
+
+    def _read_all(self) -> None:
+        paths = sorted(self.folder.glob("*.safetensors"))
+        if not paths:
+            pickled = sorted(self.folder.glob("*.bin"))
+            why = f"; {pickled[0].name} is a pickle, convert it to safetensors first" if pickled else ""
+            raise ConfigError(f"{self.folder} holds no model.safetensors{why}")
+        for path in paths:
+            for name in self._open_file(path).keys():  # noqa: SIM118 (not a dict)
+                if name in self._files:
+                    raise ConfigError(f"tensor {name!r} is both in {self._files[name]} and in {path.name}")
+                self._files[name] = path
+
+    def _open_file(self, path: Path) -> Any:
+        from safetensors import safe_open
+
+        check_regular_file(path)
+        try:
+            self._open[path] = safe_open(path, framework="pt")
+        except Exception as error:  # the library raises its own errors, OSError and overflow errors
+            raise ConfigError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
+        return self._open[path]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
