@@ -252,7 +252,7 @@ def _how_to_draw(params: SamplingParams, vocab_size: int) -> Draw:
 
 
 def _num_candidates(params: list[SamplingParams]) -> int:
-    """More than the largest top-k, so that ties at its edge are seen; rows with a huge top-k are sorted."""
+    """More than the largest top-k, so that ties at its edge are seen; rows with a huge top-k go the slow way."""
     largest = max((p.top_k for p in params if p.top_k < _CANDIDATE_STEPS[-1]), default=0)
     return next(step for step in _CANDIDATE_STEPS if largest < step)
 

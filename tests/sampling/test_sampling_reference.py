@@ -181,6 +181,7 @@ def test_rows_that_need_more_than_the_candidates_are_drawn_all_the_same(
 ) -> None:
     generator = np.random.default_rng(5)
     logits_V = np.round(generator.normal(0, 1, 20_000), 2).astype(np.float32)
+    logits_V[::7] = -np.inf
     uniforms = generator.random(8)
     probs_V = oracle_probs(logits_V, **rules)
     expected = np.searchsorted(np.cumsum(probs_V), uniforms, side="right")
@@ -200,6 +201,16 @@ def test_ties_at_the_edge_are_kept_whole() -> None:
         probs_V = oracle_probs(logits_V, **rules)
         assert np.flatnonzero(probs_V).tolist() == kept
         assert sorted(set(drawn(logits_V, np.linspace(0, 0.9999, 500), **rules))) == kept
+
+
+def test_minus_zero_ties_with_zero() -> None:
+    logits_V = np.zeros(6000, dtype=np.float32)
+    logits_V[::2] = -0.0
+    logits_V[0] = 5.0
+    uniforms = np.linspace(0.5, 0.999, 40)
+    for rules in ({"top_k": 2}, {"top_p": 0.5}):
+        expected = np.searchsorted(np.cumsum(oracle_probs(logits_V, **rules)), uniforms, side="right")
+        np.testing.assert_array_equal(drawn(logits_V, uniforms, **rules), expected)
 
 
 def test_more_equal_tokens_than_candidates_are_all_kept() -> None:
