@@ -40,7 +40,7 @@ class PrefixCache:
         """
         if not self.enabled or sequence.prompt_logprobs is not None:  # those need every position computed
             return []
-        if sequence.awaited is not None and self._is_announced(sequence.awaited, sequence):
+        if sequence.awaited is not None and self._is_coming(sequence.awaited, sequence):
             return None
         sequence.awaited = None
         limit = (len(sequence.tokens) - 1) // self._block_size
@@ -48,7 +48,7 @@ class PrefixCache:
         for block_hash in self._hashes(sequence, limit)[:limit]:
             block = self._published.get(block_hash)
             if block is None:
-                if self._is_announced(block_hash, sequence):
+                if self._is_coming(block_hash, sequence):
                     sequence.awaited = block_hash
                     return None
                 break
@@ -84,10 +84,11 @@ class PrefixCache:
             if self._announced.get(block_hash) is sequence:
                 del self._announced[block_hash]
 
-    def _is_announced(self, block_hash: bytes, by_whom_for: Sequence) -> bool:
+    def _is_coming(self, block_hash: bytes, sequence: Sequence) -> bool:
+        """Whether `sequence` can expect the block from another that runs."""
         owner = self._announced.get(block_hash)
         # Behind an owner of lower priority it could wait long: better to compute the block twice.
-        return owner is not None and owner.priority <= by_whom_for.priority
+        return owner is not None and owner.priority <= sequence.priority
 
     def _forget(self, block: int) -> None:
         del self._published[self._hash_of.pop(block)]

@@ -86,7 +86,6 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._enable_prefix_caching = enable_prefix_caching
         self._eos_token_ids = eos_token_ids
-        self._watermark = max(1, num_blocks // 100)  # blocks left for the running ones to grow into
 
         self.num_preemptions = 0
         self.prefix_queries = 0
@@ -339,18 +338,21 @@ class Scheduler:
         draft.budget -= count
 
     def _make_room(self, sequence: Sequence, num_blocks: int, draft: _Draft) -> bool:
-        """Whether a row and `num_blocks` are free for it, over what the running ones need to grow. Sequences
-        of lower priority are preempted for it, but only if that is enough."""
+        """Whether there is a row for it, and `num_blocks` besides those the running ones will soon grow into.
+        Sequences of lower priority are preempted for it, but only if that is enough."""
         while True:
-            lower = 0  # running sequences that may be preempted for it
-            while lower < len(self._running) and self._running[-1 - lower].priority > sequence.priority:
-                lower += 1
-            wanted = num_blocks + (self._watermark if lower < len(self._running) else 0)
-            sequence.num_blocks_wanted = wanted
+            num_lower = 0
+            for other in reversed(self._running):
+                if other.priority <= sequence.priority:
+                    break
+                num_lower += 1
+            num_staying = len(self._running) - num_lower
+            # Half a block for each one that stays: fewer and they are soon preempted, more and blocks lie idle.
+            wanted = sequence.num_blocks_wanted = num_blocks + (num_staying + 1) // 2
             if len(self._running) < self._max_num_seqs and self._pool.num_free >= wanted:
                 return True
-            reclaimable = sum(len(victim.blocks) for victim in self._running[len(self._running) - lower :])
-            if not lower or self._pool.num_free + reclaimable < wanted:
+            reclaimable = sum(len(other.blocks) for other in self._running[num_staying:])
+            if not num_lower or self._pool.num_free + reclaimable < wanted:
                 return False
             self._preempt_last(draft)
 

@@ -298,11 +298,11 @@ def test_blocks_are_published_only_when_their_step_is_committed():
 
 def test_an_answer_is_a_prefix_too():
     engine = Engine()
-    [first] = engine.add(make_request("a", PROMPT, max_tokens=20))
+    [first] = engine.add(make_request("a", PROMPT, max_tokens=19))
     engine.drain()
     [second] = engine.add(make_request("b", [*first.tokens, 3], max_tokens=1))
     engine.drain()
-    assert second.num_cached_tokens == 28, "all of 29 computed tokens but the unfilled block"
+    assert second.num_cached_tokens == 28, "all that had KV: the last token never had"
 
 
 def test_nothing_is_shared_or_deferred_with_prefix_caching_off():
@@ -324,6 +324,18 @@ def test_prompt_logprobs_come_whole_and_once_however_the_prompt_was_cut():
     assert [logprobs.rank for logprobs in first.prompt_logprobs] == list(range(1, 10))
     assert [list(unpack_ids(logprobs.ids)) for logprobs in first.prompt_logprobs] == [[t] for t in PROMPT[1:]]
     assert [update.prompt_logprobs for update in later] == [None, None]
+
+
+def test_once_prompt_logprobs_are_delivered_a_preempted_sequence_uses_the_cache():
+    engine = Engine(max_num_seqs=1)
+    [low] = engine.add(make_request("low", PROMPT, priority=1, prompt_logprobs=0))
+    engine.step()
+    engine.add(make_request("high", [5], max_tokens=1))
+    engine.step()
+    [start] = engine.plan().new_rows
+    assert start.num_computed_tokens == 8
+    engine.drain()
+    assert [update.prompt_logprobs is None for update in engine.delivered[low]] == [False] + [True] * 7
 
 
 def test_logprobs_are_delivered_with_their_token():
