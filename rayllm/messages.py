@@ -105,7 +105,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """The choice with this stream number is no longer wanted; its request's others go on. Unknown numbers do nothing."""
+    """The choice with this stream number is no longer wanted; its request's others go on. Unknown ones do nothing."""
 
     stream: int
 

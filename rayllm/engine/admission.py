@@ -42,8 +42,8 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
     if room < 1 or (max_tokens is not None and max_tokens > room):
         asked = "" if max_tokens is None else f" and max_tokens={max_tokens} asks for more than the {max(0, room)} left"
         raise ContextLengthError(
-            f"This model's maximum context length is {max_model_len} tokens. The prompt has {num_prompt_tokens}{asked}: "
-            "shorten the prompt or lower max_tokens",
+            f"This model's maximum context length is {max_model_len} tokens, the prompt has {num_prompt_tokens}"
+            f"{asked}: shorten the prompt or lower max_tokens",
             param="prompt" if room < 1 else "max_tokens",
         )
     return room if max_tokens is None else max_tokens
