@@ -18,6 +18,7 @@ only when all its slots are.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -30,7 +31,7 @@ from rayllm.scheduler.prefix_cache import PrefixCache
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
 
-MAX_UNCOMMITTED = 2
+MAX_UNCOMMITTED = 2  # one runs and one is ready; a third would only add to what a stop token throws away
 _row = attrgetter("row")
 
 
@@ -404,14 +405,7 @@ class Scheduler:
         Nothing is said of sequences that ended after the plan was made. `EngineError` where the result is not
         the answer to that plan.
         """
-        if not self._flights or (self._flights[0].step, self._epoch) != (result.step, result.epoch):
-            expected = f"step {self._flights[0].step} of epoch {self._epoch}" if self._flights else "none"
-            raise EngineError(f"result of step {result.step} of epoch {result.epoch} came, expected {expected}")
-        flight = self._flights[0]
-        rows = unpack_ids(result.rows)
-        if len(rows) != flight.num_samples:
-            raise EngineError(f"step {flight.step} samples {flight.num_samples} tokens, but {len(rows)} came")
-        self._flights.popleft()
+        flight, rows = self._land(result)
         if self._enable_prefix_caching:
             for sequence, end in flight.filled:
                 if sequence.status is Status.RUNNING:  # since that plan: see `resume_after`
@@ -439,6 +433,17 @@ class Scheduler:
                     self._end(sequence, update.finish)
             updates.append(update)
         return updates
+
+    def _land(self, result: StepResult) -> tuple[_Flight, array[int]]:
+        """The plan that `result` answers, and the rows that it brings tokens for."""
+        if not self._flights or (self._flights[0].step, self._epoch) != (result.step, result.epoch):
+            expected = f"step {self._flights[0].step} of epoch {self._epoch}" if self._flights else "none"
+            raise EngineError(f"result of step {result.step} of epoch {result.epoch} came, expected {expected}")
+        flight, rows = self._flights[0], unpack_ids(result.rows)
+        if len(rows) != flight.num_samples:
+            raise EngineError(f"step {flight.step} samples {flight.num_samples} tokens, but {len(rows)} came")
+        self._flights.popleft()
+        return flight, rows
 
     def _answer(self, sequence: Sequence, update: SequenceUpdate) -> None:
         """What is said with the first token alone."""
