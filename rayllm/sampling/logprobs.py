@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rayllm.errors import EngineError
 from rayllm.messages import TokenLogprobs
 from rayllm_kernels.sampling.reference import candidates, row_slices
 
@@ -25,9 +27,16 @@ class LogprobTensors:
     """How many of the K each line asked for."""
 
     def to_messages(self) -> list[TokenLogprobs]:
-        """Waits for the device."""
+        """Waits for the device. Raises `EngineError` for NaN: one NaN logit makes all of its line NaN."""
         ids_NK = self.ids_NK.to(torch.int32).cpu().numpy()
         values_NK = self.values_NK.cpu().numpy()
+        if np.isnan(values_NK).any():
+            num_bad = int(np.isnan(values_NK).any(axis=1).sum())
+            raise EngineError(
+                f"the model's logits of {num_bad} of {len(values_NK)} positions hold NaN or infinity, so they have no "
+                "log-probabilities; check the weights and the dtype (float16 overflows where bfloat16 does not)",
+                code="invalid_logits",
+            )
         return [
             TokenLogprobs(ids_K[: num_top + 1].tobytes(), values_K[: num_top + 1].tobytes(), rank)
             for ids_K, values_K, rank, num_top in zip(ids_NK, values_NK, self.rank_N.tolist(), self.num_top_N)

@@ -156,20 +156,26 @@ class Sampler:
         `logits_NV` is float32 on the sampler's device and may be changed. Does not wait for the device, but
         once where a row has top-k or top-p. NaN is an `EngineError`, here or at `Sampled.check`.
         """
-        assert logits_NV.shape == (len(rows), self._vocab_size), (
-            logits_NV.shape,
-            len(rows),
-            self._vocab_size,
-        )
+        assert logits_NV.shape == (len(rows), self._vocab_size), (logits_NV.shape, self._vocab_size)
         assert logits_NV.dtype == torch.float32, logits_NV.dtype
         states = [self._state(row) for row in rows]
         asking = [i for i, state in enumerate(states) if state.params.logprobs is not None]
-        raw_GV = logits_NV.index_select(0, self._ids(asking)) if asking else None
-        self._edit(logits_NV, rows, states)
+        edited = [i for i, state in enumerate(states) if state.is_edited]
+        penalised = [i for i, row in enumerate(rows) if row in self._penalties]
+        raw_GV = logits_NV
+        if asking and (edited or penalised or len(asking) < len(rows)):
+            raw_GV = logits_NV.index_select(0, self._ids(asking))
+        for line in edited:
+            _edit_line(logits_NV[line], states[line])
+        if penalised:
+            self._penalties.apply(logits_NV, penalised, [rows[i] for i in penalised])
         token_ids_N, max_N = self._draw(logits_NV, states)
-        self._append(rows, states, token_ids_N)
+        for state in states:
+            state.position += 1
+        if penalised:
+            self._penalties.append([rows[i] for i in penalised], token_ids_N[self._ids(penalised)])
         logprobs = None
-        if raw_GV is not None:
+        if asking:
             num_top = [states[i].params.logprobs or 0 for i in asking]
             logprobs = compute_logprobs(raw_GV, token_ids_N[self._ids(asking)], num_top)
         sampled = Sampled(token_ids_N, list(rows), max_N.isfinite(), [rows[i] for i in asking], logprobs)
@@ -181,14 +187,6 @@ class Sampler:
         state = self._rows[row]
         assert state is not None, f"row {row} was sampled before it was set"
         return state
-
-    def _edit(self, logits_NV: Tensor, rows: list[int], states: list[_Row]) -> None:
-        for line, state in enumerate(states):
-            if state.is_edited:
-                _edit_line(logits_NV[line], state)
-        penalised = [i for i, row in enumerate(rows) if row in self._penalties]
-        if penalised:
-            self._penalties.apply(logits_NV, penalised, [rows[i] for i in penalised])
 
     def _draw(self, logits_NV: Tensor, states: list[_Row]) -> tuple[Tensor, Tensor]:
         lines_of: dict[Draw, list[int]] = {}
@@ -223,13 +221,6 @@ class Sampler:
             return reference.sample_all(logits_GV, rules, uniform_G)
         num = _num_candidates(params) if draw is Draw.TOP_K else _NUM_NUCLEUS_CANDIDATES
         return reference.sample_top(logits_GV, rules, uniform_G, num)
-
-    def _append(self, rows: list[int], states: list[_Row], token_ids_N: Tensor) -> None:
-        for state in states:
-            state.position += 1
-        penalised = [i for i, row in enumerate(rows) if row in self._penalties]
-        if penalised:
-            self._penalties.append([rows[i] for i in penalised], token_ids_N[self._ids(penalised)])
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         beyond = [token_id for token_id in token_ids if token_id >= self._vocab_size]
