@@ -13,21 +13,21 @@ from rayllm.demo.corpus import Corpus, Entry, FollowUp
 
 # Share of single questions that each file gets. The stories are long and few; the sums are many and short.
 SOURCE_SHARES = {
-    "rayllm": 0.15,
+    "rayllm": 0.16,
     "serving": 0.18,
-    "models": 0.13,
+    "models": 0.12,
     "smalltalk": 0.13,
-    "facts": 0.10,
-    "sums": 0.07,
-    "stories": 0.07,
-    "unknown": 0.17,
+    "facts": 0.15,
+    "sums": 0.08,
+    "stories": 0.05,
+    "unknown": 0.13,
 }
 SYSTEM_PROMPT_SHARE = 0.3
-MULTI_TURN_SHARE = 0.3
-PLAIN_TEXT_SHARE = 0.05
+MULTI_TURN_SHARE = 0.15
+PLAIN_TEXT_SHARE = 0.04
 FOLLOW_UP_SHARE = 0.35
 MAX_NUM_TURNS = 9
-LONG_CHAT_SHARE = 0.02  # of all examples: so that positions far into the context are trained too
+LONG_CHAT_SHARE = 0.01  # of all examples: so that positions far into the context are trained too
 MAX_NUM_TURNS_LONG = 27
 
 OPENINGS = ("Please ", "Hi, ", "Hello, ", "Hello! ", "Hey, ", "So, ", "Ok, ", "Now, ", "And ", "Well, ")
@@ -167,7 +167,7 @@ def vary_question(question: str, draw: random.Random) -> str:
         question = draw.choice(WISHING) + _lower_first(question)
     elif chance < 0.18 and question[:1].isalpha():
         question = draw.choice(OPENINGS) + _lower_first(question)
-    if draw.random() < 0.06:
+    if draw.random() < 0.04:
         question = _with_slip(question, draw)
     case = draw.random()
     if case < 0.25:
@@ -180,7 +180,8 @@ def vary_question(question: str, draw: random.Random) -> str:
 def _indirect(question: str, draw: random.Random) -> str:
     """ "What is a block?" as part of a sentence: "what a block is", or carelessly left as it was."""
     match = re.fullmatch(r"(What|Who) (is|are|was) ([^,]+?)\??", question)
-    if match and draw.random() < 0.6:
+    plain = match is not None and not re.search(r"^meant | for$", match[3])
+    if match and plain and draw.random() < 0.6:
         return f"{match[1].lower()} {match[3]} {match[2]}"
     return _lower_first(question)
 
@@ -206,9 +207,9 @@ def _with_slip(question: str, draw: random.Random) -> str:
 
 
 def _answer_to(follow_up: FollowUp, entry: Entry) -> str | None:
-    """The answer to a follow-up of `entry`; None when the entry has none."""
-    if follow_up.refers_to == "shorter":
-        return entry.short_answer
+    """The answer to a follow-up of `entry`; None when there is none."""
     if follow_up.refers_to == "again":
         return entry.answer
+    if follow_up.refers_to == "shorter" and entry.short_answer is not None:
+        return entry.short_answer
     return follow_up.answer

@@ -90,7 +90,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FollowUp:
-    """A second question. Its answer is fixed, or else taken from the first turn ("shorter", "again")."""
+    """A second question. Its answer is taken from the first turn ("shorter", "again"), or else fixed."""
 
     questions: tuple[str, ...]
     answer: str | None

@@ -16,10 +16,11 @@ PAD_ID, START_ID, END_ID = 0, 1, 2
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{- raise_exception('Known roles are system, user and assistant, not ' + message['role']) }}"
+    "{%- set role = 'system' if message['role'] == 'developer' else message['role'] %}"
+    "{%- if role not in ['system', 'user', 'assistant'] %}"
+    "{{- raise_exception('Known roles are system, user and assistant, not ' + role) }}"
     "{%- endif %}"
-    "{{- '<|im_start|>' + message['role'] + '\n' }}"
+    "{{- '<|im_start|>' + role + '\n' }}"
     "{%- if message['content'] is string %}"
     "{{- message['content'] }}"
     "{%- elif message['content'] %}"

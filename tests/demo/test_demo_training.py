@@ -48,6 +48,11 @@ def test_a_question_has_one_answer(corpus: Corpus) -> None:
             assert normalize_question(question) not in answers, question
 
 
+def test_no_text_holds_a_special_token(corpus: Corpus) -> None:
+    for entry in corpus.entries:
+        assert "<|" not in "".join((entry.answer, entry.short_answer or "", *entry.questions))
+
+
 def test_the_corpus_is_as_rich_as_it_claims(corpus: Corpus) -> None:
     asked = [
         entry for entry in corpus.entries if entry.source in ("rayllm", "serving", "models", "smalltalk")
