@@ -28,7 +28,7 @@ class TensorParallel:
         if self.size == 1:
             return x
         parts = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
+        dist.all_gather(list(parts.unbind(0)), x.contiguous(), group=self.group)
         return torch.cat(parts.unbind(0), dim=-1)
 
     def shard(self, total: int, what: str) -> range:

@@ -1,0 +1,116 @@
+"""Teacher forcing: a decoder is given known tokens, cut into steps in some way, and says its log-probabilities."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayllm.distributed.groups import TensorParallel
+from rayllm.layers.batch import Batch, allocate_kv
+from rayllm.models import load_decoder
+from rayllm.models.decoder import Decoder
+from rayllm.models.registry import read_spec
+
+CPU = torch.device("cpu")
+
+
+class PagedRun:
+    """Sequences in shuffled blocks of one KV pool; `step` computes the next tokens of some of them."""
+
+    def __init__(self, decoder: Decoder, sequences: Sequence[Sequence[int]], block_size: int, seed: int = 0):
+        self._decoder = decoder
+        self._sequences = sequences
+        self._block_size = block_size
+        self.done = [0] * len(sequences)
+        counts = [-(-len(tokens) // block_size) for tokens in sequences]
+        blocks = list(range(sum(counts) + 3))
+        random.Random(seed).shuffle(blocks)
+        self._tables = [[blocks.pop() for _ in range(count)] for count in counts]
+        self.kv = allocate_kv(
+            decoder.spec.num_layers,
+            sum(counts) + 3,
+            decoder.num_local_kv_heads,
+            block_size,
+            decoder.head_dim,
+            torch.float32,
+            CPU,
+        )
+
+    def batch(self, counts: dict[int, int]) -> tuple[Batch, list[int]]:
+        """The batch that computes the next `counts[i]` tokens of sequence i, all positions wanted; and its rows."""
+        rows = sorted(counts, key=lambda row: counts[row] > 1)
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for row in rows:
+            for position in range(self.done[row], self.done[row] + counts[row]):
+                block = self._tables[row][position // self._block_size]
+                ids.append(self._sequences[row][position])
+                positions.append(position)
+                slots.append(block * self._block_size + position % self._block_size)
+            starts.append(len(ids))
+        width = max(len(self._tables[row]) for row in rows)
+        table = [self._tables[row] + [0] * (width - len(self._tables[row])) for row in rows]
+        batch = Batch(
+            token_ids_T=torch.tensor(ids),
+            positions_T=torch.tensor(positions),
+            slots_T=torch.tensor(slots),
+            query_starts=starts,
+            kv_lens=[self.done[row] + counts[row] for row in rows],
+            block_table_RB=torch.tensor(table, dtype=torch.int32),
+            logits_indices_N=torch.arange(len(ids)),
+            num_decode_rows=sum(counts[row] == 1 for row in rows),
+            block_size=self._block_size,
+        )
+        return batch, rows
+
+    @torch.inference_mode()
+    def step(self, counts: dict[int, int]) -> dict[int, Tensor]:
+        """Log-probabilities at each computed position, by sequence."""
+        batch, rows = self.batch(counts)
+        logits = self._decoder.logits(self._decoder.forward(batch, self.kv))
+        found = {}
+        for i, row in enumerate(rows):
+            found[row] = logits[batch.query_starts[i] : batch.query_starts[i + 1]].log_softmax(-1)
+            self.done[row] += counts[row]
+        return found
+
+
+def log_probs(
+    decoder: Decoder, sequences: Sequence[Sequence[int]], chunks: Sequence[int], block_size: int
+) -> list[Tensor]:
+    """Log-probabilities at every position; sequence i is computed `chunks[i]` tokens a step, all in one batch."""
+    run = PagedRun(decoder, sequences, block_size)
+    found: list[list[Tensor]] = [[] for _ in sequences]
+    while True:
+        left = {i: len(tokens) - run.done[i] for i, tokens in enumerate(sequences)}
+        counts = {i: min(chunks[i], num) for i, num in left.items() if num}
+        if not counts:
+            return [torch.cat(parts) for parts in found]
+        for i, part in run.step(counts).items():
+            found[i].append(part)
+
+
+def load(tp: TensorParallel, path: Path | str, load_format: str = "auto", seed: int = 0) -> Decoder:
+    return load_decoder(
+        str(path), read_spec(path), tp, dtype=torch.float32, device=CPU, load_format=load_format, seed=seed
+    )
+
+
+def log_probs_of_folder(
+    tp: TensorParallel,
+    path: str,
+    sequences: Sequence[Sequence[int]],
+    cuts: Sequence[Sequence[int]],
+    block_size: int,
+    load_format: str = "auto",
+) -> list[list[np.ndarray]]:
+    """`log_probs` for each way of cutting in `cuts`; what a rank of a pool runs."""
+    decoder = load(tp, path, load_format)
+    return [[part.numpy() for part in log_probs(decoder, sequences, chunks, block_size)] for chunks in cuts]
