@@ -118,10 +118,11 @@ class Metrics:
             "vllm:request_success", "Choices that ended, by reason.", "finished_reason"
         )
         self._refused = self._counter("rayllm:requests_refused", "Requests answered with an error.", "code")
-        self._open = Gauge(
+        opened = Gauge(
             "rayllm:requests_open", "Requests that are open.", ("model_name",), registry=self.registry
         )
-        self._num_open = self._open.labels(model_name)
+        self._open_gauge = opened.labels(model_name)
+        self.num_open = 0
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds",
             "From a request's arrival to its first token.",
@@ -144,12 +145,14 @@ class Metrics:
         self._generated = self._histogram("vllm:request_generation_tokens", "Tokens of a choice.", _TOKENS)
 
     def request_opened(self, num_prompt_tokens: int) -> None:
-        self._num_open.inc()
+        self.num_open += 1
+        self._open_gauge.set(self.num_open)
         self._prompt_tokens.observe(num_prompt_tokens)
 
     def request_closed(self, elapsed_s: float) -> None:
         """Called once for each opened request, however it ended."""
-        self._num_open.dec()
+        self.num_open -= 1
+        self._open_gauge.set(self.num_open)
         self._whole.observe(elapsed_s)
 
     def first_token(self, elapsed_s: float) -> None:

@@ -1,0 +1,95 @@
+"""What completions and chats share: an answer's life, its chunks, its usage."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from rayllm.api.generation import Choice, Generation
+from rayllm.api.protocol import GenerationBody
+from rayllm.api.service import ServedModel
+from rayllm.api.sse import ChunkWriter
+from rayllm.errors import RequestError
+from rayllm.request import Request
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def check_stream_options(body: GenerationBody) -> None:
+    """Refuses what only makes sense the other way of answering."""
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream=true", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs are not given with stream=true", param="prompt_logprobs")
+
+
+class Answer(ABC):
+    """One answer under way. Its requests are submitted at construction; `close` must be called in
+    `finally`."""
+
+    chunk_object: str
+
+    def __init__(self, model: ServedModel, body: GenerationBody, requests: Sequence[Request], answer_id: str):
+        self._model = model
+        self._body = body
+        self._head = {"id": answer_id, "created": int(time.time()), "model": model.name}
+        options = body.stream_options
+        self._includes_usage = options is not None and bool(options.include_usage)
+        self._continuous_usage = self._includes_usage and bool(options and options.continuous_usage_stats)
+        self.generation = Generation(model.engine, model.tokenizer, model.metrics, requests)
+
+    async def start(self) -> None:
+        """Waits for the engine's first word; raises what it refuses."""
+        await self.generation.start()
+
+    def close(self) -> None:
+        self.generation.close()
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        await self.generation.finished()
+        return self._whole()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The chunks, one piece of bytes for each step of the engine."""
+        writer = ChunkWriter({**self._head, "object": self.chunk_object})
+        async for news in self.generation.batches():
+            chunks = [
+                writer.chunk(entry, self._chunk_fields(choice, entry))
+                for choice, text in news
+                for entry in self._entries(choice, text)
+            ]
+            yield b"".join(chunks)
+        if self._includes_usage:
+            yield writer.chunk(None, {"usage": self._usage()})
+
+    def _chunk_fields(self, choice: Choice, entry: dict[str, Any]) -> dict[str, Any] | None:
+        """Fields beside `choices`."""
+        if self._includes_usage:
+            return {"usage": self._usage() if self._continuous_usage else None}
+        return None
+
+    def _num_generated(self) -> int:
+        return self.generation.num_generated_tokens
+
+    def _usage(self) -> dict[str, Any]:
+        num_prompt, num_generated = self.generation.num_prompt_tokens, self._num_generated()
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_generated,
+            "total_tokens": num_prompt + num_generated,
+            "prompt_tokens_details": {"cached_tokens": self.generation.num_cached_tokens},
+        }
+
+    @abstractmethod
+    def _entries(self, choice: Choice, text: str) -> Iterator[dict[str, Any]]:
+        """The `choices` entries, one a chunk, for new text of a choice or its end."""
+
+    @abstractmethod
+    def _whole(self) -> dict[str, Any]:
+        """The body, once every choice has ended."""

@@ -1,0 +1,117 @@
+"""Errors as clients see them: always `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from rayllm.errors import ContextLengthError, EngineError, OverloadedError, RayLLMError, RequestError
+from rayllm.messages import Finish
+
+MAX_MESSAGE_CHARACTERS = 2000
+_OBJECT_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_OVERLOAD_CODES = frozenset({"overloaded", "queue_full"})
+_RETRY_AFTER_S = 1.0
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
+
+
+class NotReadyError(EngineError):
+    """The model cannot answer yet (or any more); `stage` says how far it is."""
+
+    def __init__(self, stage: str, reason: str = ""):
+        super().__init__(f"the model is not ready: {stage}" + (f" ({reason})" if reason else ""), code="not_ready")
+        self.stage = stage
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """Status, body and headers of an error."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str:
+        """A word for metrics: ours, never a client's."""
+        return str(self.body["error"]["code"] or self.body["error"]["type"])
+
+
+def envelope(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str | None = None
+) -> dict[str, Any]:
+    """The body of an error. Long messages are cut and object addresses left out."""
+    message = _OBJECT_ADDRESS.sub("", message.encode("utf-8", "replace").decode())
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        message = f"{message[:MAX_MESSAGE_CHARACTERS]}... ({len(message)} characters)"
+    kind = kind or _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def answer(status: int, message: str, *, param: str | None = None, code: str | None = None) -> ErrorAnswer:
+    """An error with no exception behind it. 429 and 503 say when to come back."""
+    return ErrorAnswer(status, envelope(status, message, param=param, code=code), _retry_headers(status))
+
+
+def answer_for(error: Exception) -> ErrorAnswer:
+    """What to answer for an exception. One that is not ours is a 503 that says nothing of the inside."""
+    if isinstance(error, RequestError):
+        return answer(error.status, error.message, param=error.param, code=error.code)
+    if isinstance(error, OverloadedError):
+        body = envelope(429, str(error), code="overloaded")
+        return ErrorAnswer(429, body, _retry_headers(429, error.retry_after_s))
+    if isinstance(error, EngineError):
+        kind = None if isinstance(error, NotReadyError) else "engine_error"
+        return ErrorAnswer(503, envelope(503, str(error), code=error.code, kind=kind), _retry_headers(503))
+    if isinstance(error, RayLLMError):
+        return answer(503, str(error), code="engine_unreachable")
+    return answer(503, "internal error; the server's log has the details", code="internal_error")
+
+
+def _retry_headers(status: int, retry_after_s: float = _RETRY_AFTER_S) -> dict[str, str]:
+    if status not in (429, 503):
+        return {}
+    return {"retry-after": str(max(1, math.ceil(retry_after_s)))}
+
+
+def error_of(finish: Finish) -> RayLLMError:
+    """The exception that a `Finish` of reason `error` stands for."""
+    message = finish.message or "the engine gave the request up"
+    if finish.code is None:
+        return RequestError(message)
+    if finish.code == "context_length_exceeded":
+        return ContextLengthError(message)
+    if finish.code in _OVERLOAD_CODES:
+        return OverloadedError(message, retry_after_s=_RETRY_AFTER_S)
+    return EngineError(message, code=finish.code)
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """A value as it was sent, for a message, however large it is."""
+    if isinstance(value, (list, dict, str)) and len(value) > limit:
+        if isinstance(value, str):
+            return f"{value[:limit]!r}..."
+        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def request_error_of(error: ValidationError) -> RequestError:
+    """The first field at fault, in words: every way in which it could have been right."""
+    faults = error.errors(include_url=False, include_context=False)
+    param = str(faults[0]["loc"][0]) if faults[0]["loc"] else None
+    same = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
+    reasons = list(dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in same))
+    return RequestError(f"{param or 'body'}: {' or '.join(reasons[:3])}, got {shorten(same[0]['input'])}", param=param)

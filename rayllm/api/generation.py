@@ -1,0 +1,221 @@
+"""One HTTP request while it runs: its engine requests, their choices, and the text that comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from rayllm.api.engine import EngineClient, RequestStream
+from rayllm.api.errors import error_of
+from rayllm.errors import EngineError
+from rayllm.messages import TokenDelta, TokenLogprobs
+from rayllm.observability.metrics import Metrics
+from rayllm.request import Request, unpack_ids
+from rayllm.text.detokenizer import ChoiceText
+from rayllm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text` is None where the client sent token ids."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+class Choice:
+    """One answer as far as it has come."""
+
+    __slots__ = (
+        "finish_reason",
+        "first_token_s",
+        "index",
+        "last_token_s",
+        "logprobs",
+        "num_told",
+        "prompt_index",
+        "stop_reason",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(self, index: int, prompt_index: int, text: ChoiceText):
+        self.index = index
+        self.prompt_index = prompt_index
+        self.text = text
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.num_told = 0
+        """Tokens that chunks have spoken of."""
+        self.first_token_s: float | None = None
+        self.last_token_s = 0.0
+
+    def take(self, delta: TokenDelta) -> str:
+        """Adds a delta and returns the new text. Raises what the engine says went wrong."""
+        finish = delta.finish
+        if finish is not None and finish.reason == "error":
+            raise error_of(finish)
+        text = self.text.push(unpack_ids(delta.token_ids), stop_token=finish is not None and finish.reason == "stop")
+        num_new = self.text.num_tokens_used - len(self.token_ids)
+        self.token_ids += unpack_ids(delta.token_ids)[:num_new]
+        if delta.logprobs:
+            self.logprobs += delta.logprobs[:num_new]
+        if finish is not None and self.text.stop_reason is None:
+            text += self.text.finish()
+            self.finish_reason, self.stop_reason = finish.reason, finish.stop_reason
+        if self.text.stop_reason is not None:
+            self.finish_reason, self.stop_reason = "stop", self.text.stop_reason
+        return text
+
+
+class Generation:
+    """The requests of one HTTP request, submitted at construction; `close` must be called in `finally`.
+
+    Choices are numbered prompt by prompt: those of prompt p are p * n to p * n + n - 1.
+    """
+
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, metrics: Metrics, requests: Sequence[Request]):
+        self._metrics = metrics
+        self._started_s = time.perf_counter()
+        self._first: tuple[int, list[TokenDelta]] | None = None
+        self._closed = False
+        self.requests = requests
+        self.prompt_ids = [list(request.prompt_token_ids) for request in requests]
+        self.num_choices = requests[0].params.n
+        self.choices = [
+            Choice(p * self.num_choices + i, p, ChoiceText(tokenizer, request.params, self.prompt_ids[p]))
+            for p, request in enumerate(requests)
+            for i in range(self.num_choices)
+        ]
+        self.prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(requests)
+        self._num_cached = [0] * len(requests)
+        self._num_unfinished = len(self.choices)
+        self._streams: list[RequestStream] = []
+        self._pumps: list[asyncio.Task[None]] = []
+        metrics.request_opened(self.num_prompt_tokens)
+        try:
+            for request in requests:
+                self._streams.append(engine.submit(request))
+        except BaseException:
+            self.close()
+            raise
+        self._merged = _merged(self._streams, self._pumps)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompt_ids))
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(self._num_cached)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+    async def start(self) -> None:
+        """Waits for the engine's first word, so that a refusal can still be an HTTP status."""
+        self._first = await anext(self._merged, None)
+        if self._first is not None:
+            for delta in self._first[1]:
+                if delta.finish is not None and delta.finish.reason == "error":
+                    raise error_of(delta.finish)
+
+    async def batches(self) -> AsyncIterator[list[tuple[Choice, str]]]:
+        """What each step brought: choices with new text or an end. Ends when every choice has ended."""
+        if self._first is None:
+            await self.start()
+        batch = self._first
+        while batch is not None:
+            news: dict[Choice, str] = {}
+            for delta in batch[1]:
+                self._take(batch[0], delta, news)
+            if news:
+                yield list(news.items())
+            if not self._num_unfinished:
+                return
+            batch = await anext(self._merged, None)
+        raise EngineError("the engine's stream ended before the answer did", code="engine_stream_ended")
+
+    async def finished(self) -> None:
+        """Waits until every choice has ended."""
+        async for _ in self.batches():
+            pass
+
+    def close(self) -> None:
+        """Aborts what is unfinished. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for pump in self._pumps:
+            pump.cancel()
+        for stream in self._streams:
+            stream.close()
+        self._metrics.request_closed(time.perf_counter() - self._started_s)
+
+    def _take(self, prompt_index: int, delta: TokenDelta, news: dict[Choice, str]) -> None:
+        choice = self.choices[prompt_index * self.num_choices + delta.stream]
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs[prompt_index] = delta.prompt_logprobs
+        if delta.num_cached_tokens:
+            self._num_cached[prompt_index] = delta.num_cached_tokens
+        if choice.finish_reason is not None:
+            return
+        text = choice.take(delta)
+        if delta.token_ids:
+            self._note_token(choice)
+        if choice.finish_reason is not None:
+            self._end(choice, delta)
+        if text or choice.finish_reason is not None:
+            news[choice] = news.get(choice, "") + text
+
+    def _note_token(self, choice: Choice) -> None:
+        now_s = time.perf_counter()
+        if choice.first_token_s is None:
+            choice.first_token_s = now_s
+            self._metrics.first_token(now_s - self._started_s)
+        else:
+            self._metrics.next_token(now_s - choice.last_token_s)
+        choice.last_token_s = now_s
+
+    def _end(self, choice: Choice, delta: TokenDelta) -> None:
+        self._num_unfinished -= 1
+        if delta.finish is None:
+            self._streams[choice.prompt_index].abort_choice(delta.stream)
+        decode_s = choice.last_token_s - (choice.first_token_s or choice.last_token_s)
+        self._metrics.choice_finished(str(choice.finish_reason), len(choice.token_ids), decode_s)
+
+
+async def _merged(
+    streams: Sequence[RequestStream], pumps: list[asyncio.Task[None]]
+) -> AsyncIterator[tuple[int, list[TokenDelta]]]:
+    """The deltas of all streams as they come, each with its stream's number. `pumps` takes the tasks that it
+    starts."""
+    if len(streams) == 1:
+        async for deltas in streams[0]:
+            yield 0, deltas
+        return
+    arrivals: asyncio.Queue[tuple[int, list[TokenDelta]] | Exception | None] = asyncio.Queue()
+
+    async def pump(number: int, stream: RequestStream) -> None:
+        try:
+            async for deltas in stream:
+                arrivals.put_nowait((number, deltas))
+            arrivals.put_nowait(None)
+        except Exception as error:
+            arrivals.put_nowait(error)
+
+    pumps += [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
+    num_open = len(pumps)
+    while num_open:
+        arrival = await arrivals.get()
+        if isinstance(arrival, Exception):
+            raise arrival
+        if arrival is None:
+            num_open -= 1
+        else:
+            yield arrival

@@ -1,0 +1,189 @@
+"""The fields of requests. Unknown ones are errors that name the nearest; `null` always means "not given".
+
+Three lists decide what happens to a name: the models below (implemented), `WITHOUT_EFFECT` (OpenAI's,
+accepted and unused), and `NOT_SUPPORTED` (refused unless the value asks for nothing).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, FiniteFloat, ValidationError
+
+from rayllm.api.errors import request_error_of, shorten
+from rayllm.errors import RequestError, did_you_mean
+
+MAX_PROMPTS = 2048
+MAX_CHOICES_IN_ALL = 4096
+MAX_STOP_CHARACTERS = 1024
+MAX_TOKEN_ID_LIST = 1024
+MAX_LOGIT_BIASES = 1024
+MAX_CACHE_SALT_CHARACTERS = 1024
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+    }
+)
+"""OpenAI's fields about accounts, storage and billing: there is nothing here for them to change."""
+
+_LATER = "is not supported yet"
+NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), _LATER),
+    "tool_choice": (("none",), "needs tools, which are not supported yet"),
+    "functions": (([],), "is not supported; OpenAI replaced it by tools"),
+    "function_call": (("none",), "is not supported; OpenAI replaced it by tools"),
+    "response_format": (({"type": "text"},), "is not supported yet, but for {'type': 'text'}"),
+    "structured_outputs": ((), _LATER),
+    "guided_json": ((), _LATER),
+    "guided_regex": ((), _LATER),
+    "guided_choice": ((), _LATER),
+    "guided_grammar": ((), _LATER),
+    "reasoning_effort": (("none",), _LATER),
+    "verbosity": (("medium",), _LATER),
+    "modalities": ((["text"],), "can only be ['text']: this server writes text"),
+    "audio": ((), "is not supported: this server writes text"),
+    "prediction": ((), "is not supported"),
+    "web_search_options": ((), "is not supported"),
+    "suffix": ((), "is not supported: the model has no infill"),
+    "prompt_embeds": ((), "is not supported; send text or token ids"),
+    "logits_processors": ((), "is not supported: requests run no code"),
+    "chat_template": ((), "from a request is off; the server's operator sets it with --chat-template"),
+    "bad_words": (([],), _LATER),
+    "spaces_between_special_tokens": ((True,), "can only be true"),
+    "use_beam_search": ((False,), _LATER),
+    "length_penalty": ((1, 1.0), "is not supported: it is of beam search"),
+}
+"""Name: the values that ask for nothing (besides null), and why others are refused."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+    """OpenAI's padding of chunks; without effect."""
+
+
+def _stop_strings(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return value
+    raise ValueError("Input should be text or a list of texts")
+
+
+def _token_ids(value: Any) -> Any:
+    if value is None or (isinstance(value, list) and all(type(token_id) is int for token_id in value)):
+        return value
+    raise ValueError("Input should be a list of integers")
+
+
+# Checked by hand: pydantic would collect an error for each entry of a long list.
+StopStrings = Annotated[Any, AfterValidator(_stop_strings)]
+TokenIds = Annotated[Any, AfterValidator(_token_ids)]
+
+
+class GenerationBody(_Body):
+    """What completions and chats have in common. Ranges are checked by `SamplingParams`."""
+
+    model: str
+    n: int | None = None
+    temperature: FiniteFloat | None = None
+    top_p: FiniteFloat | None = None
+    presence_penalty: FiniteFloat | None = None
+    frequency_penalty: FiniteFloat | None = None
+    seed: int | None = None
+    stop: StopStrings = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, FiniteFloat] | None = None
+    max_tokens: int | None = None
+    # vLLM's
+    top_k: int | None = None
+    min_p: FiniteFloat | None = None
+    repetition_penalty: FiniteFloat | None = None
+    stop_token_ids: TokenIds = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: TokenIds = None
+    add_special_tokens: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: Any
+    """Text, token ids, or a list of either; read by `completions`."""
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[list[dict[str, Any]], FailFast()]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(_Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: Annotated[list[int], FailFast()]
+
+
+_B = TypeVar("_B", bound=_Body)
+
+
+def read_body(fields: dict[str, Any], model: type[_B]) -> _B:
+    """The checked body. Raises `RequestError` that names the field at fault."""
+    known = model.model_fields
+    implemented: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in known:
+            implemented[name] = value
+        elif name in NOT_SUPPORTED:
+            _check_neutral(name, value)
+        elif name not in WITHOUT_EFFECT:
+            shown = name[:100]
+            near = did_you_mean(shown, [*known, *WITHOUT_EFFECT, *NOT_SUPPORTED])
+            raise RequestError(f"unknown field {shown!r}{near}", param=shown, code="unknown_parameter")
+    try:
+        return model(**implemented)
+    except ValidationError as error:
+        raise request_error_of(error) from None
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    neutral, reason = NOT_SUPPORTED[name]
+    if value is not None and not any(type(value) is type(known) and value == known for known in neutral):
+        raise RequestError(f"{name} {reason}, got {shorten(value)}", param=name, code="unsupported_parameter")

@@ -1,0 +1,167 @@
+"""From the fields of a body to `SamplingParams` and `Request`, with errors in the client's names."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rayllm.api.errors import shorten
+from rayllm.api.protocol import (
+    MAX_CACHE_SALT_CHARACTERS,
+    MAX_LOGIT_BIASES,
+    MAX_STOP_CHARACTERS,
+    MAX_TOKEN_ID_LIST,
+    GenerationBody,
+)
+from rayllm.config import ResolvedConfig
+from rayllm.engine.admission import check_request, resolve_max_tokens
+from rayllm.errors import RequestError
+from rayllm.request import MAX_SEED, Request, SamplingParams, pack_ids
+
+_PLAIN_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "prompt_logprobs",
+    "allowed_token_ids",
+)
+"""Fields that `SamplingParams` takes as they are; null is its default."""
+_MIN_REPETITION_PENALTY = 0.01
+_TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
+_MAX_PRIORITY = 2**31 - 1
+
+
+def sampling_params(body: GenerationBody, vocab_size: int, **settled: Any) -> SamplingParams:
+    """The body's parameters; `settled` are those that its endpoint worked out (`max_tokens`, `logprobs`,
+    ...)."""
+    fields = {name: value for name in _PLAIN_FIELDS if (value := getattr(body, name)) is not None}
+    _check_stop(body.stop)
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        limit = MAX_TOKEN_ID_LIST if name == "stop_token_ids" else vocab_size
+        _check_ids(name, getattr(body, name) or (), vocab_size, limit)
+    penalty = body.repetition_penalty
+    if penalty is not None and penalty < _MIN_REPETITION_PENALTY:
+        raise RequestError(
+            f"repetition_penalty={penalty:g} is less than {_MIN_REPETITION_PENALTY:g}; 1 is off",
+            param="repetition_penalty",
+        )
+    if body.logit_bias:
+        fields["logit_bias"] = _logit_bias(body.logit_bias, vocab_size)
+    try:
+        return SamplingParams(**{**fields, **settled})
+    except ValueError as error:
+        raise RequestError(str(error), param=_field_named(str(error))) from None
+
+
+def _field_named(message: str) -> str | None:
+    """`SamplingParams` begins its messages with the field's name."""
+    first = re.match(r"[a-z_]+", message)
+    return first.group() if first and first.group() in SamplingParams.__dataclass_fields__ else None
+
+
+def _check_stop(stop: str | Sequence[str] | None) -> None:
+    for text in (stop,) if isinstance(stop, str) else stop or ():
+        if len(text) > MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"stop: a string of {len(text)} characters is longer than {MAX_STOP_CHARACTERS}", param="stop"
+            )
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int, limit: int) -> None:
+    if len(ids) > limit:
+        raise RequestError(f"{name} holds {len(ids)} ids, at most {limit} are allowed", param=name)
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(f"{name}: {shorten(token_id)} is outside the vocabulary of {vocab_size}", param=name)
+
+
+def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise RequestError(
+            f"logit_bias holds {len(biases)} tokens, at most {MAX_LOGIT_BIASES} are allowed", param="logit_bias"
+        )
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key):
+            raise RequestError(f"logit_bias: {shorten(key)} is not a token id", param="logit_bias")
+    found = {int(key): bias for key, bias in biases.items()}
+    _check_ids("logit_bias", list(found), vocab_size, MAX_LOGIT_BIASES)
+    return found
+
+
+def truncate_ids(ids: list[int], num_tokens: int | None, max_model_len: int) -> list[int]:
+    """The last `num_tokens` ids (-1: as many as the context holds)."""
+    if num_tokens is None:
+        return ids
+    if num_tokens != -1 and not 1 <= num_tokens <= max_model_len:
+        raise RequestError(
+            f"truncate_prompt_tokens={num_tokens} is outside [1, {max_model_len}]; -1 means {max_model_len}",
+            param="truncate_prompt_tokens",
+        )
+    return ids[-(max_model_len if num_tokens == -1 else num_tokens) :]
+
+
+def build_request(
+    request_id: str,
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    body: GenerationBody,
+    config: ResolvedConfig,
+    default_max_tokens: int | None = None,
+) -> Request:
+    """A complete request. `default_max_tokens` holds where the client asks for no number, as far as there is
+    room."""
+    max_tokens = resolve_max_tokens(len(token_ids), params.max_tokens, config.max_model_len)
+    if params.max_tokens is None and default_max_tokens is not None:
+        max_tokens = min(max_tokens, default_max_tokens)
+    request = Request(
+        request_id=request_id,
+        prompt=pack_ids(token_ids),
+        params=params,
+        seed=secrets.randbelow(MAX_SEED) if params.seed is None else params.seed,
+        max_tokens=max_tokens,
+        priority=_priority(body.priority),
+        cache_salt=_cache_salt(body.cache_salt),
+    )
+    check_request(request, config)
+    return request
+
+
+@contextmanager
+def named_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors inside name fields as this client called them: `{ours: theirs}`."""
+    try:
+        yield
+    except RequestError as error:
+        error.param = names.get(error.param or "", error.param)
+        raise
+
+
+def _priority(priority: int | None) -> int:
+    if not -_MAX_PRIORITY <= (priority or 0) <= _MAX_PRIORITY:
+        raise RequestError(f"priority={shorten(priority)} does not fit 32 bits", param="priority")
+    return priority or 0
+
+
+def _cache_salt(salt: str | None) -> str:
+    if salt is None:
+        return ""
+    if not 1 <= len(salt) <= MAX_CACHE_SALT_CHARACTERS:
+        raise RequestError(
+            f"cache_salt has {len(salt)} characters, 1 to {MAX_CACHE_SALT_CHARACTERS} are allowed", param="cache_salt"
+        )
+    return salt

@@ -1,0 +1,147 @@
+"""A served model and how far it is: what every endpoint asks first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+from rayllm.api.engine import EngineClient
+from rayllm.api.errors import NotReadyError, shorten
+from rayllm.config import ResolvedConfig
+from rayllm.errors import ContextLengthError, RayLLMError, RequestError
+from rayllm.messages import EngineStats
+from rayllm.observability.metrics import Metrics
+from rayllm.text.tokenizer import Tokenizer
+
+READY = "ready"
+HEALTH_TIMEOUT_S = 3.0
+_MIN_TOKEN_CHARACTERS = 16
+_INLINE_CHARACTERS = 8192
+"""Texts up to this long are rendered and tokenized at once, in well under a millisecond; others in a
+thread."""
+_SLOW_TEMPLATE_S = 0.02
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """All that answers need."""
+
+    config: ResolvedConfig
+    tokenizer: Tokenizer
+    engine: EngineClient
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    has_slow_template: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.config.served_model_name
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.shape.vocab_size
+
+    def tokenize(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a prompt. A text that no tokenizing could make fit is refused before it is
+        tokenized."""
+        limit = self.config.max_model_len * max(self.tokenizer.longest_token, _MIN_TOKEN_CHARACTERS)
+        if len(text) > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.config.max_model_len} tokens. The prompt has "
+                f"{len(text)} characters, and no {limit} fit: shorten it",
+                param=param,
+            )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def prepares_inline(self, num_characters: int, *, is_chat: bool) -> bool:
+        """Whether rendering and tokenizing is short enough for the event loop."""
+        return num_characters <= _INLINE_CHARACTERS and not (is_chat and self.has_slow_template)
+
+
+@dataclass(frozen=True)
+class Health:
+    """`stage` is `ready` for a model that can answer; `reason` says why it is not healthy."""
+
+    healthy: bool
+    stage: str
+    reason: str = ""
+
+
+class ModelService:
+    """The model behind the endpoints. It begins not ready; `set_ready` gives it all it needs."""
+
+    def __init__(self, stage: str = "starting"):
+        self._stage = stage
+        self._reason = ""
+        self._model: ServedModel | None = None
+        self._metrics: Metrics | None = None
+
+    def set_stage(self, stage: str, reason: str = "") -> None:
+        """Not ready (any more): how far it is, or why it cannot go on. Shown by `/health` and refused
+        requests."""
+        self._stage, self._reason = stage, reason
+        self._model = None
+
+    def set_ready(self, config: ResolvedConfig, tokenizer: Tokenizer, engine: EngineClient) -> None:
+        """Answers from now on. Called again (the engine came back), metrics go on as they were."""
+        if self._metrics is None:
+            self._metrics = Metrics(config.served_model_name)
+        self._model = ServedModel(
+            config, tokenizer, engine, self._metrics, has_slow_template=_has_slow_template(tokenizer)
+        )
+        self._stage, self._reason = READY, ""
+
+    @property
+    def stage(self) -> str:
+        return self._stage
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """None until the model was ready once."""
+        return self._metrics
+
+    def model(self) -> ServedModel:
+        """Raises `NotReadyError`."""
+        if self._model is None:
+            raise NotReadyError(self._stage, self._reason)
+        return self._model
+
+    def named(self, name: str | None) -> ServedModel:
+        """The model of that name (None: whichever it is). Raises `NotReadyError`, or `RequestError` (404)."""
+        model = self.model()
+        if name is not None and name != model.name:
+            raise RequestError(
+                f"the model {shorten(name)} does not exist; this server has {model.name!r}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        return model
+
+    async def engine_stats(self) -> EngineStats | None:
+        """The engine's figures; None where it does not answer in time."""
+        if self._model is None:
+            return None
+        try:
+            return await asyncio.wait_for(self._model.engine.stats(), HEALTH_TIMEOUT_S)
+        except (RayLLMError, asyncio.TimeoutError):
+            return None
+
+    async def health(self) -> Health:
+        """Whether the engine makes progress, asked of the engine itself."""
+        if self._model is None:
+            return Health(False, self._stage, self._reason)
+        stats = await self.engine_stats()
+        if stats is None:
+            return Health(False, self._stage, f"the engine did not answer within {HEALTH_TIMEOUT_S:g} s")
+        return Health(stats.healthy, self._stage, stats.reason)
+
+
+def _has_slow_template(tokenizer: Tokenizer) -> bool:
+    """Renders a short chat, which also warms the template up."""
+    start_s = time.perf_counter()
+    with contextlib.suppress(RequestError):
+        tokenizer.render_chat([{"role": "user", "content": "hello"}])
+    return time.perf_counter() - start_s > _SLOW_TEMPLATE_S

@@ -1,0 +1,47 @@
+"""Server-sent events: chunks as `data:` lines, faults as `error` events, `[DONE]` at the end of every
+stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+
+from rayllm.api.errors import answer_for
+from rayllm.errors import RayLLMError
+
+DONE = b"data: [DONE]\n\n"
+_LOG = logging.getLogger(__name__)
+
+
+class ChunkWriter:
+    """Writes the chunks of one answer: the fields that never change are encoded once."""
+
+    def __init__(self, head: dict[str, Any]):
+        self._head = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
+
+    def chunk(self, choice: dict[str, Any] | None, fields: dict[str, Any] | None = None) -> bytes:
+        """The event of one choice (or none), with more fields of the chunk itself."""
+        body = b"" if choice is None else orjson.dumps(choice)
+        if not fields:
+            return self._head + body + b"]}\n\n"
+        return self._head + body + b"]," + orjson.dumps(fields)[1:] + b"\n\n"
+
+
+def error_event(error: Exception) -> bytes:
+    """What went wrong, in the envelope of every error."""
+    if not isinstance(error, RayLLMError):
+        _LOG.error("fault inside a stream", exc_info=error)
+    return b"event: error\ndata: " + orjson.dumps(answer_for(error).body) + b"\n\n"
+
+
+async def whole_stream(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events, then `[DONE]`; a fault becomes an error event first. Never a silent end."""
+    try:
+        async for event in events:
+            yield event
+    except Exception as error:
+        yield error_event(error)
+    yield DONE

@@ -1,0 +1,123 @@
+"""Bodies in, answers out: JSON, event streams, and noticing at once that a client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from rayllm.api.body import parse_object
+from rayllm.api.errors import ErrorAnswer
+from rayllm.errors import RequestError
+
+BODY_TIMEOUT_S = 60.0
+_T = TypeVar("_T")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection: there is nobody to answer."""
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
+
+
+def error_response(error: ErrorAnswer, *, close: bool = False) -> Response:
+    """`close`: the body was not read, so the connection cannot be used again."""
+    headers = {**error.headers, "connection": "close"} if close else error.headers
+    if error.status == 401:
+        headers = {**headers, "www-authenticate": "Bearer"}
+    return json_response(error.body, error.status, headers)
+
+
+async def read_object(request: Request, max_body_bytes: int) -> dict[str, Any]:
+    """The JSON object of a body. Raises `RequestError` where it is too large, too slow or not one."""
+    try:
+        body = await asyncio.wait_for(_read_bytes(request.receive, max_body_bytes), BODY_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        raise RequestError(
+            f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="body_timeout", status=408
+        ) from None
+    return parse_object(body)
+
+
+async def _read_bytes(receive: Receive, max_body_bytes: int) -> bytes:
+    chunks, num_bytes = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        chunk = message.get("body", b"")
+        num_bytes += len(chunk)
+        if num_bytes > max_body_bytes:
+            raise RequestError(f"the body is larger than {max_body_bytes} bytes", code="body_too_large", status=413)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`. Where the client goes first, `work` is cancelled and `ClientGoneError` raised.
+
+    The body must have been read. `receive` is not used any more once this returns.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        await _cancel(task, watch)
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """A response of server-sent events, each piece sent as it comes.
+
+    `close` is called when the stream ends, however it ends; a client that goes ends it at once, also while no event
+    comes.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._close = close
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_gone(receive, self._send_all(send))
+        except (ClientGoneError, OSError):
+            pass
+        finally:
+            self._close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for piece in self._events:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        finally:
+            if isinstance(self._events, AsyncGenerator):
+                await self._events.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,117 @@
+"""The outermost layer: what no request gets past, whatever its path. Plain ASGI, so that streams flow through.
+
+Request ids, an API key on all paths but a few, bounds on headers, and an envelope for what nothing else caught.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rayllm.api.errors import ErrorAnswer, answer, answer_for
+from rayllm.serve.http_answers import error_response
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
+MAX_HEADER_BYTES = 32 * 1024
+_LOG = logging.getLogger("rayllm.serve.access")
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+class Guard:
+    """Wraps an ASGI application."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str] = (), max_body_bytes: int):
+        self._app = app
+        self._key_digests = [_digest(key.encode()) for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        started_s = time.perf_counter()
+        status = 0
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
+            await send(message)
+
+        try:
+            refused = self._refusal(scope, headers)
+            if refused is not None:
+                await error_response(refused, close=True)(scope, receive, tell)
+            else:
+                await self._app(scope, receive, tell)
+        except Exception as error:
+            _LOG.exception("%s %s failed (%s)", scope["method"], scope["path"], request_id.decode())
+            if not status:
+                await error_response(answer_for(error))(scope, receive, tell)
+        finally:
+            elapsed_ms = (time.perf_counter() - started_s) * 1e3
+            _LOG.info("%s %s %d %.1f ms %s", scope["method"], scope["path"], status, elapsed_ms, request_id.decode())
+
+    def _refusal(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> ErrorAnswer | None:
+        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+            return answer(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes", code="headers_too_large")
+        path = scope["path"]
+        root = scope.get("root_path") or ""
+        if self._key_digests and path.removeprefix(root) not in OPEN_PATHS and not self._has_key(headers):
+            return answer(401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
+        return _bad_headers(headers) or self._too_large(headers)
+
+    def _has_key(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Constant-time, on digests: neither a key's length nor its beginning shows in the time taken."""
+        given = [value for name, value in headers if name == b"authorization"]
+        if len(given) != 1 or given[0][:7].lower() != b"bearer ":
+            return False
+        digest = _digest(given[0][7:])
+        matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
+        return any(matches)
+
+    def _too_large(self, headers: Iterable[tuple[bytes, bytes]]) -> ErrorAnswer | None:
+        for name, value in headers:
+            if name == b"content-length" and (not value.isdigit() or int(value[:20]) > self._max_body_bytes):
+                return answer(413, f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")
+        return None
+
+
+def _bad_headers(headers: Sequence[tuple[bytes, bytes]]) -> ErrorAnswer | None:
+    if sum(name == b"host" for name, _ in headers) > 1:
+        return answer(400, "more than one Host header", code="invalid_header")
+    for name, value in headers:
+        if _CONTROL_CHARACTER.search(value):
+            return answer(400, f"a control character in the header {name.decode('latin-1')!r}", code="invalid_header")
+        if name == b"content-encoding" and value.lower() not in (b"", b"identity"):
+            return answer(415, "compressed bodies are not read: send the body as it is", code="unsupported_encoding")
+        if name == b"transfer-encoding" and value.lower() != b"chunked":
+            return answer(400, "Transfer-Encoding can only be chunked", code="invalid_header")
+    return None
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The client's own where it is a plain word, else a new one."""
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
