@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from fakes import fake_config
+
+from rayllm.errors import ConfigError
+from rayllm.runner import memory
+from rayllm.runner.memory import plan_num_blocks
+
+CPU = torch.device("cpu")
+
+
+def test_the_number_of_blocks_asked_for_is_taken() -> None:
+    assert plan_num_blocks(fake_config(engine={"num_kv_blocks": 77}), 1000, CPU, 0) == 77
+
+
+def test_memory_asked_for_is_cut_into_blocks() -> None:
+    config = fake_config(engine={"kv_cache_memory_bytes": 50_999})
+    assert plan_num_blocks(config, 1000, CPU, 0) == 50
+
+
+def test_the_ranks_of_a_machine_share_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 1_000_000)
+    alone = plan_num_blocks(fake_config(), 4000, CPU, 0)
+    shared = plan_num_blocks(fake_config(engine={"tensor_parallel_size": 2}), 4000, CPU, 0)
+    assert (alone, shared) == (100, 50)
+
+
+def test_no_more_blocks_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 10**12)
+    assert plan_num_blocks(fake_config(), 4000, CPU, 0) == 8 * 128 // 4
+
+
+def test_a_context_that_does_not_fit_is_refused_with_the_one_that_does() -> None:
+    config = fake_config(engine={"kv_cache_memory_bytes": 20_000})
+    with pytest.raises(ConfigError, match=r"max_model_len=128 .* lower max_model_len to 80, or raise kv_cache_memory_bytes"):
+        plan_num_blocks(config, 1000, CPU, 0)
+
+
+def test_this_host_has_memory() -> None:
+    assert memory.available_host_bytes() > 2**20

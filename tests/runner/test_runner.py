@@ -1,0 +1,100 @@
+"""One rank alone, driven by plans written by hand, against `transformers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayllm.config import EngineConfig
+from rayllm.distributed.groups import TensorParallel
+from rayllm.engine.resolve import resolve
+from rayllm.messages import RowStart, StepPlan, StepResult
+from rayllm.request import SamplingParams, pack_ids, unpack_ids
+from rayllm.runner.runner import Runner
+
+PROMPT = [5, 9, 30, 31, 77, 100, 12]
+
+
+@pytest.fixture
+def runner(llama_path: Path) -> Runner:
+    config = resolve(EngineConfig(model=str(llama_path), device="cpu", block_size=4, max_num_seqs=4, num_kv_blocks=200))
+    runner = Runner(config, TensorParallel())
+    runner.start(runner.num_blocks_available())
+    runner.warm_up()
+    return runner
+
+
+@pytest.fixture(scope="module")
+def reference(llama_path: Path) -> list[torch.Tensor]:
+    """Per emitted token: `transformers`' log-probabilities after the prompt and the greedy tokens before it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_path, dtype=torch.float32)
+    tokens, found = list(PROMPT), []
+    for _ in range(6):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        found.append(logprobs)
+        tokens.append(int(logprobs.argmax()))
+    return found
+
+
+def _start(row: int, blocks: list[int], **params: object) -> RowStart:
+    sampling = SamplingParams(temperature=0, **params)  # type: ignore[arg-type]
+    return RowStart(row, pack_ids(PROMPT), len(PROMPT), 0, pack_ids(blocks), sampling, 0, 0)
+
+
+def _plan(step: int, counts: dict[int, int], new: list[RowStart] | None = None, finished: tuple[int, ...] = ()) -> StepPlan:
+    rows, lengths = pack_ids(counts), pack_ids(counts.values())
+    return StepPlan(step, 3, pack_ids(finished), new or [], b"", b"", rows, lengths)
+
+
+def _tokens(result: StepResult) -> dict[int, int]:
+    return dict(zip(unpack_ids(result.rows), unpack_ids(result.token_ids), strict=True))
+
+
+def test_tokens_and_logprobs_are_those_of_transformers(runner: Runner, reference: list[torch.Tensor]) -> None:
+    for step, expected in enumerate(reference):
+        plan = _plan(step, {1: len(PROMPT)}, [_start(1, [8, 2, 5, 1], logprobs=2)]) if step == 0 else _plan(step, {1: 1})
+        result = runner.execute(plan)
+        assert (result.step, result.epoch) == (step, 3)
+        assert _tokens(result) == {1: int(expected.argmax())}
+        logprobs = result.logprobs[1]
+        values, ids = np.frombuffer(logprobs.values, np.float32), list(unpack_ids(logprobs.ids))
+        assert ids == [int(expected.argmax()), *expected.topk(2).indices.tolist()]
+        assert values == pytest.approx(expected[ids].numpy(), abs=1e-4)
+
+
+def test_a_chunk_that_does_not_reach_the_end_samples_nothing(runner: Runner, reference: list[torch.Tensor]) -> None:
+    first = runner.execute(_plan(0, {0: 4}, [_start(0, [3, 4, 6])]))
+    assert _tokens(first) == {}
+    second = runner.execute(_plan(1, {0: 3}))
+    assert _tokens(second) == {0: int(reference[0].argmax())}
+
+
+def test_prompt_logprobs_are_those_of_transformers_over_chunks(runner: Runner, llama_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    results = [
+        runner.execute(_plan(0, {0: 3}, [_start(0, [3, 4], prompt_logprobs=1)])),
+        runner.execute(_plan(1, {0: 4})),
+    ]
+    found = [entry for result in results for entry in result.prompt_logprobs[0]]
+    assert len(found) == len(PROMPT) - 1
+    for position, entry in enumerate(found):
+        token = PROMPT[position + 1]
+        assert list(unpack_ids(entry.ids)) == [token, int(expected[position].argmax())]
+        assert np.frombuffer(entry.values, np.float32)[0] == pytest.approx(float(expected[position, token]), abs=1e-4)
+        assert entry.rank == 1 + int((expected[position] > expected[position, token]).sum())
+
+
+def test_a_row_taken_over_by_another_sequence_starts_afresh(runner: Runner, reference: list[torch.Tensor]) -> None:
+    runner.execute(_plan(0, {0: len(PROMPT)}, [_start(0, [3, 4], repetition_penalty=50.0)]))
+    result = runner.execute(_plan(1, {0: len(PROMPT)}, [_start(0, [3, 4])], finished=(0,)))
+    assert _tokens(result) == {0: int(reference[0].argmax())}
