@@ -133,8 +133,8 @@ def _target(total_N: Tensor, uniform_N: Tensor) -> Tensor:
 def candidates(logits_NV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `num` most likely tokens: values in falling order (equal ones in order of ids), ids, and `floor_N`.
 
-    Every token with a value above the floor is among them; of those at the floor or below some may be
-    missing. So a floor of -inf says that all tokens above -inf are there.
+    Every token with a value above the floor is among them; of those at the floor some may be missing. So a floor
+    of -inf says that all tokens above -inf are there.
     """
     vocab_size = logits_NV.shape[1]
     if num >= vocab_size:
@@ -143,26 +143,25 @@ def candidates(logits_NV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
     num_blocks = vocab_size // _BLOCK
     if num_blocks <= 4 * num:
         values_NK, ids_NK = logits_NV.topk(num, sorted=False)
-        floor_N = values_NK.amin(1)
     else:
-        values_NK, ids_NK, floor_N = _candidates_of_best_blocks(logits_NV, num)
+        values_NK, ids_NK = _candidates_of_best_blocks(logits_NV, num)
     by_id_NK = ids_NK.argsort(1)
     values_NK, order_NK = values_NK.gather(1, by_id_NK).sort(dim=1, descending=True, stable=True)
-    return values_NK, ids_NK.gather(1, by_id_NK).gather(1, order_NK), floor_N
+    return values_NK, ids_NK.gather(1, by_id_NK).gather(1, order_NK), values_NK[:, -1]
 
 
-def _candidates_of_best_blocks(logits_NV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates_of_best_blocks(logits_NV: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """The `num` highest values can only lie in the `num` blocks with the highest maxima: look only there."""
     num_rows, vocab_size = logits_NV.shape
     main = vocab_size - vocab_size % _BLOCK
     blocks_NMB = logits_NV[:, :main].unflatten(1, (-1, _BLOCK))
-    max_NM, block_NM = blocks_NMB.amax(2).topk(num + 1)
+    block_NM = blocks_NMB.amax(2).topk(num, sorted=False).indices
     rows_N1 = torch.arange(num_rows, device=logits_NV.device)[:, None]
-    inside_NC = torch.cat((blocks_NMB[rows_N1, block_NM[:, :num]].flatten(1), logits_NV[:, main:]), dim=1)
+    inside_NC = torch.cat((blocks_NMB[rows_N1, block_NM].flatten(1), logits_NV[:, main:]), dim=1)
     values_NK, place_NK = inside_NC.topk(num, sorted=False)
-    in_block_NK = block_NM.gather(1, (place_NK // _BLOCK).clamp(max=num)) * _BLOCK + place_NK % _BLOCK
+    in_block_NK = block_NM.gather(1, (place_NK // _BLOCK).clamp(max=num - 1)) * _BLOCK + place_NK % _BLOCK
     ids_NK = torch.where(place_NK < num * _BLOCK, in_block_NK, place_NK - num * _BLOCK + main)
-    return values_NK, ids_NK, torch.maximum(max_NM[:, num], values_NK.amin(1))
+    return values_NK, ids_NK
 
 
 def top_k_edge(values_NK: Tensor, top_k_N: Tensor) -> Tensor:
@@ -261,7 +260,10 @@ def _sample_top_of_all(logits_1V: Tensor, max_1: Tensor, rules: Rules, uniform_1
 
 
 def _buckets(logits_V: Tensor) -> Tensor:
-    """Numbers that rise as logits fall: the upper half of a float's bits, in the order of the floats."""
-    bits_V = (logits_V + 0.0).view(torch.int32)  # adding 0.0 makes -0.0 equal to 0.0 in its bits too
+    """Numbers that rise as logits fall: the upper half of a float's bits, in the order of the floats.
+
+    -0.0 comes behind 0.0, which does no harm: an edge found at either is the same value.
+    """
+    bits_V = logits_V.view(torch.int32)
     in_order_V = bits_V ^ ((bits_V >> 31) & 0x7FFFFFFF)
     return (_NUM_BUCKETS // 2 - 1 - (in_order_V >> 16)).long()
