@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from rayllm.errors import did_you_mean
 
-ALIASES = {"tensor_parallel_size": ("-tp",), "distributed_executor_backend": ("--backend",)}
+ALIASES = {"tensor_parallel_size": ("-tp",)}
 
 
 class UsageError(Exception):

@@ -11,30 +11,36 @@ import contextlib
 import json
 import logging
 import os
-import secrets
-import shutil
+import signal
 import socket
-import sys
-import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rayllm.config import RAY_NAMESPACE, EngineConfig, Environment, ServerConfig
+from rayllm.config import EngineConfig, Environment, ServerConfig
 from rayllm.errors import ConfigError, EngineError
+from rayllm.executor.ray_cluster import connected_ray, free_port, ray_is_initialized
 from rayllm.serve.processes import Process, descendants, end_all
+
+if TYPE_CHECKING:
+    from rayllm.engine.driver import EngineDescription
+    from rayllm.executor.worker import WorkerPlace
 
 logger = logging.getLogger(__name__)
 
-_OBJECT_STORE_BYTES = 128 * 2**20
-_DRAIN_MARGIN_S = 5.0
 _PROCESS_GRACE_S = 10.0
+_WATCH_PERIOD_S = 2.0
+_RAY_CORE = ("gcs_server", "raylet")
+_LOG_TAIL_BYTES = 4000
 StageListener = Callable[[str], None]
+
+
+_http = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of our loopback
 
 
 def app_name(engine_name: str) -> str:
@@ -50,13 +56,13 @@ class RunningServer:
     server: ServerConfig
     url: str
     owns_ray: bool
-    processes: set[Process] = field(default_factory=set)
-    """What this process started, as far as seen: Ray's own, Serve's, ours."""
+    ray_processes: frozenset[Process] = frozenset()
+    """The head and the raylet, where they are our own."""
 
     def health(self, timeout_s: float = 2.0) -> tuple[bool, str]:
         """Whether the server is ready, and what it says of itself: its stage, or why it cannot be asked."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=timeout_s):
+            with _http.open(f"{self.url}/health", timeout=timeout_s):
                 return True, "ready"
         except urllib.error.HTTPError as error:
             return False, _stage_of(error.read())
@@ -88,19 +94,26 @@ class RunningServer:
             messages = [status.message, *(d.message for d in status.deployments.values())] if status else [""]
             raise EngineError(failure_reason("\n".join(filter(None, messages))))
 
-    def describe(self) -> dict[str, Any]:
-        """What runs where, as the driver tells it, with the pids of the ingress replicas."""
+    def describe(self) -> EngineDescription:
+        """The engine's resolved config, blocks and processes, as its driver tells them."""
         import ray
 
-        from rayllm.engine.driver import driver_name
+        from rayllm.engine.driver import find_driver
 
-        driver = ray.get_actor(driver_name(self.engine.name), namespace=RAY_NAMESPACE)
-        return dict(ray.get(driver.describe.remote(), timeout=10))
+        description: EngineDescription = ray.get(find_driver(self.engine.name).describe.remote(), timeout=10)
+        return description
 
-    def note_processes(self) -> None:
-        """Remembers the processes that run now, so that `running_server` can see them end."""
-        if self.owns_ray:
-            self.processes |= descendants()
+    def ingress_place(self) -> WorkerPlace:
+        """Where an ingress replica runs."""
+        from ray import serve
+
+        place: WorkerPlace = serve.get_app_handle(app_name(self.engine.name)).place.remote().result(timeout_s=10)
+        return place
+
+    def raise_if_ray_died(self) -> None:
+        """`EngineError` when the Ray that this process started is gone."""
+        if self.owns_ray and self.ray_processes and not all(process.is_alive() for process in self.ray_processes):
+            raise EngineError("Ray ended unexpectedly (out of memory, or killed?)", code="ray_died")
 
 
 def failure_reason(message: str) -> str:
@@ -141,25 +154,64 @@ def running_server(
     server = server.model_copy(update={"port": server.port or free_port(server.host)})
     server.read_api_keys()
     check_port(server.host, server.port)
-    before = descendants()
-    with _ray(engine, server, on_stage) as owns_ray:
-        running = RunningServer(engine, server, _url(server), owns_ray)
-        try:
-            on_stage("starting Serve")
-            _start_serve(server)
-            _deploy(engine, server)
-            if wait:
-                running.wait_ready(on_stage, timeout_s)
-            running.note_processes()
-            yield running
-        finally:
-            running.note_processes()
-            on_stage("stopping")
-            _stop_serve(running)
-    if owns_ray:
-        left = end_all(running.processes - before, grace_s=_PROCESS_GRACE_S)
+    joins = ray_is_initialized() or Environment.ray_address() is not None
+    on_stage("connecting to Ray" if joins else "starting Ray")
+    started: set[Process] = set()
+    try:
+        with _ray(engine, server) as owns_ray, _remembered(started, owns_ray):
+            running = RunningServer(engine, server, _url(server), owns_ray, frozenset(started))
+            with _application(running, on_stage):
+                if wait:
+                    running.wait_ready(on_stage, timeout_s)
+                yield running
+    finally:
+        left = end_all(started, grace_s=_PROCESS_GRACE_S)
         if left:
             logger.warning("killed processes that did not end: %s", sorted(process.pid for process in left))
+
+
+@contextlib.contextmanager
+def _application(running: RunningServer, on_stage: StageListener) -> Iterator[None]:
+    try:
+        on_stage("starting Serve")
+        _start_serve(running.server)
+        _deploy(running.engine, running.server)
+        yield
+    except Exception:
+        _log_what_processes_said()
+        raise
+    finally:
+        on_stage("stopping")
+        _stop_serve(running)
+
+
+@contextlib.contextmanager
+def _remembered(processes: set[Process], owns_ray: bool) -> Iterator[None]:
+    """Adds our Ray's processes to the set, and during the block every process below them: one whose parent is gone
+    is no descendant any more, so it must have been seen before."""
+    if not owns_ray:
+        yield
+        return
+    core = {process for process in descendants() if process.command() in _RAY_CORE}
+    processes.update(core)
+    stop = threading.Event()
+
+    def look() -> None:
+        for process in core:
+            processes.update(descendants(process.pid))
+
+    def watch() -> None:
+        while not stop.wait(_WATCH_PERIOD_S):
+            look()
+
+    watcher = threading.Thread(target=watch, name="process-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+        look()
 
 
 def check_port(host: str, port: int) -> None:
@@ -180,13 +232,6 @@ def check_port(host: str, port: int) -> None:
             raise ConfigError(in_use if error.errno == 98 else no_host) from None
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 def _url(server: ServerConfig) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
     return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{server.port}"
@@ -196,100 +241,20 @@ def _url(server: ServerConfig) -> str:
 
 
 @contextlib.contextmanager
-def _ray(engine: EngineConfig, server: ServerConfig, on_stage: StageListener) -> Iterator[bool]:
-    """A connection to Ray for the length of the block; yields whether Ray is our own and ends with it."""
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        yield False
-        return
-    address = Environment.ray_address()
-    prepare_environment(own_cluster=address is None)
-    on_stage("joining Ray" if address else "starting Ray")
-    # A short path: the sockets below it may have 107 bytes at most.
-    temp_dir = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    try:
-        yield from _connected_ray(engine, server, address, temp_dir)
-    finally:
-        shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-def _connected_ray(engine: EngineConfig, server: ServerConfig, address: str | None, temp_dir: str) -> Iterator[bool]:
-    import ray
-
-    common: dict[str, Any] = {"namespace": RAY_NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            _move_haproxy(temp_dir)
-            ray.init(
-                address="local",
-                num_cpus=num_logical_cpus(engine, server),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=temp_dir,
-                **common,
-            )
-        yield address is None
-    except ConnectionError as error:
-        raise EngineError(f"no Ray cluster answers at RAY_ADDRESS={address!r}: {error}") from None
-    finally:
-        ray.shutdown()
+def _ray(engine: EngineConfig, server: ServerConfig) -> Iterator[bool]:
+    """`connected_ray`, leaving the program's own SIGTERM handler in place (Ray would replace it)."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
+    with connected_ray(num_logical_cpus(engine, server)) as owns_ray:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, handler)
+        yield owns_ray
 
 
 def num_logical_cpus(engine: EngineConfig, server: ServerConfig) -> int:
     """CPUs to tell our own Ray of: the real ones, or as many as the driver, workers and ingresses are counted for."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(num_cores, 1 + engine.tensor_parallel_size + server.num_ingress_replicas)
-
-
-def prepare_environment(*, own_cluster: bool) -> None:
-    """Settings that Ray and its children read from the environment; must come before Ray is imported."""
-    settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_AUTH_MODE": "token",
-    }
-    if own_cluster:
-        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen on loopback alone
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    if os.environ["RAY_AUTH_MODE"] == "token":
-        ensure_ray_token()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-
-
-def ensure_ray_token() -> None:
-    """Ray's token file, where no token is given otherwise: made when missing, readable by its owner alone."""
-    if Environment.has_ray_token():
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    if path.exists():
-        with contextlib.suppress(OSError):
-            path.chmod(0o600)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):  # another process was first: its token serves us too
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-
-
-def _move_haproxy(temp_dir: str) -> None:
-    """Keeps HAProxy's files in our folder and its two side ports off the fixed numbers that others may use."""
-    if not Environment.ha_proxy():
-        return
-    settings = {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{temp_dir}/haproxy/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{temp_dir}/haproxy/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{temp_dir}/haproxy",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{temp_dir}/haproxy/server-state",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-    }
-    os.environ.update(settings)
 
 
 # ----------------------------------------------------------------------------------------------------------- Serve
@@ -309,13 +274,9 @@ def _start_serve(server: ServerConfig) -> None:
 def _deploy(engine: EngineConfig, server: ServerConfig) -> None:
     from ray import serve
 
-    from rayllm.serve.builder import build_app
+    from rayllm.serve.builder import application
 
-    target = serve.RunTarget(
-        target=build_app({**engine.model_dump(), **server.model_dump()}),
-        name=app_name(engine.name),
-        route_prefix="/",
-    )
+    target = serve.RunTarget(target=application(engine, server), name=app_name(engine.name), route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
 
 
@@ -328,3 +289,18 @@ def _stop_serve(running: RunningServer) -> None:
         serve.shutdown()
     except Exception:
         logger.warning("Serve did not stop in order", exc_info=True)
+
+
+def _log_what_processes_said() -> None:
+    """Copies the ends of Ray's log files that hold errors into our log, before they go with Ray's folder."""
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is None:
+        return
+    folder = Path(node.get_session_dir_path()) / "logs"
+    for path in sorted([*folder.glob("serve/*.log"), *folder.glob("worker-*.err")]):
+        with contextlib.suppress(OSError):
+            text = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+            if "rror" in text:
+                logger.error("---- %s\n%s", path.name, text)

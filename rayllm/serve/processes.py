@@ -23,6 +23,13 @@ class Process:
         stat = _read_stat(self.pid)
         return stat is not None and stat.started == self.started and stat.state not in "ZX"
 
+    def command(self) -> str:
+        """Its short name; empty when it is gone."""
+        try:
+            return Path(f"/proc/{self.pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
     def send(self, number: int) -> None:
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):

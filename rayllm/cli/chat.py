@@ -1,0 +1,216 @@
+"""`rayllm chat`: a conversation in the terminal, over HTTP, with a running server or one started for a model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayllm.cli.client import ApiClient, ServerError, Timing
+from rayllm.cli.connect import PARAMS, add_param_flags, add_server_flags, connected, params_of, parse_param
+from rayllm.cli.flags import Parser, UsageError, add_config_flags
+from rayllm.config import EngineConfig, parse_settings
+
+COMMANDS = {
+    "/help": "what can be typed",
+    "/reset": "forget the conversation (the system prompt stays)",
+    "/regen": "answer the last message again",
+    "/system [TEXT]": "set the system prompt, or without TEXT remove it",
+    "/params [NAME=VALUE …]": "show or set sampling parameters; NAME= takes one back",
+    "/save FILE": "write the conversation as JSON",
+    "/load FILE": "read one back",
+    "/exit": "leave (also Ctrl-D)",
+}
+
+
+class Streamer(Protocol):
+    """What a conversation asks of a server: `ApiClient.stream_chat`."""
+
+    def __call__(self, messages: list[dict[str, str]], params: dict[str, Any], timing: Timing) -> Iterator[str]: ...
+
+
+@dataclass
+class Conversation:
+    """Messages so far and how to sample. Knows nothing of terminals but `write`, which takes text as it comes."""
+
+    stream: Streamer
+    write: Callable[[str], None]
+    params: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
+
+    def say(self, text: str) -> None:
+        """Adds the user's message and answers it. A server's refusal takes the message back."""
+        self.turns.append({"role": "user", "content": text})
+        try:
+            self._answer()
+        except BaseException:
+            self.turns.pop()
+            raise
+
+    def regenerate(self) -> None:
+        """Drops the last answer and asks for another. `UsageError` when nothing was asked yet."""
+        if not any(turn["role"] == "user" for turn in self.turns):
+            raise UsageError("there is nothing to answer again yet")
+        dropped = self.turns.pop() if self.turns[-1]["role"] == "assistant" else None
+        try:
+            self._answer()
+        except BaseException:
+            self.turns += [dropped] if dropped else []
+            raise
+
+    def _answer(self) -> None:
+        """Ctrl-C ends the answer, and what came of it is kept."""
+        parts: list[str] = []
+        timing = Timing()
+        stopped = False
+        answer = self.stream(self.messages, self.params, timing)
+        try:
+            for text in answer:
+                parts.append(text)
+                self.write(text)
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            close = getattr(answer, "close", None)
+            if close:
+                close()
+        self.turns.append({"role": "assistant", "content": "".join(parts)})
+        self.write(f"\n[{timing}{', stopped' if stopped else ''}]\n")
+
+    def save(self, path: str) -> None:
+        content = {"system": self.system, "params": self.params, "messages": self.turns}
+        Path(path).expanduser().write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def load(self, path: str) -> None:
+        """`UsageError` for a file that holds no conversation."""
+        try:
+            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]]
+            self.system, self.turns = content.get("system"), turns
+            self.params.update({name: v for name, v in content.get("params", {}).items() if name in PARAMS})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{path!r} holds no saved conversation") from None
+
+    def set_params(self, words: Sequence[str]) -> None:
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals:
+                raise UsageError(f"give NAME=VALUE, not {word!r}")
+            if value:
+                self.params[name.replace("-", "_")] = parse_param(name, value)
+            else:
+                self.params.pop(name.replace("-", "_"), None)
+        shown = {name: value for name, value in self.params.items() if name in PARAMS}
+        self.write(f"{json.dumps(shown) if shown else 'the server decides everything'}\n")
+
+
+def handle(conversation: Conversation, line: str) -> bool:
+    """Does one line of input; False when the user is done."""
+    from rayllm.errors import did_you_mean
+
+    if not line.startswith("/"):
+        if line.strip():
+            conversation.say(line)
+        return True
+    command, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if command in ("/exit", "/quit", "/bye"):
+        return False
+    if command == "/help":
+        width = max(map(len, COMMANDS))
+        conversation.write("".join(f"{name:<{width}}  {text}\n" for name, text in COMMANDS.items()))
+    elif command == "/reset":
+        conversation.turns.clear()
+    elif command == "/regen":
+        conversation.regenerate()
+    elif command == "/system":
+        conversation.system = rest or None
+    elif command == "/params":
+        conversation.set_params(rest.split())
+    elif command in ("/save", "/load"):
+        if not rest:
+            raise UsageError(f"give a file: {command} FILE")
+        (conversation.save if command == "/save" else conversation.load)(rest)
+    else:
+        known = [name.split()[0] for name in COMMANDS]
+        raise UsageError(f"unknown command {command!r}{did_you_mean(command, known)} (/help lists them)")
+    return True
+
+
+def converse(conversation: Conversation, read_line: Callable[[], str]) -> None:
+    """Reads and answers until /exit or the end of input; a mistake is told and the conversation goes on."""
+    while True:
+        try:
+            if not handle(conversation, read_line()):
+                return
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            conversation.write("\n(/exit leaves)\n")
+        except (UsageError, ServerError, OSError) as error:
+            conversation.write(f"! {error}\n")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Talks to the server at --url, or starts one for MODEL and ends it afterwards."""
+    parser = Parser(prog="rayllm chat", description="Talk to a server, or to a model.")
+    parser.add_argument(
+        "model_folder", metavar="MODEL", nargs="?", help="folder of a checkpoint: start it for this chat"
+    )
+    add_server_flags(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    add_param_flags(parser)
+    add_config_flags(parser, EngineConfig, only=("tensor_parallel_size", "dtype", "device", "max_model_len"))
+    given = parser.parse(argv)
+    if "model_folder" not in given:
+        engine_flags = [name for name in EngineConfig.model_fields if name in given and name != "served_model_name"]
+        if engine_flags:
+            raise UsageError(f"{engine_flags[0]} belongs to a MODEL to start; a running server has its own")
+        with connected(given) as client:
+            return _chat(client, given)
+    if "url" in given:
+        raise UsageError("give --url of a running server or a MODEL to start, not both")
+    with _server_for(given) as url, connected({**given, "url": url}) as client:
+        return _chat(client, given)
+
+
+def _chat(client: ApiClient, given: dict[str, Any]) -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() edits lines and remembers them)
+    model = given.get("served_model_name") or client.model()
+
+    def stream(messages: list[dict[str, str]], params: dict[str, Any], timing: Timing) -> Iterator[str]:
+        return client.stream_chat(messages, {"model": model, **params}, timing)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    print(f"{model} at {client.url}. /help lists commands, Ctrl-C stops an answer, /exit leaves.")
+    converse(Conversation(stream, write, params_of(given), given.get("system")), lambda: input("> "))
+    return 0
+
+
+@contextlib.contextmanager
+def _server_for(given: dict[str, Any]) -> Iterator[str]:
+    """The URL of a server for `MODEL` on a free port of this machine."""
+    from rayllm.cli.serve import check_before_start
+    from rayllm.cli.terminal import Screen, interrupted_by_signals, new_log_file
+    from rayllm.serve.lifecycle import running_server
+    from rayllm.serve.processes import adopt_orphans
+
+    settings = {name: given[name] for name in EngineConfig.model_fields if name in given}
+    engine, server = parse_settings({**settings, "model": given["model_folder"], "port": 0})
+    check_before_start(engine, server)
+    adopt_orphans()
+    with contextlib.ExitStack() as stack:
+        with Screen.open(new_log_file("chat")) as screen, interrupted_by_signals():
+            running = stack.enter_context(running_server(engine, server, on_stage=screen.stage))
+        yield running.url

@@ -1,0 +1,155 @@
+"""A client of an OpenAI-compatible server, as far as the terminal needs one: stream an answer, count its tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from rayllm.errors import EngineUnreachableError, RayLLMError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_CONNECT_TIMEOUT_S = 3.0
+
+
+class ServerError(RayLLMError):
+    """The server refused a request or failed in it; the text is the server's own."""
+
+
+@dataclass
+class Timing:
+    """When the tokens of one answer came, in seconds after it was asked for."""
+
+    first_token_s: float | None = None
+    last_token_s: float = 0.0
+    num_tokens: int = 0
+    finish_reason: str | None = None
+    num_prompt_tokens: int | None = None
+    _asked_at: float = field(default_factory=time.perf_counter)
+
+    def note(self, num_tokens: int) -> None:
+        self.last_token_s = time.perf_counter() - self._asked_at
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s
+        self.num_tokens += num_tokens
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Speed after the first token; None for fewer than two."""
+        if self.first_token_s is None or self.num_tokens < 2 or self.last_token_s <= self.first_token_s:
+            return None
+        return (self.num_tokens - 1) / (self.last_token_s - self.first_token_s)
+
+    def __str__(self) -> str:
+        if self.first_token_s is None:
+            return "no tokens"
+        speed = f", {self.tokens_per_s:.1f} tokens/s" if self.tokens_per_s else ""
+        return f"{self.num_tokens} tokens, first after {self.first_token_s:.2f} s{speed}"
+
+
+class ApiClient:
+    """Speaks to the server at `url`. Raises `EngineUnreachableError` when none answers and `ServerError` when it
+    refuses."""
+
+    def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, timeout_s: float = 600.0):
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
+            trust_env=not _is_loopback(self.url),
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def model(self) -> str:
+        """The name of the first model that the server serves."""
+        with self._translated():
+            answer = self._http.get("/v1/models")
+            self._check(answer)
+            return str(answer.json()["data"][0]["id"])
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, str]], params: Mapping[str, Any], timing: Timing
+    ) -> Iterator[str]:
+        """The answer's text as it comes. Closing the iterator ends the request at the server."""
+        body = {"messages": list(messages), **params}
+        for choice in self._events("/v1/chat/completions", body, timing):
+            yield choice.get("delta", {}).get("content") or ""
+
+    def stream_completion(self, prompt: str, params: Mapping[str, Any], timing: Timing) -> Iterator[str]:
+        """The prompt's continuation as it comes."""
+        for choice in self._events("/v1/completions", {"prompt": prompt, **params}, timing):
+            yield choice.get("text") or ""
+
+    def _events(self, path: str, body: Mapping[str, Any], timing: Timing) -> Iterator[dict[str, Any]]:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        with (
+            self._translated(),
+            self._http.stream("POST", path, json={**body, "stream": True, "stream_options": options}) as answer,
+        ):
+            if answer.is_error:
+                answer.read()
+                self._check(answer)
+            for line in answer.iter_lines():
+                if not line.startswith("data:"):
+                    continue
+                data = line[5:].strip()
+                if data == "[DONE]":
+                    return
+                yield from _choices(json.loads(data), timing)
+        raise ServerError("the server ended the answer early")
+
+    def _check(self, answer: httpx.Response) -> None:
+        if answer.is_error:
+            raise ServerError(f"{answer.status_code} from {self.url}: {_error_text(answer)}")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise EngineUnreachableError(
+                f"no server answers at {self.url}: start one with 'rayllm serve', or name another with --url"
+            ) from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise EngineUnreachableError(
+                f"{self.url!r} is not a server's address ({error}): give one like {DEFAULT_URL}"
+            ) from None
+        except httpx.HTTPError as error:
+            raise ServerError(f"the connection to {self.url} broke: {error or type(error).__name__}") from None
+        except (ValueError, KeyError, IndexError) as error:
+            raise ServerError(f"{self.url} does not answer as an OpenAI server does: {error!r}") from None
+
+
+def _choices(event: dict[str, Any], timing: Timing) -> Iterator[dict[str, Any]]:
+    if "error" in event:
+        raise ServerError(str(event["error"].get("message", event["error"])))
+    usage = event.get("usage") or {}
+    total = usage.get("completion_tokens")
+    added = total - timing.num_tokens if total is not None else len(event["choices"])
+    timing.num_prompt_tokens = usage.get("prompt_tokens", timing.num_prompt_tokens)
+    if added > 0:
+        timing.note(added)
+    for choice in event["choices"]:
+        timing.finish_reason = choice.get("finish_reason") or timing.finish_reason
+        yield choice
+
+
+def _error_text(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:300] or answer.reason_phrase
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx.URL(url).host if "://" in url else ""
+    return host in ("localhost", "::1") or host.startswith("127.")

@@ -1,0 +1,63 @@
+"""What `chat` and `complete` share: which server to ask, and how to sample."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rayllm.cli.client import DEFAULT_URL, ApiClient
+from rayllm.cli.flags import Parser, UsageError, flag_name
+from rayllm.config import Environment
+
+PARAMS: dict[str, tuple[type, str]] = {
+    "temperature": (float, "0 is greedy; default: the model's"),
+    "top_p": (float, "share of probability to draw from"),
+    "top_k": (int, "number of tokens to draw from; 0: all"),
+    "min_p": (float, "least probability, as a share of the likeliest token's"),
+    "max_tokens": (int, "tokens to answer with, at most"),
+    "seed": (int, "the same seed gives the same answer"),
+    "repetition_penalty": (float, "above 1: fewer repetitions"),
+    "presence_penalty": (float, "above 0: more new words"),
+    "frequency_penalty": (float, "above 0: fewer frequent words"),
+}
+
+
+def add_server_flags(parser: Parser) -> None:
+    parser.add_argument("--url", help=f"server to ask (default: {DEFAULT_URL})")
+    parser.add_argument("--api-key", help="key to send (default: RLLM_API_KEY)")
+    parser.add_argument("--served-model-name", metavar="NAME", help="model to ask (default: the server's first)")
+
+
+def add_param_flags(parser: Parser) -> None:
+    for name, (kind, text) in PARAMS.items():
+        parser.add_argument(flag_name(name), type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def parse_param(name: str, text: str) -> float | int:
+    """The value of one sampling parameter; `UsageError` names what is wrong."""
+    from rayllm.errors import did_you_mean
+
+    name = name.replace("-", "_")
+    if name not in PARAMS:
+        raise UsageError(f"unknown parameter {name!r}{did_you_mean(name, PARAMS)}")
+    kind = PARAMS[name][0]
+    try:
+        value: float | int = kind(text)
+    except ValueError:
+        raise UsageError(f"{name}={text!r} must be {'an integer' if kind is int else 'a number'}") from None
+    return value
+
+
+def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in PARAMS if name in given}
+
+
+@contextlib.contextmanager
+def connected(given: Mapping[str, Any]) -> Iterator[ApiClient]:
+    """A client of the server that the flags name. Whether it answers shows at the first request."""
+    client = ApiClient(given.get("url", DEFAULT_URL), given.get("api_key") or Environment.api_key())
+    try:
+        yield client
+    finally:
+        client.close()

@@ -1,0 +1,122 @@
+"""`rayllm serve`: an OpenAI-compatible server, started in one line and gone without trace on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rayllm.cli.flags import Parser, UsageError, add_config_flags
+from rayllm.config import EngineConfig, Environment, ResolvedConfig, ServerConfig, parse_settings, read_settings_file
+from rayllm.errors import EngineError
+
+if TYPE_CHECKING:
+    from rayllm.cli.terminal import Screen
+    from rayllm.engine.driver import EngineDescription
+    from rayllm.serve.lifecycle import RunningServer
+
+
+def serve_parser() -> Parser:
+    parser = Parser(
+        prog="rayllm serve",
+        description="Start an OpenAI-compatible server on this machine, or in the Ray cluster at RAY_ADDRESS.",
+    )
+    parser.add_argument(
+        "positional_model", metavar="MODEL", nargs="?", help="folder of a checkpoint; default: the built-in model"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as these flags; flags win")
+    add_config_flags(parser, EngineConfig, ServerConfig)
+    return parser
+
+
+def parse_serve(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
+    """The configs for a command line. `UsageError` or `ConfigError` for what is wrong in it."""
+    return configs_from(serve_parser().parse(argv))
+
+
+def configs_from(given: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
+    """Settings of `--config`, then the flags, then the positional model."""
+    flags = {name: value for name, value in given.items() if name not in ("positional_model", "config")}
+    model = given.get("positional_model")
+    if model is not None and flags.setdefault("model", model) != model:
+        raise UsageError(f"two models are given, {model!r} and --model {flags['model']!r}: one server serves one model")
+    settings = read_settings_file(given["config"]) if "config" in given else {}
+    return parse_settings({**settings, **flags})
+
+
+def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
+    """Finds what is bound to fail while it still costs a second: `ConfigError`."""
+    from rayllm.engine.resolve import resolve
+    from rayllm.serve.lifecycle import check_port
+
+    server.read_api_keys()
+    if Environment.ray_address() is None:  # else the cluster decides what there is room for
+        resolve(engine, backend="ray")
+    if server.port:
+        check_port(server.host, server.port)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serves until Ctrl-C or SIGTERM; 0 when it was stopped so."""
+    engine, server = parse_serve(argv)
+    check_before_start(engine, server)
+
+    from rayllm.cli.terminal import Screen, interrupted_by_signals, new_log_file
+    from rayllm.serve.lifecycle import running_server
+    from rayllm.serve.processes import adopt_orphans
+
+    adopt_orphans()
+    log_path = new_log_file("serve")
+    try:
+        with (
+            Screen.open(log_path) as screen,
+            interrupted_by_signals(),
+            running_server(engine, server, on_stage=screen.stage) as running,
+        ):
+            _announce(screen, running)
+            _wait(running)
+    except KeyboardInterrupt:
+        print("stopped")
+        return 0
+    except EngineError as error:
+        raise EngineError(f"{error} (details: {log_path})", code=error.code) from None
+    return 0
+
+
+def _wait(running: RunningServer) -> None:
+    while True:
+        time.sleep(0.5)
+        running.raise_if_ray_died()
+
+
+def _announce(screen: Screen, running: RunningServer) -> None:
+    screen.box("RayLLM is ready", summary(running.url, running.describe(), bool(running.server.api_key)))
+    screen.print(f"log: {screen.log_path}\nCtrl-C stops it.")
+
+
+def summary(url: str, engine: EngineDescription, has_key: bool) -> list[tuple[str, str]]:
+    """The lines of the box: what is served, where, on what, and how much of it at once."""
+    config = ResolvedConfig.model_validate_json(engine.config)
+    num_slots = engine.num_blocks * config.block_size
+    body = {"model": engine.served_model_name, "messages": [{"role": "user", "content": "Hello"}]}
+    key = ' -H "Authorization: Bearer $RLLM_API_KEY"' if has_key else ""
+    return [
+        ("model", engine.served_model_name),
+        ("url", f"{url}/v1"),
+        ("devices", ", ".join(device for worker in engine.workers for device in worker.devices)),
+        ("parallelism", f"tensor {config.engine.tensor_parallel_size}"),
+        ("dtype", config.dtype),
+        ("context", f"{config.max_model_len} tokens"),
+        (
+            "KV cache",
+            f"{num_slots} tokens in {engine.num_blocks} blocks: {num_slots / config.max_model_len:.1f} requests "
+            "of full length at once",
+        ),
+        ("try", f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {_quoted(body)}"),
+    ]
+
+
+def _quoted(body: Mapping[str, Any]) -> str:
+    return shlex.quote(json.dumps(body))

@@ -1,0 +1,63 @@
+"""RayLLM as a Serve application: for `serve run rayllm.serve.builder:build_app model=...`, config files and
+`running_server`.
+
+    applications:
+      - name: rayllm
+        import_path: rayllm.serve.builder:build_app
+        args: {model: /models/qwen, tensor_parallel_size: 2}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from rayllm.config import EngineConfig, ServerConfig, parse_settings
+from rayllm.errors import ConfigError
+from rayllm.serve.engine_replica import EngineReplica
+from rayllm.serve.ingress import Ingress, asgi_builder
+
+_MAX_OPEN_REQUESTS = 100_000
+"""Serve's default of 5 would queue in its proxy; the engine has a queue of its own and refuses by itself."""
+
+_SHUTDOWN_MARGIN_S = 10.0
+_QUICK = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0, "graceful_shutdown_wait_loop_s": 0.1}
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """The application for settings named as the fields of `EngineConfig` and `ServerConfig`.
+
+    Address and port are Serve's own (`http_options`), and keys must come from a file, because Ray's dashboard shows
+    `args`: either is a `ConfigError` here.
+    """
+    settings = {name.replace("-", "_"): value for name, value in args.items()}
+    engine, server = parse_settings(settings)
+    for name in ("host", "port"):
+        if name in settings:
+            raise ConfigError(f"{name} is Serve's to set: give http_options.{name} (serve run: not at all)")
+    if any(not key.startswith("@") for key in server.api_key):
+        raise ConfigError("api_key as plain text would show in Ray's dashboard: write it to a file and give @FILE")
+    return application(engine, server)
+
+
+def application(engine: EngineConfig, server: ServerConfig) -> serve.Application:
+    """Ingress and engine as deployments of one application; requests go by the engine's own sockets."""
+    shutdown_timeout_s = server.shutdown_timeout_s + _SHUTDOWN_MARGIN_S
+    owner = serve.deployment(EngineReplica).options(
+        name="Engine",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=shutdown_timeout_s,
+        **_QUICK,
+    )
+    ingress = serve.deployment(serve.ingress(asgi_builder(engine, server))(Ingress)).options(
+        name="Ingress",
+        num_replicas=server.num_ingress_replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MAX_OPEN_REQUESTS,
+        graceful_shutdown_timeout_s=shutdown_timeout_s,
+        **_QUICK,
+    )
+    return ingress.bind(owner.bind(engine, server.shutdown_timeout_s))

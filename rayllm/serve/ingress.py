@@ -1,0 +1,127 @@
+"""The Serve deployment that speaks HTTP: the FastAPI app of `serve.app` over a connection to the driver.
+
+It is up before the engine is, answers `/health` with the engine's stage, and finds the next driver when one is lost.
+Requests and tokens go over the connection's own socket, never through Serve's handles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+from rayllm.api.service import ModelService
+from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
+from rayllm.engine.client import EngineConnection, connect_by_name
+from rayllm.engine.driver import find_driver
+from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from rayllm.executor.worker import WorkerPlace
+
+logger = logging.getLogger("ray.serve")
+
+_RETRY_S = 0.1
+_CALL_TIMEOUT_S = 5.0
+
+
+class Ingress:
+    """What Serve makes a replica of; `asgi_builder` gives it its HTTP side.
+
+    `engine` is the engine deployment's handle: bound so that Serve deploys both together, and not used.
+    """
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    def place(self) -> WorkerPlace:
+        """Where this replica runs."""
+        from rayllm.executor.worker import worker_place
+
+        return worker_place()
+
+
+def asgi_builder(engine: EngineConfig, server: ServerConfig) -> Callable[[], FastAPI]:
+    """A function for `serve.ingress`: makes the app inside each replica."""
+
+    def build() -> FastAPI:
+        return build_http_app(engine, server)
+
+    return build
+
+
+def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
+    """The app, and a task for as long as it lives that keeps it connected to its engine.
+
+    Raises `ConfigError` for a tokenizer, template or key file that cannot be used.
+    """
+    from rayllm.serve.app import create_app
+    from rayllm.serve.engine_replica import resolve_on_cluster
+
+    resolved = resolve_on_cluster(engine)
+    tokenizer = Tokenizer.from_path(resolved.tokenizer_path, engine.chat_template)
+    service = ModelService("starting the engine")
+    app = create_app(service, api_keys=server.read_api_keys())
+
+    @contextlib.asynccontextmanager
+    async def connected(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(keep_connected(service, tokenizer, engine.name))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    app.router.lifespan_context = connected
+    return app
+
+
+async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_name: str) -> None:
+    """Makes `service` ready when there is a driver of that name, not ready when it is lost, and so on for ever."""
+    waiting_for = "starting the engine"
+    while True:
+        try:
+            config, connection = await _connect(engine_name)
+        except (EngineUnreachableError, EngineError, OSError, asyncio.TimeoutError):
+            service.set_stage(await _stage(engine_name) or waiting_for)
+            await asyncio.sleep(_RETRY_S)
+            continue
+        try:
+            service.set_ready(config, tokenizer, connection)
+            reason = await connection.wait_lost()
+        finally:
+            connection.close()
+        logger.warning("connection to engine %r lost: %s", engine_name, reason)
+        waiting_for = "restarting the engine"
+        service.set_stage(waiting_for, reason)
+
+
+async def _connect(engine_name: str) -> tuple[ResolvedConfig, EngineConnection]:
+    import ray
+
+    connection = await connect_by_name(engine_name, name="ingress")
+    try:
+        description = await asyncio.wait_for(find_driver(engine_name).describe.remote(), _CALL_TIMEOUT_S)
+        return ResolvedConfig.model_validate_json(description.config), connection
+    except ray.exceptions.RayError as error:
+        connection.close()
+        raise EngineUnreachableError(f"engine {engine_name!r} did not describe itself: {error}") from None
+    except BaseException:
+        connection.close()
+        raise
+
+
+async def _stage(engine_name: str) -> str | None:
+    """What the driver is doing; None where there is none."""
+    import ray
+
+    try:
+        return str(await asyncio.wait_for(find_driver(engine_name).stage.remote(), _CALL_TIMEOUT_S))
+    except (EngineUnreachableError, ray.exceptions.RayError, asyncio.TimeoutError):
+        return None
