@@ -8,6 +8,7 @@ Ray finds it by name (`rayllm:<engine>:driver` in namespace `rayllm`); requests 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import selectors
@@ -21,11 +22,12 @@ from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
 from rayllm.engine.loop import EngineLoop
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
 from rayllm.executor.executor import Executor
-from rayllm.executor.worker import RunnerFactory, WorkerPlace
+from rayllm.executor.worker import RunnerFactory, WorkerPlace, await_ends, death_reason, worker_place
 
 log = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 10.0
+_STAGE_POLL_S = 0.2
 
 
 # ------------------------------------------------------------------------------------------ the loop's thread
@@ -139,12 +141,17 @@ class Driver:
             self.stage = f"failed: {error}"
             self.close()
             raise
-        gc.collect()
-        gc.freeze()
         arguments = loop, self.link, self.executor, self._stop, self._fail
         self._thread = threading.Thread(target=self._run, args=arguments, name="engine-loop", daemon=True)
         self._thread.start()
         self.stage = "ready"
+
+    def address(self, node_id: str = "") -> DriverAddress:
+        """Where clients connect. Raises `EngineError` before `start` has returned."""
+        if self.link is None:
+            raise EngineError(f"the engine is not ready: {self.stage}", code="engine_not_ready")
+        host, port = self.link.tcp_address or (None, None)
+        return DriverAddress(node_id, self.link.unix_path, self.link.token, host, port)
 
     def close(self) -> None:
         """Ends loop, clients' sockets and workers; idempotent."""
@@ -201,6 +208,8 @@ class DriverActor:
             await asyncio.to_thread(self._driver.start, config)
         except EngineError as error:
             raise EngineError(str(error), code=error.code) from None  # subclasses do not all survive a pickle
+        gc.collect()
+        gc.freeze()  # what is here to stay need not be looked at by the collector between two steps
 
     async def stage(self) -> str:
         """What `start` is doing, in a few words; then `ready`, or `failed: ` and the reason."""
@@ -210,18 +219,12 @@ class DriverActor:
         """Where clients connect. TCP is opened when a client lives on another node."""
         import ray
 
-        link = self._driver.link
-        if link is None:
-            raise EngineError(f"the engine is not ready: {self._driver.stage}", code="engine_not_ready")
         node = ray.get_runtime_context().get_node_id()
-        if client_node not in (None, node):
-            link.listen_tcp(ray.util.get_node_ip_address())
-        host, port = link.tcp_address or (None, None)
-        return DriverAddress(node, link.unix_path, link.token, host, port)
+        if self._driver.link is not None and client_node not in (None, node):
+            self._driver.link.listen_tcp(ray.util.get_node_ip_address())
+        return self._driver.address(node)
 
     async def describe(self) -> EngineDescription:
-        from rayllm.executor.worker import worker_place
-
         config, executor = self._driver.config, self._driver.executor
         if config is None or executor is None:
             raise EngineError(f"the engine is not ready: {self._driver.stage}", code="engine_not_ready")
@@ -238,8 +241,10 @@ class DriverActor:
         await self._failed.wait()
         return self._driver.failure or ""
 
-    async def shutdown(self) -> None:
+    async def shutdown(self) -> WorkerPlace:
+        """Ends the engine; says which process is left to be killed."""
         await asyncio.to_thread(self._driver.close)
+        return worker_place()
 
 
 # ------------------------------------------------------------------------------------ finding one, making one
@@ -257,18 +262,39 @@ class RunningEngine:
     driver: Any
     placement_group: Any
 
+    def start(self, config: ResolvedConfig, on_stage: Callable[[str], None] | None = None) -> None:
+        """Brings the engine up and returns when it serves; `on_stage` is told each stage it comes to.
+
+        Raises the engine's own error (`ConfigError`, `EngineError` ...), without Ray's traceback.
+        """
+        import ray
+
+        ready, told = self.driver.start.remote(config.model_dump_json()), ""
+        try:
+            while not ray.wait([ready], timeout=_STAGE_POLL_S if on_stage else None)[0]:
+                stage = ray.get(self.driver.stage.remote())
+                if on_stage is not None and stage != told:
+                    told = stage
+                    on_stage(stage)
+            ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            raise EngineError(f"the driver died while it started: {death_reason(error)}") from None
+
     def close(self) -> None:
         """Ends driver and workers and gives the resources back."""
-        import contextlib
-
         import ray
         from ray.util.placement_group import remove_placement_group
 
+        place: WorkerPlace | None = None
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self.driver.shutdown.remote(), timeout=3 * _JOIN_TIMEOUT_S)
+            place = ray.get(self.driver.shutdown.remote(), timeout=3 * _JOIN_TIMEOUT_S)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self.driver, no_restart=True)
         remove_placement_group(self.placement_group)
+        if place is not None and place.node_id == ray.get_runtime_context().get_node_id():
+            await_ends([place])
 
 
 def create_driver(config: ResolvedConfig, runner_factory: RunnerFactory | None = None) -> RunningEngine:
@@ -303,20 +329,18 @@ def create_driver(config: ResolvedConfig, runner_factory: RunnerFactory | None =
     return RunningEngine(driver, group)
 
 
-def known_engines() -> list[str]:
+def known_engines(namespace: str = RAY_NAMESPACE) -> list[str]:
     """Names of the engines whose driver is alive in this Ray cluster, sorted."""
     import ray
 
     names = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == RAY_NAMESPACE
+        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == namespace
     ]
     prefix, suffix = driver_name("|").split("|")
     return sorted(n[len(prefix) : -len(suffix)] for n in names if n.startswith(prefix) and n.endswith(suffix))
 
 
-def find_driver(engine: str) -> Any:
+def find_driver(engine: str, namespace: str = RAY_NAMESPACE) -> Any:
     """The driver's actor handle. Raises `EngineUnreachableError`, which names the engines that do run."""
     import ray
 
@@ -325,9 +349,9 @@ def find_driver(engine: str) -> Any:
             f"cannot look for engine {engine!r}: not connected to Ray, call ray.init(address='auto')"
         )
     try:
-        return ray.get_actor(driver_name(engine), namespace=RAY_NAMESPACE)
+        return ray.get_actor(driver_name(engine), namespace=namespace)
     except ValueError:
-        running = ", ".join(repr(name) for name in known_engines()) or "none"
+        running = ", ".join(repr(name) for name in known_engines(namespace)) or "none"
         raise EngineUnreachableError(f"no engine named {engine!r} in this Ray cluster; running: {running}") from None
 
 
@@ -341,7 +365,7 @@ async def find_address(engine: str) -> DriverAddress:
     try:
         address: DriverAddress = await driver.address.remote(ray.get_runtime_context().get_node_id())
     except ray.exceptions.RayActorError as error:
-        raise EngineUnreachableError(f"the driver of engine {engine!r} is gone: {error}") from None
-    except EngineError as error:
-        raise EngineUnreachableError(f"engine {engine!r} cannot be used: {error}") from None
+        raise EngineUnreachableError(f"the driver of engine {engine!r} is gone: {death_reason(error)}") from None
+    except ray.exceptions.RayTaskError as error:
+        raise EngineUnreachableError(f"engine {engine!r} cannot be used: {error.cause}") from None
     return address

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
 import secrets
 import threading
 import time
@@ -23,13 +21,21 @@ from rayllm.executor.executor import Selectable
 from rayllm.executor.fanout import WorkerLinks
 from rayllm.executor.inproc import one_line
 from rayllm.executor.placement import create_placement_group
-from rayllm.executor.worker import LOOPBACK, RunnerFactory, WorkerActor, WorkerPlace, worker_environment
+from rayllm.executor.worker import (
+    END_TIMEOUT_S,
+    LOOPBACK,
+    RunnerFactory,
+    WorkerActor,
+    WorkerPlace,
+    await_ends,
+    death_reason,
+    worker_environment,
+)
 from rayllm.messages import StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 30.0
-_END_TIMEOUT_S = 10.0
 
 Stage = Callable[[str], None]
 
@@ -91,11 +97,10 @@ class WorkerGroup:
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
-        if self._actors:
-            self._await_ends()
+        await_ends(place for place in self.places if place.node_id == self._own_node)
         if self._watcher is not None and self._watcher is not threading.current_thread():
-            self._watcher.join(_END_TIMEOUT_S)
-        self._actors, self._run_refs, self._watcher = [], [], None
+            self._watcher.join(END_TIMEOUT_S)
+        self._actors, self._run_refs, self._watcher, self.places = [], [], None, []
         if self._owned_group is not None:
             with contextlib.suppress(Exception):
                 remove_placement_group(self._owned_group)
@@ -193,18 +198,6 @@ class WorkerGroup:
             for ref in done:
                 links.report_loss(ranks.pop(ref), _end_reason(ref))
 
-    def _await_ends(self) -> None:
-        """Ray answers a kill at once; the process and its memory go a little later. Other nodes' are not
-        waited for.
-        """
-        own_host = {place.pid for place in self.places if place.node_id == self._own_node}
-        deadline = time.monotonic() + _END_TIMEOUT_S
-        while alive := {pid for pid in own_host if _is_alive(pid)}:
-            if time.monotonic() > deadline:
-                log.warning("worker processes %s did not end within %g s", sorted(alive), _END_TIMEOUT_S)
-                return
-            time.sleep(0.01)
-
     def _connected(self) -> WorkerLinks:
         assert self._links is not None, "the group is not ready"
         return self._links
@@ -228,14 +221,6 @@ def _create_actor(
     return ray.remote(WorkerActor).options(**options).remote(config, rank, runner_factory)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def _end_reason(ref: Any) -> str:
     try:
         reason = ray.get(ref)
@@ -244,13 +229,3 @@ def _end_reason(ref: Any) -> str:
     except Exception as error:
         return death_reason(error)
     return reason or "it stopped serving"
-
-
-def death_reason(error: Exception) -> str:
-    """Ray's account of an actor's death, in one line without its general advice."""
-    text = " ".join(str(error).split())
-    detail = re.search(r"Worker exit type: (\S+) Worker exit detail: (.*?)(?: Some common causes.*)?$", text)
-    if detail:
-        return f"its process died ({detail[1]}: {detail[2].rstrip('.')})"
-    cause = re.search(r"(The actor (?:is dead because|died because).*)$", text)
-    return cause[1] if cause else one_line(error)

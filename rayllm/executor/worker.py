@@ -5,11 +5,14 @@ torch is imported inside functions: the driver imports this module to make the a
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import logging
 import os
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,11 +27,14 @@ from rayllm.messages import StepPlan, WorkerFailure
 if TYPE_CHECKING:
     from rayllm.distributed.groups import TensorParallel
 
+log = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT_S = 300.0
 """Generous: the first collectives wait for the slowest rank's weights. Hangs in a step are the driver's to
 notice.
 """
+END_TIMEOUT_S = 10.0
 
 RunnerFactory = Callable[[ResolvedConfig, "TensorParallel"], StepRunner]
 
@@ -87,36 +93,40 @@ class WorkerLoop:
         runner.warm_up()
 
     def serve(self, channel: Channel) -> str | None:
-        """Does plans until the driver hangs up (None) or a step fails (the reason, which the driver is
-        told too).
-        """
-        runner, decoder = self._loaded(), msgspec.msgpack.Decoder(StepPlan)
-        gc.collect()
-        gc.freeze()  # weights and modules are not garbage: the collector need not look at them during a step
-        epoch, idle_since = 0, time.perf_counter()
-        while True:
-            try:
-                frame = channel.receive()
-            except PeerGoneError:
-                return None
-            waited_s = time.perf_counter() - idle_since
-            try:
-                plan = decoder.decode(frame)
-                epoch = plan.epoch
-                result = runner.execute(plan)
-                if self._rank == 0:
-                    channel.send(msgspec.structs.replace(result, waited_s=waited_s))
-            except PeerGoneError:
-                return None
-            except Exception as error:
-                reason = one_line(error)
-                channel.send(WorkerFailure(self._rank, epoch, reason))
-                return reason
-            idle_since = time.perf_counter()
+        """Does plans until the driver hangs up (None) or a step fails (the reason, which the driver is told too)."""
+        return serve_plans(self._loaded(), self._rank, channel)
 
     def _loaded(self) -> StepRunner:
         assert self._runner is not None, "load() comes first"
         return self._runner
+
+
+def serve_plans(runner: StepRunner, rank: int, channel: Channel) -> str | None:
+    """Does plans until the driver hangs up (None) or a step fails (the reason, which the driver is told too)."""
+    decoder = msgspec.msgpack.Decoder(StepPlan)
+    gc.collect()
+    gc.freeze()  # weights and modules are not garbage: the collector need not look at them during a step
+    epoch, idle_since = 0, time.perf_counter()
+    while True:
+        try:
+            frame = channel.receive()
+        except PeerGoneError:
+            return None
+        waited_s = time.perf_counter() - idle_since
+        try:
+            plan = decoder.decode(frame)
+            epoch = plan.epoch
+            result = runner.execute(plan)
+            if rank == 0:
+                channel.send(msgspec.structs.replace(result, waited_s=waited_s))
+        except PeerGoneError:
+            return None
+        except Exception as error:
+            reason = one_line(error)
+            with contextlib.suppress(PeerGoneError):
+                channel.send(WorkerFailure(rank, epoch, reason))
+            return reason
+        idle_since = time.perf_counter()
 
 
 def load_runner(config: ResolvedConfig, tp: TensorParallel) -> StepRunner:
@@ -181,6 +191,35 @@ def worker_place() -> WorkerPlace:
     gpus = context.get_accelerator_ids().get("GPU", [])
     devices = tuple(f"cuda:{gpu}" for gpu in gpus) or ("cpu",)
     return WorkerPlace(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), devices)
+
+
+def await_ends(places: Iterable[WorkerPlace]) -> None:
+    """Waits until the processes, which live on this node and were told to end, are gone and their memory with them."""
+    alive = {place.pid for place in places}
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while alive := {pid for pid in alive if _is_alive(pid)}:
+        if time.monotonic() > deadline:
+            log.warning("processes %s did not end within %g s", sorted(alive), END_TIMEOUT_S)
+            return
+        time.sleep(0.01)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def death_reason(error: Exception) -> str:
+    """Ray's account of an actor's death, in one line without its general advice."""
+    text = " ".join(str(error).split())
+    detail = re.search(r"Worker exit type: (\S+) Worker exit detail: (.*?)(?: Some common causes.*)?$", text)
+    if detail:
+        return f"its process died ({detail[1]}: {detail[2].rstrip('.')})"
+    cause = re.search(r"(The actor (?:is dead because|died because).*)$", text)
+    return cause[1] if cause else one_line(error)
 
 
 def worker_environment(config: ResolvedConfig, single_node: bool) -> dict[str, str]:

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from fakes import FakeExecutor, expected_tokens, fake_config, make_request
+
+from rayllm.config import ResolvedConfig
+from rayllm.engine.client import BlockingConnection, connect_by_name
+from rayllm.engine.driver import Driver, create_driver, find_address, find_driver, known_engines
+from rayllm.errors import ConfigError, EngineError, EngineUnreachableError, WorkerDiedError
+from rayllm.executor.executor import Selectable
+from rayllm.messages import Finish, TokenDelta
+from rayllm.request import unpack_ids
+
+
+class _Executor(FakeExecutor):
+    """A `FakeExecutor` with a socket, that can lose rank 1 while idle, and can hold results back."""
+
+    def __init__(self, **changes: Any):
+        super().__init__(**changes)
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._lost = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.num_checks = 0
+
+    def receive(self, timeout_s: float | None) -> Any:
+        self.gate.wait(5.0)
+        return super().receive(timeout_s)
+
+    def check(self) -> None:
+        self.num_checks += 1
+        if self._lost:
+            raise WorkerDiedError(1, "lost while idle")
+
+    def result_socket(self) -> Selectable | None:
+        return self._wake_out
+
+    def lose(self) -> None:
+        self._lost = True
+        self._wake_in.send(b"\0")
+
+    def close(self) -> None:
+        super().close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+class _Engine:
+    """A driver of a fake executor, and one client of it."""
+
+    def __init__(self, executor: _Executor):
+        self.executor = executor
+        self.driver = Driver(lambda config, on_stage: executor)
+        self.failures: list[str] = []
+        self.driver.on_failed = self.failures.append
+        self.driver.start(fake_config())
+        self.client = BlockingConnection(self.driver.address())
+
+    def close(self) -> None:
+        self.client.close()
+        self.driver.close()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., _Engine]]:
+    engines: list[_Engine] = []
+
+    def make(**changes: Any) -> _Engine:
+        engines.append(_Engine(_Executor(**changes)))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def _finish(client: BlockingConnection, stream: int) -> tuple[list[int], Finish]:
+    """The tokens of one stream to its end; other streams' deltas are dropped."""
+    tokens: list[int] = []
+    while True:
+        for delta in client.receive():
+            if delta.stream == stream:
+                tokens += unpack_ids(delta.token_ids)
+                if delta.finish is not None:
+                    return tokens, delta.finish
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def test_requests_of_several_clients_are_served_over_their_sockets(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine()
+    assert engine.driver.stage == "ready"
+    other = BlockingConnection(engine.driver.address())
+    mine, theirs = make_request([1, 2, 3], max_tokens=9), make_request([4], max_tokens=5, seed=3)
+    engine.client.submit(0, mine)
+    other.submit(0, theirs)
+    assert _finish(engine.client, 0) == (expected_tokens(mine), Finish("length"))
+    assert _finish(other, 0) == (expected_tokens(theirs), Finish("length"))
+    other.close()
+
+
+def test_a_client_that_goes_takes_its_requests_with_it(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine()
+    leaver = BlockingConnection(engine.driver.address())
+    for stream in range(3):
+        leaver.submit(stream, make_request([1], max_tokens=120))
+    engine.executor.gate.clear()  # mid-step while the client leaves
+    leaver.close()
+    engine.executor.gate.set()
+    _until(lambda: engine.client.stats().num_running + engine.client.stats().num_waiting == 0)
+    assert engine.client.stats().num_blocks_used == 0
+
+
+def test_without_work_the_loop_sleeps(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine()
+    engine.client.submit(0, make_request([1], max_tokens=2))
+    _finish(engine.client, 0)
+    engine.client.stats()
+    time.sleep(0.1)
+    num_checks = engine.executor.num_checks
+    time.sleep(0.3)
+    assert engine.executor.num_checks == num_checks
+
+
+def test_a_worker_lost_in_a_step_ends_every_request_with_the_reason(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine(die_at=3)
+    for stream in range(2):
+        engine.client.submit(stream, make_request([1], max_tokens=50, seed=stream))
+    ends: dict[int, Finish] = {}
+    while len(ends) < 2:
+        ends |= {delta.stream: delta.finish for delta in engine.client.receive() if delta.finish is not None}
+    expected = Finish("error", None, "worker_died", "worker rank 1 failed: killed by the test")
+    assert ends == {0: expected, 1: expected}
+    _assert_failed(engine, "worker rank 1 failed: killed by the test")
+
+
+def test_a_worker_lost_without_work_is_noticed_at_once(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine()
+    engine.executor.lose()
+    _until(lambda: bool(engine.failures))
+    _assert_failed(engine, "worker rank 1 failed: lost while idle")
+
+
+def _assert_failed(engine: _Engine, reason: str) -> None:
+    """Unhealthy, told once, still answering, and asleep."""
+    stats = engine.client.stats()
+    assert (stats.healthy, stats.reason) == (False, reason)
+    assert engine.failures == [reason]
+    assert engine.driver.stage == f"failed: {reason}"
+    engine.client.submit(7, make_request([1]))
+    [refusal] = engine.client.receive()
+    assert refusal == TokenDelta(7, b"", Finish("error", None, "worker_died", reason))
+    assert engine.client.stats().reason == reason
+
+
+def test_an_executor_that_cannot_start_is_the_callers_error() -> None:
+    def fail(config: ResolvedConfig, on_stage: Callable[[str], None]) -> Any:
+        on_stage("loading weights")
+        raise ConfigError("no weights in this folder")
+
+    driver = Driver(fail)
+    with pytest.raises(ConfigError, match="no weights"):
+        driver.start(fake_config())
+    assert driver.stage == "failed: no weights in this folder"
+    with pytest.raises(EngineError, match="not ready: failed: no weights"):
+        driver.address()
+    driver.close()
+
+
+def test_closing_ends_threads_sockets_and_workers(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine()
+    folder = Path(engine.driver.address().unix_path).parent
+    engine.client.submit(0, make_request([1], max_tokens=100))
+    engine.driver.close()
+    engine.driver.close()
+    assert engine.executor.closed
+    assert not folder.exists()
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"engine-loop", "client-io"}
+    with pytest.raises(EngineError):
+        _finish(engine.client, 0)
+
+
+# ---------------------------------------------------------------------------------------------- with Ray
+
+
+def _runner_factory() -> Any:
+    """Runners that compute the fake tokens; made here so that they travel by value."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(fakes)
+
+    class Runner:
+        def __init__(self, config: ResolvedConfig, tp: Any):
+            self.fake = FakeExecutor()
+
+        def num_blocks_available(self) -> int:
+            return 64
+
+        def start(self, num_blocks: int) -> None:
+            pass
+
+        def warm_up(self) -> None:
+            pass
+
+        def execute(self, plan: Any) -> Any:
+            self.fake.send(plan)
+            return self.fake.receive(None)
+
+    return Runner
+
+
+def _config(name: str) -> ResolvedConfig:
+    return fake_config(engine={"tensor_parallel_size": 2, "name": name}, backend="ray", num_threads=1)
+
+
+@pytest.mark.cluster
+async def test_an_engine_of_actors_is_found_by_name_serves_fails_and_leaves_nothing(ray_cluster: None) -> None:
+    import ray
+
+    config = _config("driver-test")
+    running = create_driver(config, _runner_factory())
+    driver = running.driver
+    pids: list[int] = []
+    try:
+        with pytest.raises(EngineUnreachableError, match=r"engine 'driver-test' cannot be used.*not ready"):
+            await find_address("driver-test")
+        with pytest.raises(ConfigError, match="'driver-test' is already running"):
+            create_driver(config)
+        assert await driver.stage.remote() == "starting the driver"
+        stages: list[str] = []
+        await asyncio.to_thread(running.start, config, stages.append)
+        assert "loading weights" in stages
+        assert await driver.stage.remote() == "ready"
+
+        description = await driver.describe.remote()
+        pids = [place.pid for place in (description.driver, *description.workers)]
+        assert len(set(pids)) == 3
+        assert (description.num_blocks, description.served_model_name) == (64, "fake")
+        assert ResolvedConfig.model_validate_json(description.config) == config
+
+        with pytest.raises(EngineUnreachableError, match=r"no engine named 'driver-tset'.*'driver-test'"):
+            await connect_by_name("driver-tset")
+        request = make_request([1, 2], max_tokens=20, n=2)
+        async with await connect_by_name("driver-test") as connection:
+            tokens: dict[int, list[int]] = {0: [], 1: []}
+            async for deltas in connection.submit(request):
+                for delta in deltas:
+                    tokens[delta.stream] += unpack_ids(delta.token_ids)
+            assert tokens == {choice: expected_tokens(request, choice) for choice in (0, 1)}
+
+            own = await driver.address.remote(ray.get_runtime_context().get_node_id())
+            assert own.host is None
+            far = await driver.address.remote("some other node")
+            assert far.host is not None
+
+            failed = driver.wait_failed.remote()
+            os.kill(description.workers[1].pid, signal.SIGKILL)
+            assert "worker rank 1 failed: its process died" in await failed
+            stats = await connection.stats()
+            assert not stats.healthy
+    finally:
+        running.close()
+    assert "driver-test" not in known_engines()
+    with pytest.raises(EngineUnreachableError, match="no engine named 'driver-test'"):
+        find_driver("driver-test")
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.cluster
+async def test_a_model_that_cannot_be_loaded_is_the_callers_error(ray_cluster: None) -> None:
+    class Runner:
+        def __init__(self, config: ResolvedConfig, tp: Any):
+            raise ConfigError("no weights in this folder")
+
+    running = create_driver(_config("broken"), Runner)  # type: ignore[arg-type]
+    try:
+        with pytest.raises(ConfigError, match=r"^no weights in this folder$"):
+            await asyncio.to_thread(running.start, _config("broken"))
+        assert await running.driver.stage.remote() == "failed: no weights in this folder"
+    finally:
+        running.close()
