@@ -20,6 +20,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 """A role and the name that templates know it by."""
 _EMPTY_FIELDS = ("refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content", "reasoning")
 """Fields of an earlier answer that clients send back; they must hold nothing."""
+_OWN_OPTIONS = frozenset({"self", "messages", "add_generation_prompt", "continue_final_message"})
 
 
 async def open_chat(fields: dict[str, Any], service: ModelService) -> ChatAnswer:
@@ -44,8 +45,6 @@ def _num_characters(messages: Sequence[Mapping[str, Any]]) -> int:
 
 def _prepare(body: ChatBody, model: ServedModel) -> Request:
     limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise RequestError("give max_completion_tokens or max_tokens, not both", param="max_tokens")
     with named_as({"prompt": "messages", "max_tokens": limit_name, "logprobs": "top_logprobs"}):
         params = sampling_params(
             body, model.vocab_size, max_tokens=getattr(body, limit_name), logprobs=_num_logprobs(body)
@@ -74,11 +73,16 @@ def render(body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]],
         raise RequestError(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
         )
+    variables = body.chat_template_kwargs or {}
+    if taken := _OWN_OPTIONS.intersection(variables):
+        raise RequestError(
+            f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields", param="chat_template_kwargs"
+        )
     return model.tokenizer.render_chat(
         read_messages(messages),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=continues,
-        **(body.chat_template_kwargs or {}),
+        **variables,
     )
 
 

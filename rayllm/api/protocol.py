@@ -138,6 +138,7 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     messages: Annotated[list[dict[str, Any]], FailFast()]
     max_completion_tokens: int | None = None
+    """OpenAI's newer name for `max_tokens`, which it overrides."""
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None

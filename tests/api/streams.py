@@ -1,0 +1,30 @@
+"""Reads an answer to its end, as a client would."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rayllm.api.answer import Answer
+from rayllm.api.sse import whole_stream
+
+
+def parse_events(stream: bytes) -> list[dict[str, Any]]:
+    """The chunks of a stream, which must end with `[DONE]`. An error event is its body."""
+    *events, done, rest = stream.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("event: error\n").removeprefix("data: ")) for event in events]
+
+
+async def chunks_of(answer: Answer) -> list[dict[str, Any]]:
+    try:
+        return parse_events(b"".join([piece async for piece in whole_stream(answer.events())]))
+    finally:
+        answer.close()
+
+
+async def whole_of(answer: Answer) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(await answer.whole()))
+    finally:
+        answer.close()
