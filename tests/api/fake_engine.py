@@ -66,7 +66,7 @@ class FakeStream:
         position = 0
         finished: set[int] = set()
         while len(finished | self.aborted) < len(outputs):
-            await engine.pause()
+            await engine.pause(self.num_steps)
             if engine.fault_at == self.num_steps:
                 raise EngineError("the driver is gone", code="driver_died")
             self.num_steps += 1
@@ -119,7 +119,6 @@ class FakeEngine:
         self.fault_at: int | None = None
         self.healthy = True
         self.stats_error: Exception | None = None
-        self.step_s: float = 0.0
         self.stalled = asyncio.Event()
         self.stall_at: int | None = None
         self.streams: list[FakeStream] = []
@@ -137,11 +136,11 @@ class FakeEngine:
         reason = "" if self.healthy else "a worker is being replaced"
         return EngineStats(**{**values, "healthy": self.healthy, "reason": reason, "num_steps": 3})
 
-    async def pause(self) -> None:
-        if self.stall_at is not None and any(s.num_steps >= self.stall_at for s in self.streams):
+    async def pause(self, num_steps: int) -> None:
+        if self.stall_at is not None and num_steps >= self.stall_at:
             self.stalled.set()
             await asyncio.Event().wait()
-        await asyncio.sleep(self.step_s)
+        await asyncio.sleep(0)
 
     def output(self, request: Request, choice: int) -> list[int]:
         ids = list(self.say(request, choice))[: request.max_tokens]

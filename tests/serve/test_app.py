@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from serve.served import ANSWER, Served, chat, completion, tokenizer
+
+import rayllm
+from rayllm.errors import EngineError, OverloadedError
+from rayllm.messages import Finish
+
+FIELDS = {"message", "type", "param", "code"}
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body["error"]) == FIELDS
+    return dict(body["error"])
+
+
+async def test_the_routes_are_these() -> None:
+    """A frozen list: a new path is a decision."""
+    routes = {
+        (path, method)
+        for route in Served().app.routes
+        for path in [getattr(route, "path", "")]
+        for method in getattr(route, "methods", None) or ()
+        if path not in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+    }
+
+    assert sorted(routes) == [
+        ("/detokenize", "POST"),
+        ("/health", "GET"),
+        ("/health", "HEAD"),
+        ("/load", "GET"),
+        ("/metrics", "GET"),
+        ("/metrics", "HEAD"),
+        ("/ping", "GET"),
+        ("/ping", "HEAD"),
+        ("/ready", "GET"),
+        ("/ready", "HEAD"),
+        ("/tokenize", "POST"),
+        ("/v1/chat/completions", "POST"),
+        ("/v1/completions", "POST"),
+        ("/v1/models", "GET"),
+        ("/v1/models/{model_id:path}", "GET"),
+        ("/version", "GET"),
+    ]
+
+
+async def test_answers_are_json_and_streams_are_events() -> None:
+    async with Served().client() as client:
+        answer = await client.post("/v1/completions", json=completion())
+        assert answer.status_code == 200
+        assert answer.json()["choices"][0]["text"] == ANSWER
+        answer = await client.post("/v1/chat/completions", json=chat())
+        assert answer.json()["choices"][0]["message"]["content"] == ANSWER
+
+        for path, body in (("/v1/completions", completion()), ("/v1/chat/completions", chat())):
+            stream = await client.post(path, json={**body, "stream": True})
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            assert stream.text.startswith("data: {")
+            assert stream.text.endswith("data: [DONE]\n\n")
+
+
+async def test_the_model_is_listed() -> None:
+    async with Served().client() as client:
+        (card,) = (await client.get("/v1/models")).json()["data"]
+        assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 128)
+        assert (await client.get("/v1/models/tiny")).json() == card
+        missing = await client.get("/v1/models/some/other")
+        assert missing.status_code == 404
+        assert error_of(missing)["code"] == "model_not_found"
+
+
+async def test_texts_become_tokens_and_tokens_text() -> None:
+    async with Served().client() as client:
+        tokens = (await client.post("/tokenize", json={"prompt": "hé", "return_token_strs": True})).json()
+        ids = tokenizer().encode("hé")
+        assert tokens == {"count": 3, "max_model_len": 128, "tokens": ids, "token_strs": ["h", "\ufffd", "\ufffd"]}
+        assert (await client.post("/detokenize", json={"tokens": ids})).json() == {"prompt": "hé"}
+
+        messages = (await client.post("/tokenize", json={"messages": chat()["messages"]})).json()
+        text = (await client.post("/detokenize", json={"tokens": messages["tokens"]})).json()["prompt"]
+        assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+        for path, body in (("/tokenize", {}), ("/tokenize", {"prompt": "a", "messages": []})):
+            assert error_of(await client.post(path, json=body))["param"] == "prompt"
+        for tokens in ([-1], [2**40], "x"):
+            assert error_of(await client.post("/detokenize", json={"tokens": tokens}))["param"] == "tokens"
+
+
+async def test_health_tells_the_stage_until_the_model_is_ready() -> None:
+    served = Served(ready=False)
+    served.service.set_stage("load shards", "3 of 8")
+    async with served.client() as client:
+        for path in ("/health", "/ready", "/ping"):
+            waiting = await client.get(path)
+            assert waiting.status_code == 503
+            assert waiting.headers["retry-after"] == "1"
+            assert set(waiting.json()["error"]) == FIELDS
+            assert (waiting.json()["stage"], waiting.json()["reason"]) == ("load shards", "3 of 8")
+        for refused in (
+            await client.post("/v1/completions", json=completion()),
+            await client.get("/v1/models"),
+            await client.post("/tokenize", json={"prompt": "x"}),
+        ):
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert error_of(refused)["code"] == "not_ready"
+
+        served.make_ready()
+        for path in ("/health", "/ready", "/ping"):
+            assert (await client.get(path)).json() == {"status": "ok", "stage": "ready"}
+            assert (await client.head(path)).status_code == 200
+
+        served.engine.healthy = False
+        sick = await client.get("/health")
+        assert sick.status_code == 503
+        assert sick.json()["reason"] == "a worker is being replaced"
+
+
+async def test_version_load_and_metrics() -> None:
+    served = Served()
+    async with served.client() as client:
+        assert (await client.get("/version")).json() == {"version": rayllm.__version__}
+        assert (await client.get("/load")).json() == {"server_load": 0}
+        await client.post("/v1/completions", json=completion(n=2))
+        await client.post("/v1/completions", json=completion(n=-2))
+
+        metrics = await client.get("/metrics")
+
+        assert metrics.headers["content-type"].startswith("text/plain; version=")
+        assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in metrics.text
+        assert 'vllm:time_to_first_token_seconds_count{model_name="tiny"} 2.0' in metrics.text
+        assert 'rayllm:requests_refused_total{code="invalid_request_error",model_name="tiny"} 1.0' in metrics.text
+        assert 'rayllm:steps_total{model_name="tiny"} 3.0' in metrics.text
+        assert 'rayllm:requests_open{model_name="tiny"} 0.0' in metrics.text
+        assert (await client.head("/metrics")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "path_not_found"),
+        ("GET", "/v1/completions/", 404, "path_not_found"),
+        ("GET", "/v1/completions", 405, "method_not_allowed"),
+        ("DELETE", "/health", 405, "method_not_allowed"),
+    ],
+)
+async def test_unknown_paths_and_methods_have_the_envelope(method: str, path: str, status: int, code: str) -> None:
+    async with Served().client() as client:
+        response = await client.request(method, path)
+
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+    if status == 405:
+        assert response.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("body", [b"", b"hello", b"[]", b'{"a": NaN}', b"\xff", b'{"no_such_field": 1}'])
+async def test_a_bad_body_is_a_400_everywhere(path: str, body: bytes) -> None:
+    async with Served().client() as client:
+        response = await client.post(path, content=body)
+
+    assert response.status_code == 400
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+async def test_a_body_that_is_too_large_is_refused_unread_or_as_it_comes() -> None:
+    sent = 0
+
+    async def chunks() -> Any:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1
+            yield b" " * 100
+
+    async with Served(max_body_bytes=1000).client() as client:
+        for content in (b" " * 1001, chunks()):
+            response = await client.post("/v1/completions", content=content)
+            assert response.status_code == 413
+            assert error_of(response)["code"] == "body_too_large"
+            assert response.headers["connection"] == "close"
+        fits = await client.post("/v1/completions", content=json.dumps(completion()).ljust(1000))
+    assert sent < 20
+    assert fits.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("trouble", "status", "code"),
+    [
+        ({"error": Finish("error", code="overloaded", message="busy")}, 429, "overloaded"),
+        ({"error": Finish("error", code="worker_died", message="rank 1")}, 503, "worker_died"),
+        ({"error": Finish("error", message="no such token")}, 400, None),
+        ({"refusal": OverloadedError("full", retry_after_s=3)}, 429, "overloaded"),
+        ({"refusal": EngineError("gone", code="driver_died")}, 503, "driver_died"),
+        ({"refusal": KeyError("a bug")}, 503, "internal_error"),
+        ({"fault_at": 0}, 503, "driver_died"),
+    ],
+)
+async def test_what_the_engine_refuses_has_a_status_even_for_a_stream(
+    trouble: dict[str, Any], status: int, code: str | None, stream: bool
+) -> None:
+    served = Served()
+    for name, value in trouble.items():
+        setattr(served.engine, name, value)
+
+    async with served.client() as client:
+        response = await client.post("/v1/completions", json=completion(stream=stream))
+
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+    assert "a bug" not in response.text
+    assert all(s.closed for s in served.engine.streams)
+
+
+async def test_a_fault_inside_a_stream_is_an_error_event_and_then_the_end() -> None:
+    served = Served()
+    served.engine.fault_at = 3
+    async with served.client() as client:
+        response = await client.post("/v1/chat/completions", json=chat(stream=True))
+
+    assert response.status_code == 200
+    *_, error, done, rest = response.text.split("\n\n")
+    assert error.startswith('event: error\ndata: {"error":{"message":"the driver is gone"')
+    assert (done, rest) == ("data: [DONE]", "")
+
+
+async def test_a_fault_while_the_whole_is_awaited_is_a_503() -> None:
+    served = Served()
+    served.engine.fault_at = 3
+    async with served.client() as client:
+        response = await client.post("/v1/chat/completions", json=chat())
+
+    assert response.status_code == 503
+    assert error_of(response)["code"] == "driver_died"
