@@ -12,11 +12,12 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
-from rayllm.api.service import ModelService
+from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
-from rayllm.engine.client import EngineConnection, connect_by_name
+from rayllm.engine.client import EngineConnection
 from rayllm.engine.driver import find_driver
 from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.serve.connection import connect_from_replica
 from rayllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -88,8 +89,11 @@ async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_nam
     while True:
         try:
             config, connection = await _connect(engine_name)
-        except (EngineUnreachableError, EngineError, OSError, asyncio.TimeoutError):
-            service.set_stage(await _stage(engine_name) or waiting_for)
+        except Exception as error:  # whatever it is: the next driver may do better
+            if not isinstance(error, (EngineUnreachableError, EngineError, OSError, asyncio.TimeoutError)):
+                logger.exception("connecting to engine %r failed", engine_name)
+            stage = await _stage(engine_name) or waiting_for
+            service.set_stage("connecting to the engine" if stage == READY else stage, str(error))
             await asyncio.sleep(_RETRY_S)
             continue
         try:
@@ -105,7 +109,7 @@ async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_nam
 async def _connect(engine_name: str) -> tuple[ResolvedConfig, EngineConnection]:
     import ray
 
-    connection = await connect_by_name(engine_name, name="ingress")
+    connection = await connect_from_replica(engine_name, "ingress")
     try:
         description = await asyncio.wait_for(find_driver(engine_name).describe.remote(), _CALL_TIMEOUT_S)
         return ResolvedConfig.model_validate_json(description.config), connection
