@@ -67,7 +67,10 @@ def _num_logprobs(body: ChatBody) -> int | None:
 
 
 def render(body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
-    """The prompt text of the messages, by the model's template and the body's options."""
+    """The prompt text of the messages, by the model's template and the body's options.
+
+    What the messages say is marked (`Tokenizer.mark`): special tokens in it are plain text.
+    """
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
         raise RequestError(
@@ -79,7 +82,7 @@ def render(body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]],
             f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields", param="chat_template_kwargs"
         )
     return model.tokenizer.render_chat(
-        read_messages(messages),
+        [{**read, "content": model.tokenizer.mark(read["content"])} for read in read_messages(messages)],
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=continues,
         **variables,

@@ -44,7 +44,7 @@ class ServedModel:
         return self.config.shape.vocab_size
 
     def tokenize(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a prompt. A text that no tokenizing could make fit is refused before it is
+        """Token ids of a prompt, marked or not. A text that no tokenizing could make fit is refused before it is
         tokenized."""
         limit = self.config.max_model_len * max(self.tokenizer.longest_token, _MIN_TOKEN_CHARACTERS)
         if len(text) > limit:
@@ -53,7 +53,7 @@ class ServedModel:
                 f"{len(text)} characters, and no {limit} fit: shorten it",
                 param=param,
             )
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self.tokenizer.encode_marked(text, add_special_tokens=add_special_tokens)
 
     def prepares_inline(self, num_characters: int, *, is_chat: bool) -> bool:
         """Whether rendering and tokenizing is short enough for the event loop."""

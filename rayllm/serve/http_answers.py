@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
+import anyio
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
@@ -38,8 +39,9 @@ def error_response(error: ErrorAnswer, *, close: bool = False) -> Response:
 async def read_object(request: Request, max_body_bytes: int) -> dict[str, Any]:
     """The JSON object of a body. Raises `RequestError` where it is too large, too slow or not one."""
     try:
-        body = await asyncio.wait_for(_read_bytes(request.receive, max_body_bytes), BODY_TIMEOUT_S)
-    except asyncio.TimeoutError:
+        with anyio.fail_after(BODY_TIMEOUT_S):
+            body = await _read_bytes(request.receive, max_body_bytes)
+    except TimeoutError:
         raise RequestError(
             f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="body_timeout", status=408
         ) from None

@@ -9,8 +9,8 @@ import hashlib
 import hmac
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,6 +73,8 @@ class Guard:
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
             return answer(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes", code="headers_too_large")
         path = scope["path"]
+        if not path.startswith("/") or scope.get("http_version") == "0.9":
+            return answer(400, "not a request of HTTP/1", code="invalid_request_line")
         root = scope.get("root_path") or ""
         if self._key_digests and path.removeprefix(root) not in OPEN_PATHS and not self._has_key(headers):
             return answer(401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
@@ -114,4 +116,4 @@ def _digest(key: bytes) -> bytes:
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """The client's own where it is a plain word, else a new one."""
     given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    return given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
+    return given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(16)}".encode()

@@ -20,9 +20,7 @@ RENDER_TIME_LIMIT_S = 2.0
 MAX_RENDERED_CHARACTERS = 32 * 2**20
 MAX_TEMPLATE_KWARGS = 64
 _TICK = "_rayllm_tick"
-_RESERVED = frozenset(
-    {"messages", "raise_exception", "strftime_now", "bos_token", "eos_token", "chat_template", _TICK}
-)
+_RESERVED = frozenset({"messages", "raise_exception", "strftime_now", "bos_token", "eos_token", "chat_template", _TICK})
 
 
 class _GenerationTag(Extension):
@@ -90,9 +88,7 @@ class ChatTemplate:
             return _render_bounded(self._template, context, deadline)
         except jinja2.TemplateError as error:
             raise _refusal(str(error)) from None
-        except (
-            Exception
-        ) as error:  # a template is a program: what it trips over is the request's fault, or its own
+        except Exception as error:  # a template is a program: what it trips over is the request's fault, or its own
             raise _refusal(f"{type(error).__name__}: {error}") from None
 
 

@@ -20,9 +20,7 @@ class Detokenizer:
     how some decoders see that character). Bytes that are no UTF-8 become U+FFFD.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
-    ):
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()):
         """`prompt_ids`: what came before. A character that the prompt left unfinished is finished by the
         first ids."""
         self._token_bytes = tokenizer.token_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ _GENERIC_CLASSES = frozenset({None, "PreTrainedTokenizerFast", "TokenizersBacken
 """Classes that add nothing to tokenizer.json."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SENTENCEPIECE_SPACE = "▁"
+_OPEN_MARK, _CLOSE_MARK = "\ufdd0", "\ufdd1"
+_MARKS = re.compile(f"({_OPEN_MARK}|{_CLOSE_MARK})")
 
 
 class _Backend(Protocol):
@@ -24,6 +27,7 @@ class _Backend(Protocol):
     is_byte_level: bool
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode_as_text(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
     def piece(self, token_id: int) -> str | None: ...
     def vocab(self) -> dict[str, int]: ...
@@ -36,6 +40,7 @@ class _Pipeline(_Backend):
         pipeline.no_truncation()
         pipeline.no_padding()
         self._pipeline = pipeline
+        self._blind_pipeline: Any = None
         added = pipeline.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.added_text = {token_id: token.content for token_id, token in added.items()}
@@ -44,6 +49,14 @@ class _Pipeline(_Backend):
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._pipeline.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_as_text(self, text: str) -> list[int]:
+        if self._blind_pipeline is None:
+            blind = type(self._pipeline).from_str(self._pipeline.to_str())
+            blind.encode_special_tokens = True
+            self._blind_pipeline = blind
+        ids: list[int] = self._blind_pipeline.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -71,6 +84,9 @@ class _PythonTokenizer(_Backend):
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_as_text(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(
@@ -109,6 +125,7 @@ class Tokenizer:
         """Characters in the longest token: no text of n tokens is much longer than n times this."""
         self.eos_token_id: int | None = vocab.get(named.get("eos_token", ""))
         self.special_token_ids = backend.special_ids
+        self._special_text = _any_of([backend.added_text.get(i, "") for i in backend.special_ids])
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named)
 
     @classmethod
@@ -122,9 +139,7 @@ class Tokenizer:
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {path} is not a folder")
         settings = _read_json(folder / "tokenizer_config.json")
-        template = (
-            _read_template(folder, settings) if chat_template is None else _given_template(chat_template)
-        )
+        template = _read_template(folder, settings) if chat_template is None else _given_template(chat_template)
         pipeline_file = folder / "tokenizer.json"
         if pipeline_file.is_file():
             pipeline = _load_pipeline(pipeline_file)
@@ -136,6 +151,28 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; `add_special_tokens` adds what the model's own tokenizer adds (a start token, say)."""
         return self._backend.encode(text, add_special_tokens)
+
+    def mark(self, content: str) -> str:
+        """What a user wrote, with marks round whatever reads like a special token; for `encode_marked`."""
+        if _OPEN_MARK in content or _CLOSE_MARK in content:
+            content = _MARKS.sub("\ufffd", content)  # no characters: Unicode keeps them free for uses like this
+        if self._special_text is None:
+            return content
+        return self._special_text.sub(lambda found: f"{_OPEN_MARK}{found.group()}{_CLOSE_MARK}", content)
+
+    def encode_marked(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text in which special tokens count only outside the marks: a user cannot write them."""
+        if _OPEN_MARK not in text:
+            return self.encode(text, add_special_tokens)
+        ids: list[int] = []
+        inside = False
+        for part in _MARKS.split(text):
+            if part in (_OPEN_MARK, _CLOSE_MARK):
+                inside = part == _OPEN_MARK
+            elif part:
+                ids += self._backend.encode_as_text(part) if inside else self.encode(part, add_special_tokens)
+                add_special_tokens = False
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence. For text that grows, `detokenizer.ChoiceText`."""
@@ -193,15 +230,19 @@ class Tokenizer:
         first."""
         if self._anchor is None:
             ordinary = [i for i in self._backend.encode("a", False) if i not in self._backend.special_ids]
-            self._anchor = (
-                (ordinary[-1], self._backend.decode(ordinary[-1:], False)) if ordinary else (-1, "")
-            )
+            self._anchor = (ordinary[-1], self._backend.decode(ordinary[-1:], False)) if ordinary else (-1, "")
         anchor_id, anchor_text = self._anchor
         if anchor_text:
             text = self._backend.decode([anchor_id, token_id], False)
             if text.startswith(anchor_text):
                 return text[len(anchor_text) :]
         return piece.replace(_SENTENCEPIECE_SPACE, " ")
+
+
+def _any_of(texts: list[str]) -> re.Pattern[str] | None:
+    """Finds any of the texts, the longest first."""
+    found = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found))) if found else None
 
 
 def _byte_table() -> dict[str, int]:
@@ -316,8 +357,6 @@ def _load_with_transformers(folder: Path) -> tuple[_Backend, dict[str, str]]:
     except Exception as error:  # from OSError to KeyError, by the way in which the files are wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"tokenizer: cannot load one from {folder}: {reason}") from None
-    named = {
-        name: str(token) for name in _NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None
-    }
+    named = {name: str(token) for name in _NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
     pipeline = getattr(tokenizer, "backend_tokenizer", None)
     return (_PythonTokenizer(tokenizer) if pipeline is None else _Pipeline(pipeline)), named

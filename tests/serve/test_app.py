@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -240,3 +241,17 @@ async def test_a_fault_while_the_whole_is_awaited_is_a_503() -> None:
 
     assert response.status_code == 503
     assert error_of(response)["code"] == "driver_died"
+
+
+async def test_a_body_that_does_not_come_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayllm.serve.http_answers.BODY_TIMEOUT_S", 0.01)
+
+    async def never_ends() -> Any:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with Served().client() as client:
+        response = await client.post("/v1/completions", content=never_ends())
+
+    assert response.status_code == 408
+    assert error_of(response)["code"] == "body_timeout"

@@ -139,6 +139,21 @@ async def test_a_bug_behind_the_guard_is_a_503_without_a_traceback(caplog: pytes
     assert "secret" in caplog.text
 
 
+@pytest.mark.parametrize("scope", [{"path": "*"}, {"path": "/health", "http_version": "0.9"}])
+async def test_what_is_not_http_1_is_refused(scope: dict[str, Any]) -> None:
+    sent = []
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await Served().app({"type": "http", "method": "GET", "headers": [], **scope}, receive, send)
+
+    assert sent[0]["status"] == 400
+
+
 async def test_a_websocket_is_refused() -> None:
     sent = []
 

@@ -27,18 +27,14 @@ def expected(text: str, stops: list[str], include: bool) -> tuple[str, str | Non
     stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
     include=st.booleans(),
 )
-def test_any_cut_of_the_text_gives_the_same_result(
-    pieces: list[str], stops: list[str], include: bool
-) -> None:
+def test_any_cut_of_the_text_gives_the_same_result(pieces: list[str], stops: list[str], include: bool) -> None:
     text = "".join(pieces)
 
     assert feed(pieces, stops, include) == expected(text, stops, include)
 
 
 @given(text=st.text("ab", max_size=12), stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1))
-def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(
-    text: str, stops: list[str]
-) -> None:
+def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(text: str, stops: list[str]) -> None:
     scanner = StopScanner(stops)
     shown = ""
     for i, character in enumerate(text):

@@ -56,14 +56,10 @@ def test_an_id_outside_the_vocabulary_has_no_bytes(byte_level: Tokenizer) -> Non
     assert byte_level.token_bytes(-1) == b""
 
 
-def test_a_class_that_adds_its_own_tokens_is_loaded_by_transformers(
-    sentencepiece_path: Path, tmp_path: Path
-) -> None:
+def test_a_class_that_adds_its_own_tokens_is_loaded_by_transformers(sentencepiece_path: Path, tmp_path: Path) -> None:
     shutil.copytree(sentencepiece_path, tmp_path / "model")
     settings = tmp_path / "model" / "tokenizer_config.json"
-    settings.write_text(
-        json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "LlamaTokenizerFast"})
-    )
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
 
     ours = Tokenizer.from_path(str(tmp_path / "model"))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -84,9 +80,7 @@ def test_a_class_that_adds_its_own_tokens_is_loaded_by_transformers(
         ("tokenizer_config.json", b"[" * 100_000),
     ],
 )
-def test_a_broken_file_is_named_in_one_line(
-    byte_level_path: Path, tmp_path: Path, name: str, content: bytes
-) -> None:
+def test_a_broken_file_is_named_in_one_line(byte_level_path: Path, tmp_path: Path, name: str, content: bytes) -> None:
     shutil.copytree(byte_level_path, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     (tmp_path / "model" / name).write_bytes(content)
@@ -116,9 +110,7 @@ def test_a_chat_is_rendered_as_transformers_renders_it(byte_level_path: Path) ->
         {"add_generation_prompt": False},
         {"continue_final_message": True, "add_generation_prompt": False},
     ):
-        assert ours.render_chat(messages, **options) == theirs.apply_chat_template(
-            messages, tokenize=False, **options
-        )
+        assert ours.render_chat(messages, **options) == theirs.apply_chat_template(messages, tokenize=False, **options)
 
 
 def test_a_given_template_takes_the_place_of_the_models(byte_level_path: Path, tmp_path: Path) -> None:
@@ -134,3 +126,27 @@ def test_a_model_without_a_template_refuses_chats(sentencepiece: Tokenizer) -> N
     with pytest.raises(RequestError, match="no chat template") as caught:
         sentencepiece.render_chat([{"role": "user", "content": "hi"}])
     assert (caught.value.param, caught.value.code) == ("messages", "no_chat_template")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_marked_special_tokens_are_text_and_unmarked_ones_special(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    special = tokenizer.decode([tokenizer.eos_token_id or 0], skip_special_tokens=False)
+
+    ids = tokenizer.encode_marked(f"{special}a{tokenizer.mark(f'b{special}c')}d")
+
+    assert ids.count(tokenizer.eos_token_id or 0) == 1
+    assert ids[0] == tokenizer.eos_token_id
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().replace(" ", "") == f"{special}ab{special}cd"
+
+
+def test_text_without_special_tokens_is_encoded_as_ever(byte_level: Tokenizer) -> None:
+    assert byte_level.mark("plain") == "plain"
+    assert byte_level.encode_marked(byte_level.mark("plain")) == byte_level.encode("plain")
+
+
+def test_a_user_cannot_write_the_marks(byte_level: Tokenizer) -> None:
+    ids = byte_level.encode_marked(byte_level.mark("\ufdd1<|im_end|>\ufdd0"))
+
+    assert byte_level.eos_token_id not in ids
+    assert byte_level.decode(ids) == "\ufffd<|im_end|>\ufffd"
