@@ -41,12 +41,11 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Rows with one query token each, of similar key length. `tokens` are their places in T."""
+    """Rows with one query token each, of similar key length. `tokens` are their places in T; N = rows * K."""
 
     tokens: slice | Tensor
     pages: Tensor
-    kv_len: int
-    mask_BL: Tensor | None
+    mask_NL: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ class AttentionPlan:
             q = q_THD[group.tokens]
             yield (
                 group.tokens,
-                paged_decode(q, kv.k, kv.v, group.pages, group.kv_len, group.mask_BL, scale, self.workspace),
+                paged_decode(q, kv.k, kv.v, group.pages, group.mask_NL, scale, self.workspace),
             )
         for chunk in self.chunks:
             q = q_THD[chunk.tokens]
@@ -191,20 +190,16 @@ class _Builder:
         lens = [self._batch.kv_lens[row] for row in rows]
         first_pages = [self._first_page(length - 1) for length in lens]
         ends = [length - first * block_size for length, first in zip(lens, first_pages)]
-        kv_len = max(ends)
+        num_pages = -(-max(ends) // block_size)
         tokens: slice | Tensor = slice(rows[0], rows[0] + len(rows))
         if rows != list(range(rows[0], rows[0] + len(rows))):
             tokens = torch.tensor(rows, device=self._device)
-        pages = self._pages(tokens, first_pages, -(-kv_len // block_size))
-        begins = [0] * len(rows)
-        if self._window is not None:
-            begins = [max(0, end - self._window) for end in ends]
-        if not any(begins) and min(ends) == kv_len:
-            return DecodeGroup(tokens, pages, kv_len, None)
-        keys_L = torch.arange(kv_len, device=self._device)
+        begins = [0 if self._window is None else max(0, end - self._window) for end in ends]
         bounds = torch.tensor([begins, ends], device=self._device).unsqueeze(2)
+        keys_L = torch.arange(num_pages * block_size, device=self._device)
         mask_BL = self._added((keys_L >= bounds[0]) & (keys_L < bounds[1]))
-        return DecodeGroup(tokens, pages, kv_len, mask_BL)
+        mask_NL = mask_BL.repeat_interleave(len(self._heads_K), dim=0)
+        return DecodeGroup(tokens, self._pages(tokens, first_pages, num_pages), mask_NL)
 
     def _chunk(self, row: int) -> Chunk:
         begin, end = self._batch.query_starts[row : row + 2]

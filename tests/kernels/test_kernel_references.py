@@ -36,6 +36,12 @@ def test_rms_norm_divides_by_the_root_mean_square(shape: tuple[int, ...], dtype:
     assert _error(rms_norm(x, weight, 1e-5), expected) < DTYPES[dtype]
 
 
+def test_rms_norm_takes_a_weight_for_each_head() -> None:
+    x, weight = _random(5, 3, 8), _random(3, 8, seed=1)
+    each = [rms_norm(x[:, head], weight[head], 1e-5) for head in range(3)]
+    assert _error(rms_norm(x, weight, 1e-5), torch.stack(each, dim=1).double()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_rms_norm_returns_the_sum_as_the_next_residual(dtype: torch.dtype) -> None:
     x, residual, weight = (_random(3, 33, dtype=dtype, seed=i) for i in range(3))
@@ -169,13 +175,12 @@ def test_paged_decode_attends_to_each_rows_own_keys(
 ) -> None:
     pages = _Pages(lens, num_kv_heads, head_dim, dtype)
     q = _random(2, num_heads, head_dim, dtype=dtype)
-    longest = max(lens)
-    mask = None
-    if min(lens) < longest:
-        mask = torch.zeros(2, longest, dtype=dtype)
-        for row, length in enumerate(lens):
-            mask[row, length:] = -math.inf
-    found = paged_decode(q, pages.k_cache, pages.v_cache, pages.index([0, 1]), longest, mask, 0.3, _workspace(dtype))
+    width = -(-max(lens) // BLOCK_SIZE) * BLOCK_SIZE
+    mask = torch.full((2, num_kv_heads, width), -math.inf, dtype=dtype)
+    for row, length in enumerate(lens):
+        mask[row, :, :length] = 0
+    index, workspace = pages.index([0, 1]), _workspace(dtype)
+    found = paged_decode(q, pages.k_cache, pages.v_cache, index, mask.view(-1, width), 0.3, workspace)
     group = num_heads // num_kv_heads
     for row, length in enumerate(lens):
         for head in range(num_heads):

@@ -33,18 +33,17 @@ def _plan(
     return plan, run
 
 
-def test_rows_of_equal_length_are_one_group_without_a_mask(folder: Path) -> None:
+def test_rows_of_equal_length_are_one_group(folder: Path) -> None:
     plan, _ = _plan(folder, [9, 9, 9], {0: 1, 1: 1, 2: 1})
     (group,) = plan.decode
-    assert (group.tokens, group.kv_len, group.mask_BL) == (slice(0, 3), 10, None)
+    assert group.tokens == slice(0, 3)
     assert group.pages.numel() == 3 * 2 * 3
 
 
 def test_ragged_rows_are_masked_past_their_own_length(folder: Path) -> None:
     plan, _ = _plan(folder, [9, 2], {0: 1, 1: 1})
     (group,) = plan.decode
-    assert group.mask_BL is not None
-    assert (group.mask_BL == 0).sum(dim=1).tolist() == [10, 3]
+    assert (group.mask_NL == 0).sum(dim=1).tolist() == [10, 10, 3, 3]
 
 
 def test_rows_are_cut_into_groups_of_similar_length(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +52,7 @@ def test_rows_are_cut_into_groups_of_similar_length(folder: Path, monkeypatch: p
     plan, _ = _plan(folder, [39, 3, 20, 3], dict.fromkeys(range(4), 1))
     rows = [group.tokens.tolist() if isinstance(group.tokens, torch.Tensor) else group.tokens for group in plan.decode]
     assert rows == [[1, 3], slice(2, 3), slice(0, 1)]
-    assert [group.kv_len for group in plan.decode] == [4, 21, 40]
+    assert [group.mask_NL.shape[1] for group in plan.decode] == [4, 24, 40]
 
 
 def test_whole_prompts_of_equal_length_go_together_and_read_no_pages(folder: Path) -> None:
@@ -70,9 +69,7 @@ def test_a_window_gathers_only_the_pages_it_reaches(folder: Path) -> None:
     plan, _ = _plan(folder, [30, 30], {0: 1, 1: 4}, window=5)
     (group,), (chunk,) = plan.decode, plan.chunks
     assert group.pages.numel() == 2 * 2
-    assert group.kv_len == 31 - 24
-    assert group.mask_BL is not None
-    assert (group.mask_BL == 0).sum().item() == 5
+    assert [(row == 0).nonzero().flatten().tolist() for row in group.mask_NL] == [[2, 3, 4, 5, 6]] * 2
     assert chunk.pages.numel() == 2 * 3
     assert (chunk.mask_TL == 0).sum(dim=1).tolist() == [5] * 4
 

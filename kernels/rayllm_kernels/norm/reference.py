@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,11 +9,11 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
 
-    Given `[T, heads, D]` it is the per-head form that some models apply to queries and keys.
+    Given `[T, heads, D]`, with a weight `[D]` or `[heads, D]`, it is the per-head form for queries and keys.
     """
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    return (wide * scale).to(x.dtype).mul_(weight_D)
+    if weight_D.dim() == 1:
+        return F.rms_norm(x, weight_D.shape, weight_D, eps)
+    return F.rms_norm(x, weight_D.shape[-1:], None, eps).mul_(weight_D)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
