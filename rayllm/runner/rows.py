@@ -47,6 +47,7 @@ class Rows:
         self.num_blocks[row] = len(blocks)
         self.block_table[row, : len(blocks)] = blocks
         self.last_token_R[row] = int(tokens[-1])
+        self._prompt_logprobs.pop(row, None)
         if start.params.prompt_logprobs is not None:
             self._prompt_logprobs[row] = (start.params.prompt_logprobs, start.num_prompt_tokens)
 
