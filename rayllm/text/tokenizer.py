@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,8 +150,12 @@ class Tokenizer:
         return cls(backend, named, template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; `add_special_tokens` adds what the model's own tokenizer adds (a start token, say)."""
-        return self._backend.encode(text, add_special_tokens)
+        """Token ids; `add_special_tokens` adds what the model's own tokenizer adds (a start token, say).
+
+        Raises `RequestError` for what is no text (half a character), or too much for the tokenizer's own patterns.
+        """
+        with _refusing_text():
+            return self._backend.encode(text, add_special_tokens)
 
     def mark(self, content: str) -> str:
         """What a user wrote, with marks round whatever reads like a special token; for `encode_marked`."""
@@ -170,9 +175,13 @@ class Tokenizer:
             if part in (_OPEN_MARK, _CLOSE_MARK):
                 inside = part == _OPEN_MARK
             elif part:
-                ids += self._backend.encode_as_text(part) if inside else self.encode(part, add_special_tokens)
+                ids += self._encode_as_text(part) if inside else self.encode(part, add_special_tokens)
                 add_special_tokens = False
         return ids
+
+    def _encode_as_text(self, text: str) -> list[int]:
+        with _refusing_text():
+            return self._backend.encode_as_text(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence. For text that grows, `detokenizer.ChoiceText`."""
@@ -237,6 +246,18 @@ class Tokenizer:
             if text.startswith(anchor_text):
                 return text[len(anchor_text) :]
         return piece.replace(_SENTENCEPIECE_SPACE, " ")
+
+
+@contextmanager
+def _refusing_text() -> Iterator[None]:
+    """What a tokenizer trips over is the text's fault. Its worst faults are panics, which are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"the tokenizer cannot read this text: {reason}", param="prompt") from None
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str] | None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -150,3 +151,16 @@ def test_a_user_cannot_write_the_marks(byte_level: Tokenizer) -> None:
 
     assert byte_level.eos_token_id not in ids
     assert byte_level.decode(ids) == "\ufffd<|im_end|>\ufffd"
+
+
+def test_what_a_tokenizer_trips_over_is_the_requests_fault(byte_level: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="cannot read this text") as caught:
+        byte_level.encode("\ud800")
+    assert caught.value.param == "prompt"
+
+    pipeline = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    endless = tokenizers.Regex("(a+)+$")
+    pipeline.pre_tokenizer = tokenizers.pre_tokenizers.Split(endless, "isolated")
+    pipeline.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(RequestError, match=r"cannot read this text: .*retry-limit"):
+        Tokenizer.from_path(str(tmp_path)).encode("a" * 40 + "b")
