@@ -277,7 +277,8 @@ class ClientLink:
                 self._inbox.append((client.id, self._decoder.decode(frame)))
             else:
                 self._greet(client, self._hello_decoder.decode(frame))
-        self._inbox_waker.wake()
+        if self._inbox:
+            self._inbox_waker.wake()
 
     def _greet(self, client: _Client, hello: Hello) -> None:
         self._strangers.discard(client)
