@@ -95,8 +95,8 @@ def _shown(value: Any) -> str:
 
 def read_dtype(fields: ConfigFields) -> Any:
     """The checkpoint's dtype; transformers 5 writes `dtype`, older ones `torch_dtype`."""
-    name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
-    return fields.choice(name, {dtype: dtype for dtype in _DTYPES}, default="float32")
+    older = fields.choice("torch_dtype", {dtype: dtype for dtype in _DTYPES}, default="float32")
+    return fields.choice("dtype", {dtype: dtype for dtype in _DTYPES}, default=older)
 
 
 def read_activation(fields: ConfigFields, name: str, default: str | None = None) -> Activation:

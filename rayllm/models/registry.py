@@ -9,6 +9,7 @@ from typing import Any
 
 from rayllm.errors import ConfigError, did_you_mean
 from rayllm.models.architectures import llama, mistral, opt, qwen2, qwen3
+from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields
 from rayllm.models.spec import DecoderSpec
 from rayllm.weights.config_file import read_config
 
@@ -58,5 +59,7 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
         )
     if config.get("quantization_config") is not None:
         raise ConfigError("quantization_config is not supported: use a checkpoint that is not quantized")
+    if config.get("sliding_window") is not None:  # nonsense is refused where the model has no use for it, too
+        ConfigFields(config).integer("sliding_window", 1, MAX_POSITIONS)
     spec: DecoderSpec = module.spec(config)
     return spec

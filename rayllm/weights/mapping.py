@@ -53,7 +53,13 @@ class CheckpointWeights:
             tensor = self._checkpoint.read(source, 0, range(shape[0]))
         else:
             tensor = pad_to(self._checkpoint.read(source, dim, clip(part, shape[dim])), dim, len(part))
-        return tensor.to(device=self._device, dtype=self._dtype)
+        tensor = tensor.to(device=self._device, dtype=self._dtype)
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            # one such number would reach, through the shared KV pool, requests of other users
+            raise ConfigError(
+                f"{self._checkpoint.file_of(source)}: tensor {source!r} holds NaN or infinity as {self._dtype}"
+            )
+        return tensor
 
     def report_unused(self) -> None:
         """Warns of the checkpoint's tensors that no parameter took; buffers that follow from the config are no news."""

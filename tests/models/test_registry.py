@@ -61,6 +61,8 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("tie_word_embeddings", "maybe", r"tie_word_embeddings='maybe' must be true or false"),
     ("dtype", "complex64", r"dtype='complex64' is not supported"),
     ("dtype", "floot32", r"dtype='floot32' is not supported; did you mean 'float32'"),
+    ("torch_dtype", "float3", r"torch_dtype='float3' is not supported"),
+    ("sliding_window", -1, r"sliding_window=-1 is outside"),
     ("quantization_config", {"quant_method": "no_such"}, r"quantization_config is not supported"),
     ("model_type", "no_such_model", r"model_type='no_such_model' does not fit architecture 'LlamaForCausalLM'"),
     ("architectures", ["__import__"], r"architecture '__import__' is not supported; known are Llama"),

@@ -79,6 +79,10 @@ def _wrong_dtype(folder: Path) -> None:
     _edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
 
 
+def _not_a_number(folder: Path) -> None:
+    _edit(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(5, float("nan")))
+
+
 def _both_files(folder: Path) -> None:
     (folder / "other.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
 
@@ -116,6 +120,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor missing": (_missing_tensor, r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"),
     "tensor of a wrong shape": (_wrong_shape, r"model\.safetensors: tensor 'model\.norm\.weight' has shape \[63\]"),
     "tensor of a wrong dtype": (_wrong_dtype, r"tensor 'model\.norm\.weight' has dtype I8; known are F64"),
+    "tensor with a NaN": (_not_a_number, r"tensor 'model\.norm\.weight' holds NaN or infinity"),
     "tensor in two files": (_both_files, r"is both in .*model\.safetensors and in other\.safetensors"),
     "index names a missing shard": (lambda folder: _index(folder, "gone.safetensors"), r"gone\.safetensors cannot be"),
     "index leaves the folder": (lambda folder: _index(folder, "../x.safetensors"), r"index\.json: .*same folder"),
@@ -174,6 +179,15 @@ def test_a_bfloat16_checkpoint_is_served_in_float32(tmp_path: Path) -> None:
     found = log_probs(decoder, [[5, 9, 200, 31]], [4], 16)[0]
     assert found.dtype == torch.float32
     assert bool(found.isfinite().all())
+
+
+def test_weights_too_large_for_the_dtype_are_refused(folder: Path) -> None:
+    from rayllm.models import load_decoder
+    from rayllm.models.registry import read_spec
+
+    _edit(folder, lambda tensors: tensors["model.norm.weight"].mul_(1e6))
+    with pytest.raises(ConfigError, match=r"holds NaN or infinity as torch\.float16"):
+        load_decoder(str(folder), read_spec(folder), TensorParallel(), dtype=torch.float16, device=torch.device("cpu"))
 
 
 def test_a_rank_reads_only_its_slices(tmp_path: Path) -> None:
