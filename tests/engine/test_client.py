@@ -237,7 +237,7 @@ def test_one_thread_can_submit_receive_and_ask(driver: _FakeDriver) -> None:
     connection.abort(9)
     driver.wait_for(Abort(9))
     connection.submit(10, make_request([1], seed=2))
-    with pytest.raises(EngineError, match="driver closed") as error:
+    with pytest.raises(EngineError, match="the engine's driver") as error:
         connection.receive()
     assert error.value.code == "engine_gone"
     connection.close()

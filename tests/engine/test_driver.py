@@ -96,6 +96,11 @@ def _finish(client: BlockingConnection, stream: int) -> tuple[list[int], Finish]
                     return tokens, delta.finish
 
 
+def _receive_forever(client: BlockingConnection) -> None:
+    while True:
+        client.receive()
+
+
 def _until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10.0
     while not condition():
@@ -193,8 +198,8 @@ def test_closing_ends_threads_sockets_and_workers(make_engine: Callable[..., _En
     assert not folder.exists()
     names = {thread.name for thread in threading.enumerate()}
     assert not names & {"engine-loop", "client-io"}
-    with pytest.raises(EngineError):
-        _finish(engine.client, 0)
+    with pytest.raises(EngineError, match="the engine's driver"):
+        _receive_forever(engine.client)
 
 
 # ---------------------------------------------------------------------------------------------- with Ray
