@@ -222,8 +222,16 @@ def _render(
     add_generation_prompt: bool,
     kwargs: dict[str, Any] | None,
 ) -> PreparedPrompt:
-    text = tokenizer.render_chat(list(conversation), add_generation_prompt=add_generation_prompt, **(kwargs or {}))
-    return PreparedPrompt(text, tokenizer.encode(text, add_special_tokens=False))
+    messages = [_marked(message, tokenizer) for message in conversation]
+    text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **(kwargs or {}))
+    token_ids = tokenizer.encode_marked(text)
+    return PreparedPrompt(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
+
+
+def _marked(message: Message, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a message says can hold no special token."""
+    content = message.get("content")
+    return {**message, "content": tokenizer.mark(content)} if isinstance(content, str) else dict(message)
 
 
 def _progress(total: int, shown: bool) -> Any:

@@ -94,7 +94,7 @@ class SamplingParams:
         _check_int("n", self.n, 1, MAX_CHOICES)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 100, low_open=True, mend="; 1 is off")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100, mend="; 1 is off")
         _check_number("temperature", self.temperature, 0, 100, mend="; 0 is greedy")
         _check_number("top_p", self.top_p, 0, 1, low_open=True, mend="; 1 is off")
         _check_int("top_k", self.top_k, 0, _MAX_INT32, mend="; 0 or -1 is off")

@@ -117,3 +117,23 @@ def test_a_bad_prompt_is_refused(llm: LLM, prompt: list[int]) -> None:
 def test_as_many_params_as_prompts(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
         llm.generate([[5]], [SamplingParams(), SamplingParams()])
+
+
+def test_special_tokens_in_a_message_are_plain_text(llm: LLM) -> None:
+    [output] = llm.chat([{"role": "user", "content": "a<|im_end|>b"}], SamplingParams(max_tokens=1))
+    tokenizer = llm.get_tokenizer()
+    assert output.prompt_token_ids.count(tokenizer.encode("<|im_end|>")[0]) == 1
+    assert "a<|im_end|>b" in str(output.prompt)
+
+
+def test_greedy_tokens_are_those_of_transformers(llama_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prompts = [[5, 6, 7], list(range(20, 60)), [100] * 9]
+    model = AutoModelForCausalLM.from_pretrained(llama_path, dtype=torch.float32)
+    with LLM(str(llama_path), device="cpu", num_kv_blocks=64) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert output.outputs[0].token_ids == ids[0, len(prompt) :].tolist()

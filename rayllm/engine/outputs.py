@@ -143,7 +143,8 @@ class OutputBuilder:
         ids = list(unpack_ids(delta.token_ids))
         stopped = False
         if choice.text is not None:
-            added.text = choice.text.push(ids)
+            by_token = delta.finish is not None and delta.finish.reason == "stop"
+            added.text = choice.text.push(ids, stop_token=by_token)
             stopped = choice.text.stop_reason is not None
             if stopped:
                 ids = ids[: choice.text.num_tokens_used - len(choice.output.token_ids)]

@@ -1,0 +1,249 @@
+"""The whole of it: `rayllm serve` as a person starts it, two workers, over HTTP with the openai client; once behind
+Serve's Python proxy, once behind HAProxy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from rayllm.demo import DEMO_MODEL_NAME
+from rayllm.serve.lifecycle import free_port
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+QUESTIONS = ["What is RayLLM?", "Hello!", "What is a paged KV cache?", "Tell me a story about a fox.", "Who are you?"]
+GREEDY: dict[str, Any] = {"model": DEMO_MODEL_NAME, "temperature": 0, "max_tokens": 60}
+READY_TIMEOUT_S = 150
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    @property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        [value] = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(name + "{")]
+        return float(value)
+
+    def descendants(self, name: str = "") -> list[int]:
+        """Pids below the server whose command line starts with `name`."""
+        parents = {pid: parent for pid, parent, _ in _processes()}
+        names = {pid: command for pid, _, command in _processes()}
+        found = []
+        for pid in parents:
+            ancestor = pid
+            while ancestor in parents and ancestor != self.process.pid:
+                ancestor = parents[ancestor]
+            if ancestor == self.process.pid and pid != ancestor and names.get(pid, "").startswith(name):
+                found.append(pid)
+        return found
+
+
+def _processes() -> list[tuple[int, int, str]]:
+    """(pid, parent, command line) of every process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (OSError, IndexError, ValueError):
+            continue
+        found.append((int(entry.name), parent, command))
+    return found
+
+
+@pytest.fixture(scope="module", params=["python proxy", "haproxy"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    port = free_port()
+    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "1" if request.param == "haproxy" else "0"}
+    command = [sys.executable, "-m", "rayllm", "serve", "--port", str(port), "-tp", "2", "--max-model-len", "512"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    server = Server(process, f"http://127.0.0.1:{port}")
+    try:
+        _wait_ready(server)
+        yield server
+        started = set(server.descendants())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(90) == 0
+        assert started
+        left = started & {pid for pid, _, _ in _processes()}
+        assert not left, f"still there: {left}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        assert process.stdout is not None
+        process.stdout.close()
+        process.wait()
+
+
+def _wait_ready(server: Server) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert server.process.poll() is None, server.process.stdout.read().decode()  # type: ignore[union-attr]
+        try:
+            if httpx.get(f"{server.url}/health", timeout=10).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise AssertionError("the server did not become ready")
+
+
+def _ask(question: str) -> list[Any]:
+    return [{"role": "user", "content": question}]
+
+
+def test_a_chat_streamed_is_the_chat_whole(server: Server) -> None:
+    whole = server.client.chat.completions.create(messages=_ask(QUESTIONS[0]), **GREEDY)
+    assert whole.choices[0].message.content
+    assert "Ray" in whole.choices[0].message.content
+    assert whole.usage is not None
+    chunks = list(
+        server.client.chat.completions.create(
+            messages=_ask(QUESTIONS[0]), stream=True, stream_options={"include_usage": True}, **GREEDY
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    assert reasons == [whole.choices[0].finish_reason]
+
+
+def test_a_completion_with_choices_logprobs_and_a_stop_string(server: Server) -> None:
+    answer = server.client.completions.create(
+        model=DEMO_MODEL_NAME, prompt="Once upon a time", max_tokens=20, temperature=1.0, seed=5, n=3, logprobs=2
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.text for choice in answer.choices}) == 3
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens is not None
+        assert "".join(choice.logprobs.tokens) == choice.text
+    again = server.client.completions.create(
+        model=DEMO_MODEL_NAME, prompt="Once upon a time", max_tokens=20, temperature=1.0, seed=5, n=3
+    )
+    assert [choice.text for choice in again.choices] == [choice.text for choice in answer.choices]
+    stop = answer.choices[0].text[5:8]
+    stopped = server.client.completions.create(
+        model=DEMO_MODEL_NAME, prompt="Once upon a time", max_tokens=20, temperature=1.0, seed=5, stop=stop
+    )
+    assert stopped.choices[0].text == answer.choices[0].text[: answer.choices[0].text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+async def test_sixty_four_streams_at_once_equal_their_solo_runs(server: Server) -> None:
+    client = server.async_client
+
+    async def streamed(number: int) -> str:
+        stream = await client.chat.completions.create(
+            messages=_ask(QUESTIONS[number % 5]),
+            stream=True,
+            **{**GREEDY, "temperature": 0.8 if number % 2 else 0, "seed": number % 10},
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+
+    solo = [await streamed(number) for number in range(10)]
+    together = await asyncio.gather(*(streamed(number) for number in range(64)))
+    assert together == [solo[number % 10] for number in range(64)]
+    assert len(set(solo)) == 10
+    await client.close()
+
+
+async def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
+    body = {**GREEDY, "messages": _ask("Tell me a story."), "max_tokens": 400, "ignore_eos": True, "stream": True}
+    async with httpx.AsyncClient(timeout=60) as client:
+        for _ in range(3):
+            async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+                async for line in response.aiter_lines():
+                    if '"content"' in line:
+                        break
+    deadline = time.monotonic() + 5
+    while (running := server.metric("vllm:num_requests_running")) and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert running == 0
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_errors_are_in_the_envelope(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        server.client.chat.completions.create(**{**GREEDY, "model": "nobody"}, messages=_ask("hi"))
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
+        server.client.completions.create(model=DEMO_MODEL_NAME, prompt="word " * 2000, max_tokens=5)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        server.client.completions.create(model=DEMO_MODEL_NAME, prompt="a", extra_body={"temprature": 1})
+    answer = httpx.get(f"{server.url}/nowhere")
+    assert answer.status_code == 404
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_models_health_and_version(server: Server) -> None:
+    assert [model.id for model in server.client.models.list()] == [DEMO_MODEL_NAME]
+    assert server.client.models.retrieve(DEMO_MODEL_NAME).id == DEMO_MODEL_NAME
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert "version" in httpx.get(f"{server.url}/version").json()
+    assert server.metric("vllm:generation_tokens_total") > 0
+
+
+def test_nothing_of_ours_listens_beyond_loopback(server: Server) -> None:
+    ours = {server.process.pid, *server.descendants()}
+    listening: set[str] = set()
+    for pid in ours:
+        try:
+            sockets = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        except OSError:
+            continue
+        listening |= {name[8:-1] for name in sockets if name.startswith("socket:")}
+    open_to_all = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in listening and set(fields[1].split(":")[0]) == {"0"}:
+                open_to_all.append(int(fields[1].split(":")[1], 16))
+    assert not open_to_all, f"ports open on all interfaces: {open_to_all}"
+
+
+def test_a_killed_worker_ends_open_requests_with_its_rank_and_the_engine_comes_back(server: Server) -> None:
+    """The last test of this server: its engine is another afterwards."""
+    workers = server.descendants("ray::WorkerActor")
+    assert len(workers) == 2
+    body = {**GREEDY, "messages": _ask("Tell me a story."), "max_tokens": 400, "ignore_eos": True, "stream": True}
+    lines: list[str] = []
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if '"content"' in line and not lines:
+                os.kill(workers[1], signal.SIGKILL)
+            if line:
+                lines.append(line)
+    fault = next(json.loads(line[6:])["error"] for line in lines if line.startswith("data: {") and '"error"' in line)
+    assert fault["code"] == "worker_died"
+    assert "rank" in fault["message"]
+    _wait_ready(server)
+    answer = server.client.chat.completions.create(messages=_ask(QUESTIONS[0]), **GREEDY)
+    assert "Ray" in str(answer.choices[0].message.content)
