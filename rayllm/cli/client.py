@@ -15,6 +15,7 @@ from rayllm.errors import EngineUnreachableError, RayLLMError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _CONNECT_TIMEOUT_S = 3.0
+_SHORTEST_SPAN_S = 0.005
 
 
 class ServerError(RayLLMError):
@@ -40,8 +41,10 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Speed after the first token; None for fewer than two."""
-        if self.first_token_s is None or self.num_tokens < 2 or self.last_token_s <= self.first_token_s:
+        """Speed after the first token; None where too little came to tell."""
+        if self.first_token_s is None or self.num_tokens < 2:
+            return None
+        if self.last_token_s - self.first_token_s < _SHORTEST_SPAN_S:
             return None
         return (self.num_tokens - 1) / (self.last_token_s - self.first_token_s)
 

@@ -85,7 +85,9 @@ def random_model(name: str, *, with_weights: bool, cache: Path | None = None) ->
 def _write(folder: Path, fields: dict[str, Any], with_weights: bool) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     config = AutoConfig.for_model(**fields)
     config.dtype = torch.bfloat16
     if with_weights:

@@ -92,16 +92,16 @@ def _wait(running: RunningServer) -> None:
 
 
 def _announce(screen: Screen, running: RunningServer) -> None:
-    screen.box("RayLLM is ready", summary(running.url, running.describe(), bool(running.server.api_key)))
+    engine = running.describe()
+    screen.box("RayLLM is ready", summary(running.url, engine))
+    screen.print(f"{curl_line(running.url, engine.served_model_name, has_key=bool(running.server.api_key))}\n")
     screen.print(f"log: {screen.log_path}\nCtrl-C stops it.")
 
 
-def summary(url: str, engine: EngineDescription, has_key: bool) -> list[tuple[str, str]]:
+def summary(url: str, engine: EngineDescription) -> list[tuple[str, str]]:
     """The lines of the box: what is served, where, on what, and how much of it at once."""
     config = ResolvedConfig.model_validate_json(engine.config)
     num_slots = engine.num_blocks * config.block_size
-    body = {"model": engine.served_model_name, "messages": [{"role": "user", "content": "Hello"}]}
-    key = ' -H "Authorization: Bearer $RLLM_API_KEY"' if has_key else ""
     return [
         ("model", engine.served_model_name),
         ("url", f"{url}/v1"),
@@ -114,9 +114,11 @@ def summary(url: str, engine: EngineDescription, has_key: bool) -> list[tuple[st
             f"{num_slots} tokens in {engine.num_blocks} blocks: {num_slots / config.max_model_len:.1f} requests "
             "of full length at once",
         ),
-        ("try", f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {_quoted(body)}"),
     ]
 
 
-def _quoted(body: Mapping[str, Any]) -> str:
-    return shlex.quote(json.dumps(body))
+def curl_line(url: str, model: str, *, has_key: bool) -> str:
+    """A first request, to be pasted into a shell."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    key = ' -H "Authorization: Bearer $RLLM_API_KEY"' if has_key else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

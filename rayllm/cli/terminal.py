@@ -34,7 +34,7 @@ class Screen:
     def __init__(self, log_path: Path, *, quiet: bool = False):
         self.log_path = log_path
         self._quiet = quiet
-        self._status: Any = None
+        self._live: Any = None
         self.out: TextIO = sys.stdout
         self._started = time.monotonic()
 
@@ -63,24 +63,35 @@ class Screen:
 
     def stage(self, text: str) -> None:
         """What is being done now: one live line on a terminal, else a line each."""
-        sys.stdout.write(f"[{time.monotonic() - self._started:7.2f} s] {text}\n")  # this goes to the log file
-        sys.stdout.flush()
+        os.write(1, f"[{time.monotonic() - self._started:7.2f} s] {text}\n".encode())  # descriptor 1 is the log file
         if self._quiet:
             return
         if not self.out.isatty():
             self.print(f"{text} ...")
-        elif self._status is None:
-            from rich.console import Console
-
-            self._status = Console(file=self.out).status(f"{text} ...")
-            self._status.start()
+        elif self._live is None:
+            self._live = self._start_live(text)
         else:
-            self._status.update(f"{text} ...")
+            self._live.renderable.update(text=f"{text} ...")
+
+    def _start_live(self, text: str) -> Any:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        live = Live(
+            Spinner("dots", text=f"{text} ..."),
+            console=Console(file=self.out),
+            transient=True,
+            redirect_stdout=False,  # else what Ray prints would come back to the terminal
+            redirect_stderr=False,
+        )
+        live.start()
+        return live
 
     def end_stages(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def print(self, text: str = "", end: str = "\n") -> None:
         self.out.write(text + end)

@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import pytest
+
+from rayllm.cli.flags import UsageError
+from rayllm.cli.serve import parse_serve, serve_parser
+from rayllm.config import EngineConfig, ServerConfig, parse_settings, read_settings_file
+from rayllm.errors import ConfigError
+
+FLAGS = [
+    "--api-key",
+    "--block-size",
+    "--chat-template",
+    "--config",
+    "--device",
+    "--distributed-executor-backend",
+    "--dtype",
+    "--enable-prefix-caching",
+    "--gpu-memory-utilization",
+    "--help",
+    "--host",
+    "--kv-cache-memory-bytes",
+    "--load-format",
+    "--max-model-len",
+    "--max-num-batched-tokens",
+    "--max-num-seqs",
+    "--model",
+    "--name",
+    "--no-enable-prefix-caching",
+    "--num-ingress-replicas",
+    "--num-kv-blocks",
+    "--port",
+    "--seed",
+    "--served-model-name",
+    "--shutdown-timeout-s",
+    "--tensor-parallel-size",
+    "--tokenizer",
+    "-h",
+    "-tp",
+]
+
+
+def test_the_flags_of_serve_are_these() -> None:
+    assert serve_parser().option_names() == FLAGS
+
+
+def test_flags_and_config_fields_are_one() -> None:
+    long = {flag for flag in FLAGS if flag.startswith("--")} - {"--help", "--config", "--no-enable-prefix-caching"}
+    fields = {*EngineConfig.model_fields, *ServerConfig.model_fields}
+    assert long == {"--" + field.replace("_", "-") for field in fields}
+
+
+def test_values_are_converted_by_the_config() -> None:
+    engine, server = parse_serve(
+        ["model", "-tp", "2", "--no-enable-prefix-caching", "--port=0", "--api-key", "a", "--api-key", "b"]
+    )
+    assert (engine.model, engine.tensor_parallel_size, engine.enable_prefix_caching) == ("model", 2, False)
+    assert (server.port, server.api_key) == (0, ("a", "b"))
+
+
+def test_what_is_not_given_keeps_its_default() -> None:
+    engine, server = parse_serve([])
+    assert engine == EngineConfig.parse({})
+    assert server == ServerConfig.parse({})
+
+
+def test_flags_win_over_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("max-num-seqs: 8\nport: 9000\nenable_prefix_caching: false\n")
+    engine, server = parse_serve(["--config", str(file), "--max-num-seqs", "16"])
+    assert (engine.max_num_seqs, engine.enable_prefix_caching, server.port) == (16, False, 9000)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tensor_paralel_size: 2", "did you mean 'tensor_parallel_size'?"),
+        ("prt: 2", "did you mean 'port'?"),
+        ("port: [1", "is not YAML"),
+        ("- port", "must hold lines of 'setting: value'"),
+        ("port: eight", "port='eight'"),
+    ],
+)
+def test_a_bad_config_file_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(read_settings_file(str(file)))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flag_without_its_value_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--port"):
+        parse_serve(["--port"])
+
+
+def test_keys_come_from_files_too(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    server: ServerConfig = ServerConfig.parse({"api_key": [f"@{file}", "three"]})
+    assert server.read_api_keys() == ("one", "two", "three")
+
+
+def test_an_empty_key_is_refused() -> None:
+    server: ServerConfig = ServerConfig.parse({"api_key": ""})
+    with pytest.raises(ConfigError, match="api_key is empty"):
+        server.read_api_keys()

@@ -1,0 +1,134 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rayllm.cli import main as cli
+
+
+def rayllm(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rayllm", *argv],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+def one_line(text: str) -> str:
+    assert text.endswith("\n")
+    assert text.count("\n") == 1, text
+    return text.strip()
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for verb in cli.VERBS:
+        assert f"  {verb} " in text
+
+
+def test_help_and_typos_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from rayllm.cli.main import main; main(['--help']); main(['srve']); main(['serve', '--prt', '1']);"
+        "heavy = {'ray', 'torch', 'transformers', 'fastapi', 'httpx', 'numpy', 'rich'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["srve"], "unknown verb 'srve'; did you mean 'serve'?"),
+        (["--verson"], "unknown option '--verson'"),
+        (["serve", "--tensor-paralel-size", "2"], "did you mean '--tensor-parallel-size'?"),
+        (["serve", "--no-enable-prefix-cachin"], "did you mean '--no-enable-prefix-caching'?"),
+        (["serve", "a", "b"], "unexpected argument 'b'"),
+        (["serve", "a", "--model", "b"], "two models are given, 'a' and --model 'b'"),
+        (["serve", "--dtype", "bfloat61"], "dtype='bfloat61'"),
+        (["serve", "-tp", "0"], "tensor_parallel_size='0': Input should be greater than or equal to 1"),
+        (["serve", "--port", "99999"], "port='99999'"),
+        (["serve", "/nowhere/at/all"], "model folder '/nowhere/at/all' does not exist"),
+        (["serve", "--config", "/nowhere.yaml"], "config file '/nowhere.yaml' cannot be read"),
+        (["bench", "throughputs"], "did you mean 'throughput'?"),
+        (["bench", "throughput", "--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
+        (["bench", "throughput", "--model", "random:qwen2-0.5"], "did you mean 'qwen2-0.5b'?"),
+        (["chat", "--url", "http://127.0.0.1:1", "folder"], "not both"),
+        (["chat", "-tp", "2"], "tensor_parallel_size belongs to a MODEL to start"),
+        (["complete", ""], "the prompt is empty"),
+    ],
+)
+def test_usage_mistakes_are_one_line_and_exit_2(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert expected in one_line(captured.err)
+    assert captured.out == ""
+
+
+def test_a_mistake_reaches_the_shell_as_an_exit_code() -> None:
+    done = rayllm("serve", "--prot", "1")
+    assert done.returncode == 2
+    assert "unknown option --prot; did you mean '--port'?" in one_line(done.stderr)
+
+
+def test_folder_without_config_json_is_named_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "config.json" in one_line(capsys.readouterr().err)
+
+
+def test_unknown_architecture_is_named_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["FooForCausalLM"], "model_type": "foo"}')
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "Foo" in one_line(capsys.readouterr().err)
+
+
+def test_more_workers_than_the_machine_has_is_refused_before_ray_starts(
+    llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", str(llama_path), "--device", "cpu", "-tp", "64"]) == 2
+    assert "tensor_parallel_size=64" in one_line(capsys.readouterr().err)
+
+
+def test_port_in_use_is_refused_before_ray_starts(llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(llama_path), "--port", str(port)]) == 2
+    assert f"port={port} on 127.0.0.1 is in use" in one_line(capsys.readouterr().err)
+
+
+def test_missing_key_file_is_refused_before_ray_starts(llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", str(llama_path), "--api-key", "@/nowhere"]) == 2
+    assert "api_key file '/nowhere' cannot be read" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("verb", [["chat"], ["complete", "hello"]])
+def test_no_server_exits_3_and_says_how_to_start_one(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*verb, "--url", "http://127.0.0.1:1"]) == 3
+    assert "start one with 'rayllm serve'" in one_line(capsys.readouterr().err)
+
+
+def test_out_of_memory_is_told_apart_from_other_failures() -> None:
+    assert cli.is_out_of_memory("torch.OutOfMemoryError: CUDA out of memory")
+    assert not cli.is_out_of_memory("port in use")
+
+
+def test_version_reads_metadata_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version", "--json"]) == 0
+    assert '"rayllm": "0.1.0"' in capsys.readouterr().out
+
+
+def test_doctor_passes_where_the_tests_run(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor"])
+    assert "python" in capsys.readouterr().out
