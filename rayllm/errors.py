@@ -38,9 +38,13 @@ class ContextLengthError(RequestError):
 class OverloadedError(RayLLMError):
     """The engine refuses new work for now; `retry_after_s` says when to come back."""
 
-    def __init__(self, message: str, *, retry_after_s: float):
-        super().__init__(message)
+    def __init__(self, message: str, retry_after_s: float):
+        super().__init__(message, retry_after_s)  # all arguments: Ray pickles errors by them
+        self.message = message
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class EngineError(RayLLMError):
@@ -56,8 +60,12 @@ class WorkerDiedError(EngineError):
 
     def __init__(self, rank: int, reason: str):
         super().__init__(f"worker rank {rank} failed: {reason}", code="worker_died")
+        self.args = (rank, reason)  # Ray pickles errors by their arguments
         self.rank = rank
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"worker rank {self.rank} failed: {self.reason}"
 
 
 class EngineUnreachableError(RayLLMError):

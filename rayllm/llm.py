@@ -39,7 +39,8 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     if unknown:
         near = did_you_mean(unknown[0], EngineConfig.model_fields)
         raise TypeError(f"LLM() got an unexpected keyword argument {unknown[0]!r}{near}")
-    config: EngineConfig = EngineConfig.parse({"model": str(model), **settings})
+    name = f"llm-{uuid.uuid4().hex[:8]}"  # so that a program may have several
+    config: EngineConfig = EngineConfig.parse({"model": str(model), "name": name, **settings})
     return config
 
 
@@ -249,9 +250,9 @@ def _open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> Block
         engine = LocalEngine(config, InprocExecutor.load(config))
         cleanup.callback(engine.close)
         return engine
-    import ray
-
     running = _start_driver(config, cleanup)
+    import ray  # only now: what Ray reads from the environment is set before its first import
+
     connection = BlockingConnection(ray.get(running.driver.address.remote(_this_node())))
     cleanup.callback(connection.close)
     return connection
@@ -260,11 +261,9 @@ def _open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> Block
 def _start_driver(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> RunningEngine:
     """A driver actor with its workers, ready, in this process's Ray or in one of its own."""
     cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
-    import ray
-
     running = create_driver(config)
     cleanup.callback(running.close)
-    ray.get(running.driver.start.remote(config.model_dump_json()))
+    running.start(config)
     return running
 
 
