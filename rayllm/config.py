@@ -20,6 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["ray", "inproc"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+Standby = Literal["off", "process", "weights"]
 
 DEFAULT_ENGINE_NAME = "default"
 RAY_NAMESPACE = "rayllm"
@@ -69,6 +70,11 @@ class EngineConfig(_Config):
     )
     enable_prefix_caching: bool = Field(True, description="Share KV blocks among requests with equal prefixes.")
     load_format: LoadFormat = Field("auto", description="dummy: random weights, for benchmarks.")
+    standby: Standby = Field(
+        "off",
+        description="A spare worker that takes a lost one's place: process (started, libraries imported), or weights "
+        "(CPU only: every rank's weights loaded too, a second copy of the model in memory).",
+    )
     seed: int = Field(0, ge=0, description="Seeds dummy weights, and requests that bring no seed of their own (LLM).")
     chat_template: str | None = Field(
         None, description="File with a Jinja chat template to use in place of the model's."
@@ -80,6 +86,11 @@ class EngineConfig(_Config):
         if value is not None and (value < 1 or value > 256 or value & (value - 1)):
             raise ValueError("block_size must be a power of two from 1 to 256")
         return value
+
+    @field_validator("standby", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
 
     @field_validator("name")
     @classmethod

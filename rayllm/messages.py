@@ -170,6 +170,20 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     num_steps: int
     step_wait_s: float
     """Seconds, summed over steps, that rank 0 stood idle for want of a plan while work was there."""
+    stalled_s: float = 0.0
+    """Seconds since the last step was committed while work waits; 0 without work. Forward progress, for /health."""
+    recovering: bool = False
+    """A lost worker is being replaced: open requests wait, and will go on."""
+    num_faults: int = 0
+    """Workers' crashes and hangs that were noticed."""
+    detection_s: float = 0.0
+    """Of the last fault: seconds from the last sign of life (a plan sent, a result taken) until it was noticed."""
+    gap_s: float = 0.0
+    """Of the last fault: seconds from the step committed before it to the next one."""
+    num_replays: int = 0
+    """Sequences that lost their KV to a fault and were taken up again from their tokens."""
+    num_recomputed_tokens: int = 0
+    """Tokens whose KV was lost to faults."""
 
 
 DriverMessage = Deltas | EngineStats

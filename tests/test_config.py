@@ -53,6 +53,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "num_kv_blocks",
         "seed",
         "served_model_name",
+        "standby",
         "tensor_parallel_size",
         "tokenizer",
     ]

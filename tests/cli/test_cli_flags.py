@@ -33,6 +33,7 @@ FLAGS = [
     "--seed",
     "--served-model-name",
     "--shutdown-timeout-s",
+    "--standby",
     "--tensor-parallel-size",
     "--tokenizer",
     "-h",
