@@ -93,6 +93,15 @@ class ModelService:
         )
         self._stage, self._reason = READY, ""
 
+    def note_driver_lost(self) -> None:
+        if self._metrics is not None:
+            self._metrics.driver_lost()
+
+    def note_replay(self, gap_s: float, num_tokens: int) -> None:
+        """A request went on with another driver: seconds without a token, tokens computed again."""
+        if self._metrics is not None:
+            self._metrics.request_replayed(gap_s, num_tokens)
+
     @property
     def stage(self) -> str:
         return self._stage

@@ -11,7 +11,7 @@ import itertools
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -40,6 +40,9 @@ from rayllm.request import Request
 
 CONNECT_TIMEOUT_S = 10.0
 STATS_TIMEOUT_S = 10.0
+READER_PAUSED = "reader_paused"
+_DELTA_BYTES = 256
+"""About what a held `TokenDelta` costs beside what it carries."""
 _PEER = "the engine's driver"
 
 
@@ -50,14 +53,21 @@ class RequestStream:
     A list holds all that came since the last one was taken, in order. It ends after each choice has had its
     `Finish` or was aborted; when the driver is lost, `EngineError` is raised after what came before. Close it
     when done early: `close` is also the end of `async with`.
+
+    A reader that leaves more than `max_held_bytes` untaken is paused: the request is aborted at the driver, and after
+    what came before, `EngineError` with code `READER_PAUSED` is raised. None: it may leave all of it.
     """
 
-    def __init__(self, connection: EngineConnection, request: Request, first_stream: int):
+    def __init__(
+        self, connection: EngineConnection, request: Request, first_stream: int, max_held_bytes: int | None = None
+    ):
         self.request_id = request.request_id
         self._connection = connection
         self._first_stream = first_stream
         self._open = set(range(request.params.n))
         self._ready: list[TokenDelta] = []
+        self._max_held_bytes = max_held_bytes
+        self._num_held_bytes = 0
         self._error: EngineError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -72,7 +82,7 @@ class RequestStream:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        ready, self._ready = self._ready, []
+        ready, self._ready, self._num_held_bytes = self._ready, [], 0
         return ready
 
     async def __aenter__(self) -> RequestStream:
@@ -112,6 +122,12 @@ class RequestStream:
         )
         if delta.finish is not None:
             self._open.discard(choice)
+        if self._max_held_bytes is not None:
+            self._num_held_bytes += _num_bytes(delta)
+            if self._num_held_bytes > self._max_held_bytes and self._open:
+                self._fail(EngineError("the reader does not read", code=READER_PAUSED))
+                for open_choice in sorted(self._open):
+                    self.abort_choice(open_choice)
         self._wake()
 
     def _fail(self, error: EngineError) -> None:
@@ -133,8 +149,7 @@ class _Wire(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's do the same things and are no subclass
 
     def get_buffer(self, sizehint: int) -> Any:  # typeshed asks for a bytearray; any writable buffer serves
         return self._reader.space()
@@ -178,11 +193,11 @@ class EngineConnection:
         await self._gone.wait()
         return self._lost_reason or ""
 
-    def submit(self, request: Request) -> RequestStream:
-        """Sends the request and returns at once. Raises `EngineError` when the driver is gone."""
+    def submit(self, request: Request, max_held_bytes: int | None = None) -> RequestStream:
+        """Sends the request and returns at once; see `RequestStream`. Raises `EngineError` when the driver is gone."""
         self._check_alive()
         first, n = self._next_stream, request.params.n
-        stream = RequestStream(self, request, first)
+        stream = RequestStream(self, request, first, max_held_bytes)
         self._send(Submit(first, request))  # raises before anything is kept
         self._next_stream += n
         for choice in range(n):
@@ -370,6 +385,12 @@ class BlockingConnection:
             self._channel.send(message)
         except PeerGoneError as error:
             raise EngineError(str(error), code="engine_gone") from None
+
+
+def _num_bytes(delta: TokenDelta) -> int:
+    """About what a delta takes while nobody reads it."""
+    logprobs = sum(len(entry.ids) + len(entry.values) + _DELTA_BYTES for entry in delta.logprobs or ())
+    return _DELTA_BYTES + len(delta.token_ids) + logprobs
 
 
 def _where(address: DriverAddress) -> Address:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
-from rayllm.engine.client import EngineConnection
+from rayllm.engine.client import EngineConnection, connect_by_name
 from rayllm.engine.driver import find_driver
+from rayllm.engine.journal import JournaledEngine
 from rayllm.errors import EngineError, EngineUnreachableError
-from rayllm.serve.connection import connect_from_replica
 from rayllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-_RETRY_S = 0.1
+_RETRY_S = 0.05
 _CALL_TIMEOUT_S = 5.0
 
 
@@ -84,8 +84,10 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
 
 
 async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_name: str) -> None:
-    """Makes `service` ready when there is a driver of that name, not ready when it is lost, and so on for ever."""
+    """Makes `service` ready when there is a driver of that name, not ready when it is lost, and so on for ever.
+    Open requests go on with the next driver."""
     waiting_for = "starting the engine"
+    engine = JournaledEngine(on_replay=service.note_replay)
     while True:
         try:
             config, connection = await _connect(engine_name)
@@ -97,8 +99,11 @@ async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_nam
             await asyncio.sleep(_RETRY_S)
             continue
         try:
-            service.set_ready(config, tokenizer, connection)
+            engine.attach(connection)
+            service.set_ready(config, tokenizer, engine)
             reason = await connection.wait_lost()
+            engine.detach(reason)
+            service.note_driver_lost()
         finally:
             connection.close()
         logger.warning("connection to engine %r lost: %s", engine_name, reason)
@@ -109,7 +114,7 @@ async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_nam
 async def _connect(engine_name: str) -> tuple[ResolvedConfig, EngineConnection]:
     import ray
 
-    connection = await connect_from_replica(engine_name, "ingress")
+    connection = await connect_by_name(engine_name, name="ingress")
     try:
         description = await asyncio.wait_for(find_driver(engine_name).describe.remote(), _CALL_TIMEOUT_S)
         return ResolvedConfig.model_validate_json(description.config), connection

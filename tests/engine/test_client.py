@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fakes import make_request
 
-from rayllm.engine.client import BlockingConnection, EngineConnection, connect
+from rayllm.engine.client import READER_PAUSED, BlockingConnection, EngineConnection, connect
 from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.messages import Abort, Deltas, EngineStats, Finish, StatsQuery, Submit, TokenDelta
@@ -108,6 +108,20 @@ async def test_what_came_meanwhile_is_handed_over_at_once(driver: _FakeDriver) -
         assert [unpack_ids(delta.token_ids)[0] for delta in deltas] == list(range(50))
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
+
+
+async def test_a_reader_that_does_not_read_is_paused_and_others_are_not(driver: _FakeDriver) -> None:
+    async with await connect(driver.address) as connection:
+        paused = connection.submit(make_request([1], max_tokens=5000), max_held_bytes=2000)
+        other = connection.submit(make_request([1], max_tokens=5000))
+        await asyncio.to_thread(driver.wait_for, Abort(0))
+        tokens = [token for delta in await anext(paused) for token in unpack_ids(delta.token_ids)]
+        with pytest.raises(EngineError) as error:
+            await anext(paused)
+        assert error.value.code == READER_PAUSED
+        assert tokens == list(range(len(tokens)))
+        assert 0 < len(tokens) < 20
+        assert len((await _collect(other))[0]) == 5000
 
 
 async def test_closing_a_stream_aborts_each_unfinished_choice_once(driver: _FakeDriver) -> None:

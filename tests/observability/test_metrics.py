@@ -94,11 +94,15 @@ def test_latencies_and_ends_are_counted_by_model_and_reason() -> None:
 
 def test_the_names_are_these() -> None:
     assert metric_names() == [
+        "rayllm:driver_losses",
         "rayllm:engine_healthy",
+        "rayllm:ingress_recomputed_tokens",
         "rayllm:kv_blocks",
         "rayllm:kv_slots_filled",
+        "rayllm:replay_gap_seconds",
         "rayllm:requests_open",
         "rayllm:requests_refused",
+        "rayllm:requests_replayed",
         "rayllm:step_wait_seconds",
         "rayllm:steps",
         "vllm:e2e_request_latency_seconds",

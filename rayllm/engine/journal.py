@@ -1,0 +1,262 @@
+"""The journal of open requests, and the client of an engine whose driver may die.
+
+A request's journal holds what was asked and what was sent on; everything else about it is recomputed from that.
+When a driver is lost, each open request is submitted to the next one with the ids that were sent, and its stream goes
+on where it was: nothing is lost, doubled or changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from rayllm.engine.client import READER_PAUSED
+from rayllm.errors import EngineError
+from rayllm.messages import EngineStats, Finish, TokenDelta, TokenLogprobs
+from rayllm.request import Request
+
+DRIVER_WAIT_S = 60.0
+MAX_FAULTS = 3
+MAX_HELD_BYTES = 128 * 1024
+_LOST_CODES = frozenset({"engine_gone", "engine_error", "worker_died"})
+"""Codes of `Finish` by which a driver says that it is lost itself, not that it refuses a request."""
+
+
+@dataclass(slots=True)
+class ChoiceLine:
+    """One choice as far as it was sent on."""
+
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Parallel with `token_ids`, where asked for. What was sent is final."""
+    finish: Finish | None = None
+    wanted: bool = True
+    """False once the reader wants no more of it."""
+
+    @property
+    def open(self) -> bool:
+        return self.wanted and self.finish is None
+
+
+ReplayListener = Callable[[float, int], None]
+
+
+class Journal:
+    """One request's line. `append` comes before anything is sent on."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.choices = [ChoiceLine() for _ in range(request.params.n)]
+        self.has_prompt_logprobs = False
+        self.num_faults = 0
+        """Drivers that were lost while the request was theirs."""
+
+    @property
+    def finished(self) -> bool:
+        return not any(choice.open for choice in self.choices)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens of open choices, the prompt once."""
+        return len(self.request.prompt) // 4 + sum(len(choice.token_ids) for choice in self.choices if choice.open)
+
+    def append(self, deltas: list[TokenDelta]) -> list[TokenDelta]:
+        """Writes down what came and returns what of it is to be sent on: deltas of open choices."""
+        news = [delta for delta in deltas if self.choices[delta.stream].open]
+        for delta in news:
+            choice = self.choices[delta.stream]
+            choice.token_ids.frombytes(delta.token_ids)
+            choice.logprobs += delta.logprobs or ()
+            choice.finish = delta.finish
+            self.has_prompt_logprobs |= delta.prompt_logprobs is not None
+        return news
+
+    def continuation(self) -> Request:
+        """The request as the next driver must see it. Choices that are not `open` must be aborted right after."""
+        params = self.request.params
+        if self.has_prompt_logprobs:
+            params = params.with_(prompt_logprobs=None)
+        emitted = tuple(choice.token_ids.tobytes() for choice in self.choices)
+        return msgspec.structs.replace(self.request, params=params, emitted=emitted)
+
+
+class DeltaStream(Protocol):
+    """The deltas of one request from one driver: `engine.client.RequestStream`."""
+
+    def __aiter__(self) -> AsyncIterator[list[TokenDelta]]: ...
+
+    async def __anext__(self) -> list[TokenDelta]: ...
+
+    def abort_choice(self, choice: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class DriverConnection(Protocol):
+    """One driver, until it is lost: `engine.client.EngineConnection`."""
+
+    def submit(self, request: Request, max_held_bytes: int | None = None) -> DeltaStream: ...
+
+    async def stats(self) -> EngineStats: ...
+
+
+class JournaledEngine:
+    """An engine whatever driver it has: `attach` gives it one, `detach` says that it is lost.
+
+    A request that meets no driver waits up to `driver_wait_s` (and no longer than its deadline), then its stream
+    raises `EngineError`. `on_replay` hears, for each request and fault, the seconds from the loss to the next delta,
+    and how many known tokens were computed again.
+    """
+
+    def __init__(
+        self, driver_wait_s: float = DRIVER_WAIT_S, on_replay: ReplayListener = lambda gap_s, num_tokens: None
+    ):
+        self._driver_wait_s = driver_wait_s
+        self.on_replay = on_replay
+        self.driver: DriverConnection | None = None
+        self._lost_reason = "it has not come up yet"
+        self._attached = asyncio.Event()
+
+    def attach(self, driver: DriverConnection) -> None:
+        """Requests go to this driver from now on."""
+        self.driver = driver
+        self._attached.set()
+        self._attached = asyncio.Event()  # the next wait is for the next driver
+
+    def detach(self, reason: str) -> None:
+        """The driver is lost; requests wait for the next one."""
+        self.driver = None
+        self._lost_reason = reason
+
+    def submit(self, request: Request) -> JournaledStream:
+        """Returns at once, with or without a driver."""
+        return JournaledStream(self, Journal(request))
+
+    async def stats(self) -> EngineStats:
+        """The driver's figures. Raises `EngineError` where there is none."""
+        if self.driver is None:
+            raise EngineError(f"the engine's driver is gone: {self._lost_reason}", code="engine_gone")
+        return await self.driver.stats()
+
+    async def next_driver(self, after: DriverConnection | None, deadline_s: float | None) -> DriverConnection:
+        """The driver, once there is one that is not `after`."""
+        wait_s = self._driver_wait_s
+        if deadline_s is not None:
+            wait_s = min(wait_s, max(0.0, deadline_s - time.time()))
+        try:
+            return await asyncio.wait_for(self._other_than(after), wait_s)
+        except asyncio.TimeoutError:
+            if deadline_s is not None and deadline_s <= time.time():
+                message = "the request's deadline passed before it was finished"
+                raise EngineError(message, code="deadline_exceeded") from None
+            message = f"the engine did not come back within {wait_s:g} s: {self._lost_reason}"
+            raise EngineError(message, code="engine_gone") from None
+
+    async def _other_than(self, lost: DriverConnection | None) -> DriverConnection:
+        while self.driver is None or self.driver is lost:
+            await self._attached.wait()
+        return self.driver
+
+
+class JournaledStream:
+    """What a request brings, over as many drivers as it takes: the interface of `engine.client.RequestStream`."""
+
+    def __init__(self, engine: JournaledEngine, journal: Journal):
+        self.journal = journal
+        self._engine = engine
+        self._driver: DriverConnection | None = None
+        self._stream: DeltaStream | None = None
+        self._submitted = False
+        self._lost_s: float | None = None
+        self._num_replayed = 0
+        if engine.driver is not None:
+            with contextlib.suppress(EngineError):  # lost, and not yet known to be: wait for another
+                self._submit(engine.driver, journal.request)
+
+    def __aiter__(self) -> JournaledStream:
+        return self
+
+    async def __anext__(self) -> list[TokenDelta]:
+        while not self.journal.finished:
+            stream = self._stream or await self._continue()
+            try:
+                deltas = await stream.__anext__()
+            except EngineError as error:
+                self._pause(error)
+                continue
+            fault = next((delta.finish for delta in deltas if _is_fault(delta.finish)), None)
+            news = self.journal.append([delta for delta in deltas if not _is_fault(delta.finish)])
+            if fault is not None:
+                self._pause(EngineError(fault.message or "the engine failed", code=fault.code or "engine_error"))
+            if news:
+                self._note_replay()
+                return news
+        raise StopAsyncIteration
+
+    def abort_choice(self, choice: int) -> None:
+        """Wants no more of this choice. Idempotent."""
+        self.journal.choices[choice].wanted = False
+        if self._stream is not None:
+            self._stream.abort_choice(choice)
+
+    def close(self) -> None:
+        """Aborts what is unfinished. Idempotent."""
+        for choice in self.journal.choices:
+            choice.wanted = False
+        if self._stream is not None:
+            self._stream.close()
+
+    def _submit(self, driver: DriverConnection, request: Request) -> DeltaStream:
+        self._driver = driver
+        self._stream = stream = driver.submit(request, MAX_HELD_BYTES)
+        self._submitted = True
+        return stream
+
+    async def _continue(self) -> DeltaStream:
+        """Submits the request again, to the next driver or, after a pause of the reader's own, to the same."""
+        journal = self.journal
+        while True:
+            driver = await self._engine.next_driver(self._driver, journal.request.deadline_s)
+            try:
+                stream = self._submit(driver, journal.continuation() if self._submitted else journal.request)
+            except EngineError:
+                continue  # lost between two turns
+            for number, choice in enumerate(journal.choices):
+                if not choice.open:
+                    stream.abort_choice(number)
+            self._num_replayed = journal.num_tokens
+            return stream
+
+    def _pause(self, error: EngineError) -> None:
+        """The stream of this driver is over. Raises for a request that was running at too many faults."""
+        assert self._stream is not None
+        self._stream.close()
+        self._stream = None
+        if error.code == READER_PAUSED:
+            self._driver = None  # the same driver will do
+            return
+        self.journal.num_faults += 1
+        if self.journal.num_faults >= MAX_FAULTS:
+            raise EngineError(
+                f"the request was running at {MAX_FAULTS} faults of the engine and is not tried again; "
+                f"the last: {error}",
+                code="poison_request",
+            )
+        if self._lost_s is None:
+            self._lost_s = time.monotonic()
+
+    def _note_replay(self) -> None:
+        if self._lost_s is not None:
+            self._engine.on_replay(time.monotonic() - self._lost_s, self._num_replayed)
+            self._lost_s = None
+
+
+def _is_fault(finish: Finish | None) -> bool:
+    return finish is not None and finish.reason == "error" and finish.code in _LOST_CODES
