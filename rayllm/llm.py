@@ -40,7 +40,8 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
         near = did_you_mean(unknown[0], EngineConfig.model_fields)
         raise TypeError(f"LLM() got an unexpected keyword argument {unknown[0]!r}{near}")
     name = f"llm-{uuid.uuid4().hex[:8]}"  # so that a program may have several
-    config: EngineConfig = EngineConfig.parse({"model": str(model), "name": name, **settings})
+    no_limits = {"max_queued_requests": None, "max_queued_tokens": None}  # a program gives all that it has at once
+    config: EngineConfig = EngineConfig.parse({"model": str(model), "name": name, **no_limits, **settings})
     return config
 
 

@@ -126,6 +126,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: int | None = None
     code: str | None = None
     message: str | None = None
+    retry_after_s: float | None = None
+    """With code `overloaded`: when to come back."""
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):

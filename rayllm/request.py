@@ -157,6 +157,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     """Unix time after which the request is ended."""
     emitted: tuple[bytes, ...] = ()
+    client_key: str = ""
+    """Whose request it is: clients with the same priority get equal shares of the engine."""
 
     @property
     def prompt_token_ids(self) -> array[int]:

@@ -48,6 +48,8 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "max_model_len",
         "max_num_batched_tokens",
         "max_num_seqs",
+        "max_queued_requests",
+        "max_queued_tokens",
         "model",
         "name",
         "num_kv_blocks",

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from rayllm.config import ResolvedConfig
-from rayllm.errors import ContextLengthError, RequestError
+from rayllm.errors import ContextLengthError, OverloadedError, RequestError
 from rayllm.request import Request
+from rayllm.scheduler.scheduler import Scheduler
+
+MAX_RETRY_AFTER_S = 600.0
+_UNKNOWN_WAIT_S = 1.0
 
 
 def check_request(request: Request, config: ResolvedConfig) -> None:
@@ -47,3 +54,61 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
             param="prompt" if room < 1 else "max_tokens",
         )
     return room if max_tokens is None else max_tokens
+
+
+class Admission:
+    """Keeps the queue within its bounds, and out of it what could not be served before its deadline.
+
+    The queue is what waits beyond the rows and the KV blocks that are free. Where it is full, a client that holds
+    less than its share of it still gets in, up to twice the bound in all: one client that fills the queue does not
+    shut the others out.
+    """
+
+    def __init__(self, config: ResolvedConfig, scheduler: Scheduler, wall_clock: Callable[[], float]):
+        self._config = config.engine
+        self._scheduler = scheduler
+        self._wall_clock = wall_clock
+
+    def check(self, request: Request) -> None:
+        """Raises `OverloadedError` for what is too much now. A request that is continued was let in before."""
+        if any(request.emitted):
+            return
+        num_sequences, num_tokens = request.params.n, len(request.prompt) // 4 * request.params.n
+        scheduler, queue, client = self._scheduler, self._scheduler.waiting, request.client_key
+        num_queued = len(queue) + num_sequences - scheduler.num_free_rows
+        num_queued_tokens = queue.num_prompt_tokens + num_tokens - scheduler.num_free_slots
+        if not len(queue) or (num_queued <= 0 and num_queued_tokens <= 0):
+            return
+        wait_s = self._wait_s(queue.num_tokens_ahead(client, request.priority, num_tokens))
+        own, own_tokens = queue.num_waiting_of(client)
+        self._check_bound("max_queued_requests", num_queued, own + num_sequences, client, wait_s)
+        self._check_bound("max_queued_tokens", num_queued_tokens, own_tokens + num_tokens, client, wait_s)
+        self._check_deadline(request, wait_s)
+
+    def _wait_s(self, num_tokens_ahead: int) -> float | None:
+        rate = self._scheduler.drain_rate.tokens_per_s
+        return None if rate is None else min(num_tokens_ahead / rate, MAX_RETRY_AFTER_S)
+
+    def _check_bound(self, name: str, num_queued: int, num_own: int, client: str, wait_s: float | None) -> None:
+        limit: int | None = getattr(self._config, name)
+        if limit is None or num_queued <= limit:
+            return
+        if num_own * self._scheduler.waiting.num_clients_with(client) <= limit and num_queued <= 2 * limit:
+            return
+        retry_after_s = _UNKNOWN_WAIT_S if wait_s is None else wait_s
+        raise OverloadedError(
+            f"the engine's queue is full: with this request {num_queued} would wait, {name}={limit}; come back in "
+            f"about {max(1, math.ceil(retry_after_s))} s",
+            retry_after_s,
+        )
+
+    def _check_deadline(self, request: Request, wait_s: float | None) -> None:
+        if request.deadline_s is None or wait_s is None:
+            return
+        left_s = request.deadline_s - self._wall_clock()
+        if wait_s >= left_s:
+            raise OverloadedError(
+                f"the request cannot be finished in the {max(0.0, left_s):.1f} s that its deadline leaves: about "
+                f"{wait_s:.1f} s of other work wait before it; come back later or allow more time",
+                wait_s,
+            )

@@ -20,40 +20,21 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from operator import attrgetter
 
 from rayllm.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from rayllm.messages import Finish, RowStart, StepPlan, StepResult
 from rayllm.request import Request, pack_ids, unpack_ids
 from rayllm.scheduler.block_pool import BlockPool
+from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, DrainRate, FairQueue, ServiceCounters
+from rayllm.scheduler.flight import Draft, Flight
 from rayllm.scheduler.prefix_cache import PrefixCache
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
 
 MAX_UNCOMMITTED = 2  # one runs and one is ready; a third would only add to what a stop token throws away
 _row = attrgetter("row")
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making. A sequence preempted meanwhile is taken out again."""
-
-    budget: int
-    counts: dict[Sequence, int] = field(default_factory=dict)
-    grown: dict[Sequence, list[int]] = field(default_factory=dict)
-    starts: list[RowStart] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A plan that is out: what its result will be matched with."""
-
-    step: int
-    by_row: dict[int, Sequence]
-    num_samples: int
-    filled: list[tuple[Sequence, int]]
-    """Sequences for which the step may fill blocks, and how many tokens then have KV."""
 
 
 class Scheduler:
@@ -92,13 +73,17 @@ class Scheduler:
         self.prefix_queries = 0
         """Prompt tokens looked up in the prefix cache, each sequence's once."""
         self.prefix_hits = 0
+        self.drain_rate = DrainRate()
 
         self._epoch = 0
         self._step = 0
         self._num_arrivals = 0
+        self._suspects: frozenset[str] = frozenset()
         self._requests: dict[str, list[Sequence]] = {}  # with their unfinished sequences
         self._running = ServiceQueue()
-        self._waiting = ServiceQueue()
+        self._counters = ServiceCounters()
+        self.waiting = FairQueue(self._counters)
+        """Read-only for others."""
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -106,13 +91,13 @@ class Scheduler:
         self._cache = PrefixCache(self._pool, self._block_size, enabled=self._enable_prefix_caching)
         self._free_rows = list(range(self._max_num_seqs - 1, -1, -1))
         self._finished_rows: list[int] = []  # since the last plan
-        self._flights: deque[_Flight] = deque()  # the oldest first
+        self._flights: deque[Flight] = deque()  # the oldest first
 
     # ------------------------------------------------------------------------------------------ what is there
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or self.waiting)
 
     @property
     def num_running(self) -> int:
@@ -120,12 +105,27 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
+
+    @property
+    def num_free_rows(self) -> int:
+        """Sequences that could begin at once, as far as rows go."""
+        return len(self._free_rows)
+
+    @property
+    def num_free_slots(self) -> int:
+        """Tokens for which KV could be computed at once."""
+        return self._pool.num_free * self._block_size
 
     @property
     def num_uncommitted(self) -> int:
         """Plans whose result has not come."""
         return len(self._flights)
+
+    def planned_requests(self) -> set[str]:
+        """Ids of the unfinished requests that the plans still out compute: what workers may have failed over."""
+        sequences = (sequence for flight in self._flights for sequence in flight.by_row.values())
+        return {sequence.request.request_id for sequence in sequences if sequence.finish is None}
 
     @property
     def num_blocks(self) -> int:
@@ -169,7 +169,8 @@ class Scheduler:
         self._num_arrivals += len(sequences)
         self._requests[request.request_id] = list(sequences)
         for sequence in sequences:
-            self._waiting.add(sequence)
+            self._counters.enter(sequence.client)
+            self.waiting.add(sequence)
             if finish := sequence.finish_reason():
                 self._end(sequence, finish)
         return sequences
@@ -205,9 +206,10 @@ class Scheduler:
             self._running.remove(sequence)
             self._vacate(sequence)
         else:
-            self._waiting.remove(sequence)
+            self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
         sequence.finish = finish
+        self._counters.leave(sequence.client)
         siblings = self._requests[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -229,12 +231,12 @@ class Scheduler:
         is out."""
         if len(self._flights) == MAX_UNCOMMITTED:
             return None
-        draft = _Draft(self._max_num_batched_tokens)
+        draft = Draft(self._max_num_batched_tokens)
         self._plan_running(draft)
         self._plan_waiting(draft)
         return self._send(draft) if draft.counts else None
 
-    def _plan_running(self, draft: _Draft) -> None:
+    def _plan_running(self, draft: Draft) -> None:
         """In order of service. However long a prompt, one token is left for each sequence behind it."""
         counts, budget, block_size = draft.counts, draft.budget, self._block_size
         spare = max(0, budget - len(self._running))
@@ -256,7 +258,7 @@ class Scheduler:
                 break
         draft.budget = budget
 
-    def _grow(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> bool:
         """Gives `sequence` blocks for its first `num_tokens`; the last in order are preempted where none is
         free. False where that came to be `sequence` itself."""
         num_blocks = self._num_blocks_for(num_tokens) - len(sequence.blocks)
@@ -267,30 +269,37 @@ class Scheduler:
         draft.grown[sequence] = blocks
         return True
 
-    def _preempt_last(self, draft: _Draft) -> Sequence:
+    def _preempt_last(self, draft: Draft) -> Sequence:
         """The last running sequence waits again, in its place of order; what it had planned is taken back."""
         sequence = self._running.pop()
         draft.budget += draft.counts.pop(sequence, 0)
         draft.grown.pop(sequence, None)
         self._vacate(sequence)
         sequence.resume_after = self._step
-        self._waiting.add(sequence)
+        self.waiting.add(sequence)
         self.num_preemptions += 1
         return sequence
 
-    def _plan_waiting(self, draft: _Draft) -> None:
+    def _plan_waiting(self, draft: Draft) -> None:
         """Admits in strict order. Only those that wait for a prefix being computed are passed over, and only
         so many: a long queue must not make a plan slow."""
         num_deferred = 0
-        while draft.budget and num_deferred < min(len(self._waiting), self._max_num_seqs):
-            sequence = self._waiting[num_deferred]
-            if not self._may_run(sequence):
+        for sequence in self.waiting.walk():
+            if not draft.budget or num_deferred == self._max_num_seqs or not self._may_run(sequence):
                 return
-            hits = self._cache.lookup(sequence)
+            hits = None if self._is_held_back(sequence) else self._cache.lookup(sequence)
             if hits is None:
                 num_deferred += 1
             elif not self._admit(sequence, hits, draft):
                 return
+
+    def _is_held_back(self, sequence: Sequence) -> bool:
+        """Suspects run one request at a time, so that the next fault tells which of them it was."""
+        request_id = sequence.request.request_id
+        return request_id in self._suspects and any(
+            other.request.request_id in self._suspects and other.request.request_id != request_id
+            for other in self._running
+        )
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Whether to try at all: quick, so that a full engine spends no time on those that wait."""
@@ -300,7 +309,7 @@ class Scheduler:
             return True
         return len(self._running) < self._max_num_seqs and self._pool.num_free >= sequence.num_blocks_wanted
 
-    def _admit(self, sequence: Sequence, hits: list[int], draft: _Draft) -> bool:
+    def _admit(self, sequence: Sequence, hits: list[int], draft: Draft) -> bool:
         """Starts it where there is room for all its tokens, so that it is not cut off half-way."""
         self._pool.share(hits)
         num_new_blocks = self._num_blocks_for(len(sequence.tokens)) - len(hits)
@@ -315,13 +324,13 @@ class Scheduler:
         self._start(sequence, draft)
         return True
 
-    def _start(self, sequence: Sequence, draft: _Draft) -> None:
-        self._waiting.remove(sequence)
+    def _start(self, sequence: Sequence, draft: Draft) -> None:
+        self.waiting.remove(sequence)
         self._running.add(sequence)
         sequence.status = Status.RUNNING
         sequence.row = row = self._free_rows.pop()
         self._cache.announce(sequence)
-        self._note_start(sequence)
+        self._note_start(sequence, draft)
         draft.starts.append(
             RowStart(
                 row=row,
@@ -338,7 +347,7 @@ class Scheduler:
         draft.counts[sequence] = count
         draft.budget -= count
 
-    def _make_room(self, sequence: Sequence, num_blocks: int, draft: _Draft) -> bool:
+    def _make_room(self, sequence: Sequence, num_blocks: int, draft: Draft) -> bool:
         """Whether there is a row for it, and `num_blocks` besides those the running ones will soon grow into.
         Sequences of lower priority are preempted for it, but only if that is enough."""
         while True:
@@ -357,7 +366,11 @@ class Scheduler:
                 return False
             self._preempt_last(draft)
 
-    def _note_start(self, sequence: Sequence) -> None:
+    def _note_start(self, sequence: Sequence, draft: Draft) -> None:
+        if not sequence.charged:
+            sequence.charged = True
+            self._counters.charge(sequence.client, PROMPT_WEIGHT * (len(sequence.tokens) - sequence.num_computed))
+            draft.num_started_tokens += sequence.num_prompt_tokens
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs.clear()  # computed anew, from the first position
         elif self._enable_prefix_caching and sequence.num_cached_tokens is None:
@@ -365,7 +378,7 @@ class Scheduler:
             self.prefix_queries += sequence.num_prompt_tokens
             self.prefix_hits += sequence.num_cached_tokens
 
-    def _send(self, draft: _Draft) -> StepPlan:
+    def _send(self, draft: Draft) -> StepPlan:
         """Turns the draft into a plan and moves its sequences forward."""
         self._step += 1
         sequences = [sequence for sequence, count in draft.counts.items() if count == 1]
@@ -381,7 +394,16 @@ class Scheduler:
             if count > 1 or end % self._block_size == 0:
                 filled.append((sequence, end))
         rows = list(map(_row, sequences))
-        self._flights.append(_Flight(self._step, dict(zip(rows, sequences)), num_samples, filled))
+        self._flights.append(
+            Flight(
+                step=self._step,
+                by_row=dict(zip(rows, sequences)),
+                num_samples=num_samples,
+                filled=filled,
+                num_started_tokens=draft.num_started_tokens,
+                backlogged=len(self.waiting) > 0,
+            )
+        )
         finished_rows, self._finished_rows = self._finished_rows, []
         return StepPlan(
             step=self._step,
@@ -406,6 +428,8 @@ class Scheduler:
         the answer to that plan.
         """
         flight, rows = self._land(result)
+        if flight.backlogged:
+            self.drain_rate.note(flight.num_started_tokens, result.elapsed_s)
         if self._enable_prefix_caching:
             for sequence, end in flight.filled:
                 if sequence.status is Status.RUNNING:  # since that plan: see `resume_after`
@@ -426,6 +450,7 @@ class Scheduler:
                 self._answer(sequence, update)
             tokens = sequence.tokens
             tokens.append(token_id)
+            self._counters.charge(sequence.client, OUTPUT_WEIGHT)
             sequence.num_pending -= 1
             if token_id in sequence.stop_ids or len(tokens) >= sequence.max_length:
                 update.finish = sequence.finish_reason()
@@ -434,7 +459,7 @@ class Scheduler:
             updates.append(update)
         return updates
 
-    def _land(self, result: StepResult) -> tuple[_Flight, array[int]]:
+    def _land(self, result: StepResult) -> tuple[Flight, array[int]]:
         """The plan that `result` answers, and the rows that it brings tokens for."""
         if not self._flights or (self._flights[0].step, self._epoch) != (result.step, result.epoch):
             expected = f"step {self._flights[0].step} of epoch {self._epoch}" if self._flights else "none"
@@ -453,15 +478,18 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ after a fault
 
-    def rewind(self, epoch: int) -> None:
+    def rewind(self, epoch: int, suspects: Collection[str] = ()) -> None:
         """Forgets the plans that are out, all KV and the prefix cache. Every unfinished sequence waits, in
-        its old order, with its prompt and the tokens committed. Workers begin the new epoch with no rows."""
+        its old order, with its prompt and the tokens committed. Workers begin the new epoch with no rows.
+
+        Of the requests with ids in `suspects` only one runs at a time from now on, beside all others."""
         self._epoch = epoch
+        self._suspects = frozenset(suspects)
         for sequence in self._running:
             sequence.leave()
-            self._waiting.add(sequence)
+            self.waiting.add(sequence)
         self._running.clear()
-        for sequence in self._waiting:
+        for sequence in self.waiting:
             sequence.num_pending = 0
         self._start_empty()
 
@@ -470,12 +498,13 @@ class Scheduler:
     def check(self) -> None:
         """`AssertionError` if an invariant is broken. Slow: for tests."""
         self._running.check()
-        self._waiting.check()
+        self.waiting.check()
         self._pool.check(sequence.blocks for sequence in self._running)
         self._cache.check(self._running)
         rows = list(map(_row, self._running))
         assert sorted([*rows, *self._free_rows]) == list(range(self._max_num_seqs)), "a row is lost or taken twice"
-        sequences = [*self._running, *self._waiting]
+        sequences = [*self._running, *self.waiting]
+        self._counters.check(sequences)
         live = [sequence for siblings in self._requests.values() for sequence in siblings]
         assert sorted(map(id, live)) == sorted(map(id, sequences)), "requests and queues differ"
         for sequence in sequences:
@@ -487,7 +516,7 @@ class Scheduler:
             assert sequence.num_computed <= sequence.num_tokens, f"{sequence} has KV for unknown tokens"
             assert sequence.num_computed <= len(sequence.blocks) * self._block_size, f"{sequence} lacks a block"
             assert sequence.num_published <= sequence.num_computed // self._block_size
-        for sequence in self._waiting:
+        for sequence in self.waiting:
             assert sequence.status is Status.WAITING
             assert sequence.row is None, f"{sequence} waits and has a row"
             assert not sequence.blocks, f"{sequence} waits and has blocks"

@@ -28,7 +28,9 @@ class Sequence:
         "awaited",
         "block_hashes",
         "blocks",
+        "charged",
         "choice",
+        "client",
         "eos_token_ids",
         "finish",
         "max_length",
@@ -63,9 +65,10 @@ class Sequence:
         params = request.params
         self.request = request
         self.choice = choice
+        self.client = request.client_key
         self.priority = request.priority
         self.order = (request.priority, arrival)
-        """Who is served first; no two sequences have the same."""
+        """Who of a client, and who of the running ones, is served first; no two sequences have the same."""
         self.tokens: array[int] = unpack_ids(request.prompt)
         """Prompt, then emitted: what the driver knows for certain."""
         self.num_prompt_tokens = len(self.tokens)
@@ -81,6 +84,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.num_computed = 0
         self.num_pending = 0
+        self.charged = False
+        """Whether its prompt was counted as service to its client: once, however often it is computed."""
         self.resume_after = 0
         """The last plan that may hold it, when it was preempted: it waits until that one is committed."""
         self.num_blocks_wanted = 0

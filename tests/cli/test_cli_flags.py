@@ -24,6 +24,8 @@ FLAGS = [
     "--max-model-len",
     "--max-num-batched-tokens",
     "--max-num-seqs",
+    "--max-queued-requests",
+    "--max-queued-tokens",
     "--model",
     "--name",
     "--no-enable-prefix-caching",

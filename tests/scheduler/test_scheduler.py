@@ -141,7 +141,7 @@ def test_a_preempted_sequence_comes_back_before_those_that_arrived_after_it():
     while not engine.scheduler.num_preemptions:
         engine.step()
     engine.add(make_request("c", [3]))
-    assert [s.request.request_id for s in engine.scheduler._waiting] == ["b", "c"]
+    assert [s.request.request_id for s in engine.scheduler.waiting] == ["b", "c"]
     plan, _ = engine.step()
     assert counts(plan) == [1], "strict order: c would fit, and does not overtake b"
 
@@ -408,7 +408,7 @@ def test_a_rewind_loses_no_token_and_keeps_the_order():
     engine.rewind()
     scheduler = engine.scheduler
     assert (scheduler.num_running, scheduler.num_uncommitted, scheduler.num_blocks_used) == (0, 0, 0)
-    assert list(scheduler._waiting) == sequences
+    assert list(scheduler.waiting) == sequences
     plan = engine.plan()
     assert plan.epoch == 1
     assert plan.finished_rows == b"", "workers begin an epoch with no rows"
