@@ -88,17 +88,25 @@ class EngineReplica:
     async def _supervise(self) -> None:
         while True:
             reason = await _failure_of(self._engine.driver)
+            failed_s = time.monotonic()
             logger.error("engine %r failed: %s", self._config.name, reason)
-            if not self._restarts.allows(time.monotonic()):
+            if not self._restarts.allows(failed_s):
                 self._failure = f"engine {self._config.name!r} keeps failing; last: {reason}"
                 return
             try:
                 await asyncio.to_thread(self._engine.close)
+                closed_s = time.monotonic()
                 self._engine = await self._start()
             except Exception as error:
                 self._failure = f"engine {self._config.name!r} failed ({reason}) and did not start again: {error}"
                 return
-            logger.warning("engine %r runs again", self._config.name)
+            now_s = time.monotonic()
+            logger.warning(
+                "engine %r runs again after %.2f s, of which %.2f s to clear up",
+                self._config.name,
+                now_s - failed_s,
+                closed_s - failed_s,
+            )
 
     async def _wait_idle(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -1,0 +1,162 @@
+"""The driver of a real server is killed in the middle of a mixed load, twice: no client may see it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tiny import make_checkpoint
+
+from rayllm.serve.lifecycle import free_port
+from rayllm.serve.processes import descendants
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+READY_TIMEOUT_S = 90
+LONG: dict[str, Any] = {"model": "tiny", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
+TALE = "Once upon a time"
+SEEDED: dict[str, Any] = {**LONG, "prompt": TALE, "n": 3, "seed": 3, "temperature": 1.0}
+LOAD: dict[str, dict[str, Any]] = {
+    "stream": {**LONG, "prompt": TALE, "stream": True, "stream_options": {"include_usage": True}},
+    "whole": {**LONG, "prompt": "the worker computes tensors", "seed": 7, "temperature": 0.9},
+    "choices": {**SEEDED, "stream": True, "logprobs": 2},
+    "logprobs": {**LONG, "prompt": [5, 6, 7, 8] * 20, "logprobs": 1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "echo": {**LONG, "prompt": TALE, "logprobs": 0, "echo": True, "return_token_ids": True},
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+
+    def pids(self, name: str) -> list[int]:
+        commands = {p.pid: Path(f"/proc/{p.pid}/cmdline") for p in descendants(self.process.pid)}
+        return [pid for pid, path in commands.items() if path.exists() and name.encode() in path.read_bytes()]
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        [value] = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(name + "{")]
+        return float(value)
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "the server ended"
+            try:
+                if httpx.get(f"{self.url}/health", timeout=10).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError("the server did not become ready")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = make_checkpoint(tmp_path_factory.mktemp("model"))
+    port = free_port()
+    command = [sys.executable, "-m", "rayllm", "serve", str(model), "--served-model-name", "tiny", "--port", str(port)]
+    log = (tmp_path_factory.mktemp("log") / "serve.txt").open("wb")
+    with log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    server = Server(process, f"http://127.0.0.1:{port}")
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+async def _answer(client: httpx.AsyncClient, url: str, body: dict[str, Any], seen: list[int]) -> Any:
+    """The whole answer, or the text, logprobs and ends of a stream by choice. `seen` counts chunks."""
+    if not body.get("stream"):
+        answer = (await client.post(f"{url}/v1/completions", json=body)).json()
+        assert "choices" in answer, answer
+        return answer["choices"], _counts(answer["usage"])
+    choices: dict[int, dict[str, Any]] = {}
+    usage = None
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        lines = [line async for line in _counted(response.aiter_lines(), seen)]
+    assert lines[-1] == "data: [DONE]"
+    for line in lines[:-1]:
+        chunk = json.loads(line.removeprefix("data: "))
+        usage = _counts(chunk["usage"]) if chunk.get("usage") else usage
+        for entry in chunk.get("choices", ()):
+            choice = choices.setdefault(entry["index"], {"text": "", "logprobs": {}, "finish_reason": None})
+            choice["text"] += entry["text"]
+            for name, values in (entry["logprobs"] or {}).items():
+                choice["logprobs"].setdefault(name, []).extend(values)
+            choice["finish_reason"] = entry["finish_reason"] or choice["finish_reason"]
+    return choices, usage
+
+
+def _counts(usage: dict[str, Any]) -> tuple[int, int]:
+    return usage["prompt_tokens"], usage["completion_tokens"]
+
+
+async def _counted(lines: Any, seen: list[int]) -> Any:
+    async for line in lines:
+        if line.startswith("data: "):
+            seen.append(len(line))
+            yield line
+
+
+async def _run(server: Server, load: dict[str, dict[str, Any]], kill_after: tuple[int, ...] = ()) -> dict[str, Any]:
+    """All of the load at once; the driver is killed when clients have seen so many chunks."""
+    seen: list[int] = []
+    killed: set[int] = set()
+
+    async def kill() -> None:
+        for num_chunks in kill_after:
+            while len(seen) < num_chunks or not (drivers := set(server.pids("ray::DriverActor")) - killed):
+                await asyncio.sleep(0.01)
+            [driver] = drivers
+            killed.add(driver)
+            os.kill(driver, signal.SIGKILL)
+
+    async with httpx.AsyncClient(timeout=120) as client:
+        answers = await asyncio.gather(*(_answer(client, server.url, body, seen) for body in load.values()), kill())
+    return dict(zip(load, answers[:-1], strict=True))
+
+
+def _exact(value: Any) -> Any:
+    """All but the values of logprobs, whose last bits depend on the shape of the batch."""
+    if isinstance(value, dict):
+        return {name: _exact(inner) for name, inner in value.items() if name not in ("token_logprobs", "top_logprobs")}
+    return [_exact(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _logprobs(answer: Any) -> list[float]:
+    choices = answer[0].values() if isinstance(answer[0], dict) else answer[0]
+    logprobs = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    return [value for entry in logprobs for value in entry["token_logprobs"] if value is not None]
+
+
+async def test_no_client_sees_that_the_driver_was_killed(server: Server) -> None:
+    stop = (await _run(server, {"choices": LOAD["choices"]}))["choices"][0][1]["text"][20:23]
+    load = {**LOAD, "stopped": {**SEEDED, "stop": [stop]}}
+    expected = await _run(server, load)
+    assert [choice["finish_reason"] for choice in expected["stopped"][0]].count("stop") in (1, 2)
+
+    disturbed = await _run(server, load, kill_after=(40, 250))
+
+    for name, answer in expected.items():
+        assert _exact(disturbed[name]) == _exact(answer), name
+        assert _logprobs(disturbed[name]) == pytest.approx(_logprobs(answer), abs=1e-3), name
+    assert server.metric("rayllm:driver_losses_total") == 2
+    assert server.metric("rayllm:requests_replayed_total") >= 2 * len(load) - 2
+    gap_s = server.metric("rayllm:replay_gap_seconds_sum") / server.metric("rayllm:replay_gap_seconds_count")
+    print(f"mean gap {gap_s:.2f} s")
