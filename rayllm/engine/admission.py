@@ -71,7 +71,7 @@ class Admission:
 
     def check(self, request: Request) -> None:
         """Raises `OverloadedError` for what is too much now. A request that is continued was let in before."""
-        if any(request.emitted):
+        if request.emitted:
             return
         num_sequences, num_tokens = request.params.n, len(request.prompt) // 4 * request.params.n
         scheduler, queue, client = self._scheduler, self._scheduler.waiting, request.client_key

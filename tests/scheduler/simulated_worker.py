@@ -41,9 +41,10 @@ def expected_answer(request: Request, choice: int, max_model_len: int) -> tuple[
     """All tokens of a choice, finish reason and stop reason, by the rules and with no scheduler."""
     params, prompt = request.params, list(request.prompt_token_ids)
     emitted: list[int] = []
+    last = prefix_digests(prompt)[-1]
     while True:
-        last = prefix_digests(prompt + emitted)[-1]
         token = draw(last, request.seed, choice, len(emitted), params)
+        last = digest(last, token)
         emitted.append(token)
         if token == EOS and not params.ignore_eos:
             return emitted, "stop", None
@@ -169,7 +170,9 @@ def make_scheduler(**changes) -> Scheduler:
     return Scheduler(**(SETTINGS | changes))
 
 
-def make_request(request_id: str, prompt: list[int], *, priority=0, cache_salt="", emitted=(), **params) -> Request:
+def make_request(
+    request_id: str, prompt: list[int], *, priority=0, cache_salt="", emitted=(), client_key="", **params
+) -> Request:
     sampling = SamplingParams(**({"max_tokens": 8, "ignore_eos": True} | params))
     return Request(
         request_id=request_id,
@@ -180,6 +183,7 @@ def make_request(request_id: str, prompt: list[int], *, priority=0, cache_salt="
         priority=priority,
         cache_salt=cache_salt,
         emitted=tuple(map(pack_ids, emitted)),
+        client_key=client_key,
     )
 
 

@@ -26,6 +26,7 @@ requests = st.fixed_dictionaries(
         "logprobs": st.sampled_from([None, None, 0]),
         "prompt_logprobs": st.sampled_from([None, None, None, 0]),
         "cache_salt": st.sampled_from(["", "", "salt"]),
+        "client_key": st.sampled_from(["", "", "a", "b"]),
     }
 )
 
