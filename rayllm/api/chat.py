@@ -23,15 +23,15 @@ _EMPTY_FIELDS = ("refusal", "audio", "function_call", "tool_calls", "annotations
 _OWN_OPTIONS = frozenset({"self", "messages", "add_generation_prompt", "continue_final_message"})
 
 
-async def open_chat(fields: dict[str, Any], service: ModelService) -> ChatAnswer:
+async def open_chat(fields: dict[str, Any], service: ModelService, client_key: str = "") -> ChatAnswer:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
     body = read_body(fields, ChatBody)
     model = service.named(body.model)
     check_stream_options(body)
     if model.prepares_inline(_num_characters(body.messages), is_chat=True):
-        request = _prepare(body, model)
+        request = _prepare(body, model, client_key)
     else:
-        request = await asyncio.to_thread(_prepare, body, model)
+        request = await asyncio.to_thread(_prepare, body, model, client_key)
     return ChatAnswer(model, body, [request], request.request_id)
 
 
@@ -43,7 +43,7 @@ def _num_characters(messages: Sequence[Mapping[str, Any]]) -> int:
     )
 
 
-def _prepare(body: ChatBody, model: ServedModel) -> Request:
+def _prepare(body: ChatBody, model: ServedModel, client_key: str) -> Request:
     limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     with named_as({"prompt": "messages", "max_tokens": limit_name, "logprobs": "top_logprobs"}):
         params = sampling_params(
@@ -52,7 +52,7 @@ def _prepare(body: ChatBody, model: ServedModel) -> Request:
         text = render(body, body.messages, model)
         token_ids = model.tokenize(text, add_special_tokens=bool(body.add_special_tokens), param="messages")
         token_ids = truncate_ids(token_ids, body.truncate_prompt_tokens, model.config.max_model_len)
-        return build_request(new_id("chatcmpl"), token_ids, params, body, model.config)
+        return build_request(new_id("chatcmpl"), token_ids, params, body, model.config, client_key=client_key)
 
 
 def _num_logprobs(body: ChatBody) -> int | None:

@@ -20,7 +20,7 @@ from rayllm.text.detokenizer import ChoiceText
 DEFAULT_MAX_TOKENS = 16
 
 
-async def open_completion(fields: dict[str, Any], service: ModelService) -> CompletionAnswer:
+async def open_completion(fields: dict[str, Any], service: ModelService, client_key: str = "") -> CompletionAnswer:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
     body = read_body(fields, CompletionBody)
     model = service.named(body.model)
@@ -28,9 +28,9 @@ async def open_completion(fields: dict[str, Any], service: ModelService) -> Comp
     raw_prompts = _prompt_list(body.prompt)
     num_characters = sum(len(prompt) for prompt in raw_prompts)
     if model.prepares_inline(num_characters, is_chat=False):
-        prompts, requests = _prepare(body, raw_prompts, model)
+        prompts, requests = _prepare(body, raw_prompts, model, client_key)
     else:
-        prompts, requests = await asyncio.to_thread(_prepare, body, raw_prompts, model)
+        prompts, requests = await asyncio.to_thread(_prepare, body, raw_prompts, model, client_key)
     return CompletionAnswer(model, body, prompts, requests)
 
 
@@ -53,7 +53,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _prepare(
-    body: CompletionBody, raw_prompts: Sequence[str | list[int]], model: ServedModel
+    body: CompletionBody, raw_prompts: Sequence[str | list[int]], model: ServedModel, client_key: str
 ) -> tuple[list[Prompt], list[Request]]:
     params = sampling_params(body, model.vocab_size, **_settled(body))
     if len(raw_prompts) * params.n > MAX_CHOICES_IN_ALL:
@@ -64,7 +64,7 @@ def _prepare(
     prompts = [_read_prompt(body, prompt, model) for prompt in raw_prompts]
     answer_id = new_id("cmpl")
     requests = [
-        build_request(f"{answer_id}-{i}", prompt.token_ids, params, body, model.config, DEFAULT_MAX_TOKENS)
+        build_request(f"{answer_id}-{i}", prompt.token_ids, params, body, model.config, DEFAULT_MAX_TOKENS, client_key)
         for i, prompt in enumerate(prompts)
     ]
     return prompts, requests

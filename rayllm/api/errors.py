@@ -14,7 +14,6 @@ from rayllm.messages import Finish
 
 MAX_MESSAGE_CHARACTERS = 2000
 _OBJECT_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_OVERLOAD_CODES = frozenset({"overloaded", "queue_full"})
 _RETRY_AFTER_S = 1.0
 
 _TYPES = {
@@ -93,8 +92,8 @@ def error_of(finish: Finish) -> RayLLMError:
         return RequestError(message)
     if finish.code == "context_length_exceeded":
         return ContextLengthError(message)
-    if finish.code in _OVERLOAD_CODES:
-        return OverloadedError(message, retry_after_s=_RETRY_AFTER_S)
+    if finish.code == "overloaded":
+        return OverloadedError(message, retry_after_s=finish.retry_after_s or _RETRY_AFTER_S)
     return EngineError(message, code=finish.code)
 
 

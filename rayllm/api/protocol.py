@@ -123,6 +123,8 @@ class GenerationBody(_Body):
     allowed_token_ids: TokenIds = None
     add_special_tokens: bool | None = None
     priority: int | None = None
+    timeout: FiniteFloat | None = None
+    """Seconds from the request's arrival until it is ended; the header `x-request-timeout` says the same."""
     cache_salt: str | None = None
     return_token_ids: bool | None = None
 

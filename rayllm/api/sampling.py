@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,7 @@ _PLAIN_FIELDS = (
 _MIN_REPETITION_PENALTY = 0.01
 _TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 _MAX_PRIORITY = 2**31 - 1
+MAX_TIMEOUT_S = 7 * 24 * 3600
 
 
 def sampling_params(body: GenerationBody, vocab_size: int, **settled: Any) -> SamplingParams:
@@ -122,9 +124,10 @@ def build_request(
     body: GenerationBody,
     config: ResolvedConfig,
     default_max_tokens: int | None = None,
+    client_key: str = "",
 ) -> Request:
     """A complete request. `default_max_tokens` holds where the client asks for no number, as far as there is
-    room."""
+    room. `client_key`: whose it is, for fair shares."""
     max_tokens = resolve_max_tokens(len(token_ids), params.max_tokens, config.max_model_len)
     if params.max_tokens is None and default_max_tokens is not None:
         max_tokens = min(max_tokens, default_max_tokens)
@@ -136,6 +139,8 @@ def build_request(
         max_tokens=max_tokens,
         priority=_priority(body.priority),
         cache_salt=_cache_salt(body.cache_salt),
+        deadline_s=_deadline_s(body.timeout),
+        client_key=client_key,
     )
     check_request(request, config)
     return request
@@ -155,6 +160,14 @@ def _priority(priority: int | None) -> int:
     if not -_MAX_PRIORITY <= (priority or 0) <= _MAX_PRIORITY:
         raise RequestError(f"priority={shorten(priority)} does not fit 32 bits", param="priority")
     return priority or 0
+
+
+def _deadline_s(timeout_s: float | None) -> float | None:
+    if timeout_s is None:
+        return None
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise RequestError(f"timeout={timeout_s:g} is outside (0, {MAX_TIMEOUT_S}] seconds", param="timeout")
+    return time.time() + timeout_s
 
 
 def _cache_salt(salt: str | None) -> str:

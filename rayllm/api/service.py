@@ -16,6 +16,8 @@ from rayllm.observability.metrics import Metrics
 from rayllm.text.tokenizer import Tokenizer
 
 READY = "ready"
+DRAINING = "shutting down"
+_DRAINING_REASON = "open requests are finished, new ones are not taken"
 HEALTH_TIMEOUT_S = 3.0
 _MIN_TOKEN_CHARACTERS = 16
 _INLINE_CHARACTERS = 8192
@@ -77,6 +79,7 @@ class ModelService:
         self._reason = ""
         self._model: ServedModel | None = None
         self._metrics: Metrics | None = None
+        self._draining = False
 
     def set_stage(self, stage: str, reason: str = "") -> None:
         """Not ready (any more): how far it is, or why it cannot go on. Shown by `/health` and refused
@@ -111,8 +114,21 @@ class ModelService:
         """None until the model was ready once."""
         return self._metrics
 
+    def drain(self) -> int:
+        """New requests are refused from now on; returns how many are still open. May be called again."""
+        self._draining = True
+        return self._metrics.num_open if self._metrics else 0
+
+    def ready(self) -> Health:
+        """Whether new requests are taken here, without asking the engine."""
+        if self._draining:
+            return Health(False, DRAINING, _DRAINING_REASON)
+        return Health(self._model is not None, self._stage, self._reason)
+
     def model(self) -> ServedModel:
         """Raises `NotReadyError`."""
+        if self._draining:
+            raise NotReadyError(DRAINING, _DRAINING_REASON)
         if self._model is None:
             raise NotReadyError(self._stage, self._reason)
         return self._model

@@ -84,6 +84,19 @@ _ENGINE_METRICS = (
         "Seconds that workers stood idle for want of a plan.",
         ("step_wait_s",),
     ),
+    _EngineMetric("rayllm:engine_recovering", "gauge", "1 while a lost worker is replaced.", ("recovering",)),
+    _EngineMetric(
+        "rayllm:stalled_seconds", "gauge", "Since the last step while work waits; 0 without work.", ("stalled_s",)
+    ),
+    _EngineMetric("rayllm:worker_faults", "counter", "Crashes and hangs of workers.", ("num_faults",)),
+    _EngineMetric(
+        "rayllm:fault_detection_seconds", "gauge", "From the last fault until it was noticed.", ("detection_s",)
+    ),
+    _EngineMetric("rayllm:fault_gap_seconds", "gauge", "Between the steps round the last fault.", ("gap_s",)),
+    _EngineMetric("rayllm:sequences_replayed", "counter", "Sequences taken up again after a fault.", ("num_replays",)),
+    _EngineMetric(
+        "rayllm:recomputed_tokens", "counter", "Tokens whose KV was lost to faults.", ("num_recomputed_tokens",)
+    ),
 )
 
 

@@ -17,12 +17,13 @@ from rayllm.api import tokens
 from rayllm.api.answer import Answer
 from rayllm.api.chat import open_chat
 from rayllm.api.completions import open_completion
-from rayllm.api.errors import answer, answer_for, envelope
+from rayllm.api.errors import answer, answer_for, envelope, shorten
 from rayllm.api.service import READY, Health, ModelService
 from rayllm.api.sse import whole_stream
 from rayllm.errors import RayLLMError, RequestError
 from rayllm.observability.metrics import CONTENT_TYPE
 from rayllm.serve.http_answers import (
+    READ_TIMEOUT_S,
     ClientGoneError,
     EventStream,
     error_response,
@@ -34,20 +35,27 @@ from rayllm.serve.http_guard import Guard
 
 MAX_BODY_BYTES = 32 * 2**20
 _CLIENT_CLOSED_STATUS = 499
+TIMEOUT_HEADER = "x-request-timeout"
 _LOG = logging.getLogger("rayllm.serve")
 
-_Open = Callable[[dict[str, Any], ModelService], Awaitable[Answer]]
+_Open = Callable[[dict[str, Any], ModelService, str], Awaitable[Answer]]
 _Plain = Callable[[dict[str, Any], ModelService], Awaitable[dict[str, Any]]]
 
 
-def create_app(service: ModelService, *, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_app(
+    service: ModelService,
+    *,
+    api_keys: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+    read_timeout_s: float = READ_TIMEOUT_S,
+) -> FastAPI:
     """The application in front of a service. With `api_keys`, all but `/health`, `/ready` and `/ping` ask for one."""
     app = FastAPI(title="RayLLM", version=rayllm.__version__, redirect_slashes=False)
     app.add_middleware(Guard, api_keys=tuple(api_keys), max_body_bytes=max_body_bytes)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _http_error)
     _add_model_routes(app, service)
-    _add_answer_routes(app, service, max_body_bytes)
+    _add_answer_routes(app, service, max_body_bytes, read_timeout_s)
     _add_state_routes(app, service)
     return app
 
@@ -98,14 +106,15 @@ def _add_model_routes(app: FastAPI, service: ModelService) -> None:
 # --------------------------------------------------------------------------------------------------------- answers
 
 
-def _add_answer_routes(app: FastAPI, service: ModelService, max_body_bytes: int) -> None:
+def _add_answer_routes(app: FastAPI, service: ModelService, max_body_bytes: int, read_timeout_s: float) -> None:
     async def generate(request: Request, open_answer: _Open) -> Response:
         try:
             fields = await read_object(request, max_body_bytes)
-            found = await open_answer(fields, service)
+            _read_timeout(request, fields)
+            found = await open_answer(fields, service, request.state.client_key)
         except Exception as error:
             return _refuse(service, error)
-        return await _answer(request, found, bool(fields.get("stream")), service)
+        return await _answer(request, found, bool(fields.get("stream")), service, read_timeout_s)
 
     async def plain(request: Request, work: _Plain) -> Response:
         try:
@@ -130,7 +139,21 @@ def _add_answer_routes(app: FastAPI, service: ModelService, max_body_bytes: int)
         return await plain(request, tokens.detokenize)
 
 
-async def _answer(request: Request, found: Answer, streams: bool, service: ModelService) -> Response:
+def _read_timeout(request: Request, fields: dict[str, Any]) -> None:
+    """The header means what the field means, and the field wins."""
+    header = request.headers.get(TIMEOUT_HEADER)
+    if header is not None and fields.get("timeout") is None:
+        try:
+            fields["timeout"] = float(header)
+        except ValueError:
+            raise RequestError(
+                f"the header {TIMEOUT_HEADER} must be seconds, got {shorten(header)}", param="timeout"
+            ) from None
+
+
+async def _answer(
+    request: Request, found: Answer, streams: bool, service: ModelService, read_timeout_s: float
+) -> Response:
     """Waits for all of an answer, or for its beginning where it is streamed. Aborts it when the client goes."""
     handed_on = False
     try:
@@ -138,7 +161,7 @@ async def _answer(request: Request, found: Answer, streams: bool, service: Model
             return json_response(await unless_gone(request.receive, found.whole()))
         await unless_gone(request.receive, found.start())
         handed_on = True
-        return EventStream(whole_stream(found.events()), found.close)
+        return EventStream(whole_stream(found.events()), found.close, read_timeout_s)
     except Exception as error:
         return _refuse(service, error)
     finally:
@@ -175,8 +198,11 @@ def _add_state_routes(app: FastAPI, service: ModelService) -> None:
     async def health() -> Response:
         return _health_response(await service.health())
 
-    for path in ("/health", "/ready", "/ping"):
-        app.add_api_route(path, health, methods=["GET", "HEAD"], name=path[1:])
+    async def ready() -> Response:
+        return _health_response(service.ready())
+
+    for path, answer_state in (("/health", health), ("/ping", health), ("/ready", ready)):
+        app.add_api_route(path, answer_state, methods=["GET", "HEAD"], name=path[1:])
 
     @app.get("/version")
     async def version() -> Response:

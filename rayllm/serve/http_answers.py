@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -16,7 +17,9 @@ from rayllm.api.body import parse_object
 from rayllm.api.errors import ErrorAnswer
 from rayllm.errors import RequestError
 
+_LOG = logging.getLogger("rayllm.serve")
 BODY_TIMEOUT_S = 60.0
+READ_TIMEOUT_S = 60.0
 _T = TypeVar("_T")
 
 
@@ -94,13 +97,14 @@ class EventStream(Response):
     """A response of server-sent events, each piece sent as it comes.
 
     `close` is called when the stream ends, however it ends; a client that goes ends it at once, also while no event
-    comes.
+    comes. One that does not read for `read_timeout_s` is taken for gone: meanwhile no further event is made for it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], read_timeout_s: float = READ_TIMEOUT_S):
         self.status_code = 200
+        self._read_timeout_s = read_timeout_s
         self.background = None
         self._events = events
         self._close = close
@@ -109,6 +113,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(receive, self._send_all(send))
+        except TimeoutError:
+            _LOG.warning("a client did not read for %g s: its stream is closed", self._read_timeout_s)
         except (ClientGoneError, OSError):
             pass
         finally:
@@ -118,7 +124,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for piece in self._events:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                with anyio.fail_after(self._read_timeout_s):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
         finally:
             if isinstance(self._events, AsyncGenerator):
                 await self._events.aclose()

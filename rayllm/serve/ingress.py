@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,11 @@ class Ingress:
 
     def __init__(self, engine: Any):
         self._engine = engine
+
+    def drain(self) -> tuple[int, int]:
+        """Refuses new requests from now on. Returns this replica's process id and how many requests are open."""
+        service: ModelService = self.app.state.service  # type: ignore[attr-defined]  # Serve adds `app`
+        return os.getpid(), service.drain()
 
     def place(self) -> WorkerPlace:
         """Where this replica runs."""
@@ -79,6 +85,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
+    app.state.service = service
     app.router.lifespan_context = connected
     return app
 

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _PROCESS_GRACE_S = 10.0
 _WATCH_PERIOD_S = 2.0
 _RAY_CORE = ("gcs_server", "raylet")
+_DRAIN_CALL_TIMEOUT_S = 5.0
+_DRAIN_POLL_S = 0.1
 _LOG_TAIL_BYTES = 4000
 StageListener = Callable[[str], None]
 
@@ -285,10 +287,30 @@ def _stop_serve(running: RunningServer) -> None:
     from ray import serve
 
     try:
+        _drain(running)
         serve.delete(app_name(running.engine.name))
         serve.shutdown()
     except Exception:
         logger.warning("Serve did not stop in order", exc_info=True)
+
+
+def _drain(running: RunningServer) -> None:
+    """Has every ingress replica refuse new requests with 503, and waits until none has an open one or the time is up:
+    once Serve deletes the application, its proxy knows no more than 404."""
+    from ray import serve
+
+    deadline = time.monotonic() + running.server.shutdown_timeout_s
+    open_by_replica: dict[int, int] = {}
+    with contextlib.suppress(Exception):  # not deployed, or dead: nothing to wait for
+        ingress = serve.get_app_handle(app_name(running.engine.name))
+        while True:
+            for _ in range(2 * running.server.num_ingress_replicas):  # Serve picks a replica for each call
+                replica, num_open = ingress.drain.remote().result(timeout_s=_DRAIN_CALL_TIMEOUT_S)
+                open_by_replica[replica] = num_open
+            all_told = len(open_by_replica) >= running.server.num_ingress_replicas
+            if (all_told and not any(open_by_replica.values())) or time.monotonic() > deadline:
+                return
+            time.sleep(_DRAIN_POLL_S)
 
 
 def _log_what_processes_said() -> None:

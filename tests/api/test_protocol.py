@@ -95,7 +95,7 @@ SHARED_FIELDS = {
     "add_special_tokens", "allowed_token_ids", "cache_salt", "frequency_penalty", "ignore_eos",
     "include_stop_str_in_output", "logit_bias", "max_tokens", "min_p", "min_tokens", "model", "n", "presence_penalty",
     "priority", "prompt_logprobs", "repetition_penalty", "return_token_ids", "seed", "skip_special_tokens", "stop",
-    "stop_token_ids", "stream", "stream_options", "temperature", "top_k", "top_p", "truncate_prompt_tokens",
+    "stop_token_ids", "stream", "stream_options", "temperature", "timeout", "top_k", "top_p", "truncate_prompt_tokens",
 }  # fmt: skip
 CHAT_FIELDS = {
     "add_generation_prompt", "chat_template_kwargs", "continue_final_message", "logprobs", "max_completion_tokens",

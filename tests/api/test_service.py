@@ -40,6 +40,24 @@ async def test_health_is_what_the_engine_says(
     assert not (await service.health()).healthy
 
 
+async def test_ready_is_not_health(service: ModelService, engine: FakeEngine) -> None:
+    engine.healthy = False
+    assert service.ready() == Health(True, "ready")
+    assert not (await service.health()).healthy
+
+    service.set_stage("restarting the engine", "it died")
+    assert service.ready() == Health(False, "restarting the engine", "it died")
+
+
+async def test_a_service_that_drains_takes_nothing_new_and_stays_healthy(service: ModelService) -> None:
+    assert service.drain() == 0
+
+    assert not service.ready().healthy
+    assert (await service.health()).healthy
+    with pytest.raises(NotReadyError, match="shutting down"):
+        service.named("tiny")
+
+
 def test_metrics_outlive_the_engine(service: ModelService, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     metrics = service.metrics
 

@@ -23,6 +23,9 @@ STATS = EngineStats(
     prefix_hits=300,
     num_steps=50,
     step_wait_s=0.5,
+    num_faults=2,
+    gap_s=1.5,
+    num_recomputed_tokens=70,
 )
 
 
@@ -49,6 +52,9 @@ def test_the_drivers_figures_stand_under_vllms_names() -> None:
         "rayllm:engine_healthy": 1,
         "rayllm:steps_total": 50,
         "rayllm:step_wait_seconds_total": 0.5,
+        "rayllm:worker_faults_total": 2,
+        "rayllm:fault_gap_seconds": 1.5,
+        "rayllm:recomputed_tokens_total": 70,
     }
     for name, value in expected.items():
         assert samples[name, (("model_name", "tiny"),)] == value
@@ -96,15 +102,22 @@ def test_the_names_are_these() -> None:
     assert metric_names() == [
         "rayllm:driver_losses",
         "rayllm:engine_healthy",
+        "rayllm:engine_recovering",
+        "rayllm:fault_detection_seconds",
+        "rayllm:fault_gap_seconds",
         "rayllm:ingress_recomputed_tokens",
         "rayllm:kv_blocks",
         "rayllm:kv_slots_filled",
+        "rayllm:recomputed_tokens",
         "rayllm:replay_gap_seconds",
         "rayllm:requests_open",
         "rayllm:requests_refused",
         "rayllm:requests_replayed",
+        "rayllm:sequences_replayed",
+        "rayllm:stalled_seconds",
         "rayllm:step_wait_seconds",
         "rayllm:steps",
+        "rayllm:worker_faults",
         "vllm:e2e_request_latency_seconds",
         "vllm:generation_tokens",
         "vllm:inter_token_latency_seconds",

@@ -40,8 +40,8 @@ class Served:
             self.make_ready()
         self.app = create_app(self.service, **options)
 
-    def make_ready(self) -> None:
-        self.service.set_ready(config(), tokenizer(), self.engine)
+    def make_ready(self, **changes: Any) -> None:
+        self.service.set_ready(config(**changes), tokenizer(), self.engine)
 
     @contextlib.asynccontextmanager
     async def client(self, **headers: str) -> AsyncIterator[httpx.AsyncClient]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -255,3 +256,48 @@ async def test_a_body_that_does_not_come_is_a_408(monkeypatch: pytest.MonkeyPatc
 
     assert response.status_code == 408
     assert error_of(response)["code"] == "body_timeout"
+
+
+async def test_a_draining_server_refuses_new_requests_and_says_when_to_come_back() -> None:
+    served = Served()
+    served.service.drain()
+    async with served.client() as client:
+        refused = await client.post("/v1/completions", json=completion())
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json()["error"]["code"] == "not_ready"
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_a_timeout_is_the_fields_or_the_headers_and_becomes_a_deadline() -> None:
+    served = Served()
+    async with served.client() as client:
+        now_s = time.time()
+        await client.post("/v1/completions", json=completion(timeout=30))
+        await client.post("/v1/chat/completions", json=chat(), headers={"x-request-timeout": "90.5"})
+        await client.post("/v1/completions", json=completion())
+        deadlines = [request.deadline_s for request in served.engine.requests]
+        assert [d and round(d - now_s) // 10 for d in deadlines] == [3, 9, None]
+        for headers, value in (
+            ({"x-request-timeout": "soon"}, None),
+            ({}, 0),
+            ({}, -1),
+            ({"x-request-timeout": "nan"}, None),
+        ):
+            refused = await client.post("/v1/completions", json=completion(timeout=value), headers=headers)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "timeout"
+
+
+async def test_requests_carry_whose_they_are_without_the_key() -> None:
+    served = Served(api_keys=("one", "two"))
+    for key in ("one", "two", "one"):
+        async with served.client(authorization=f"Bearer {key}") as client:
+            await client.post("/v1/completions", json=completion())
+    one, two, again = [request.client_key for request in served.engine.requests]
+    assert one == again != two
+    assert "one" not in one
+    open_to_all = Served()
+    async with open_to_all.client(authorization="Bearer anything") as client:
+        await client.post("/v1/completions", json=completion())
+    assert open_to_all.engine.requests[0].client_key == ""

@@ -178,3 +178,27 @@ def _until(condition: Any, timeout_s: float = 10.0) -> bool:
     while not condition() and time.monotonic() < end_s:
         time.sleep(0.005)
     return bool(condition())
+
+
+def test_a_client_that_does_not_read_is_paused_then_closed_and_others_are_not_harmed() -> None:
+    app = Served(read_timeout_s=0.5)
+    app.engine.say = lambda request, choice: [98] * 100_000
+    app.engine.tokens_a_step = 100
+    with app.port() as port, socket.socket() as reader:
+        app.make_ready(max_model_len=200_000)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", port))
+        reader.sendall(_http(chat(stream=True, max_tokens=100_000, return_token_ids=True, logprobs=True)))
+        assert _until(lambda: bool(app.engine.streams))
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as other:
+            usage = other.completions.create(model="tiny", prompt="a", max_tokens=500).usage
+        assert usage is not None
+        assert usage.completion_tokens == 500
+        stream = app.engine.streams[0]
+        assert _until(lambda: stream.closed)
+        assert stream.num_steps < 1000
+        reader.settimeout(10)
+        while reader.recv(65536):
+            pass
+    assert app.service.metrics is not None
+    assert app.service.metrics.num_open == 0
