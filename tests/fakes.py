@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -65,15 +66,32 @@ def expected_tokens(request: Request, choice: int = 0) -> list[int]:
 
 
 class FakeExecutor:
-    """Workers with no tensors: keeps rows as a real one does and answers with `next_token`. `die_at` is a step number
-    at which `receive` says that rank 1 is gone."""
+    """Workers with no tensors: keeps rows as a real one does and answers with `next_token`.
 
-    def __init__(self, num_blocks: int = 64, pipeline_depth: int = 2, die_at: int | None = None):
+    `dies` and `hangs` are numbers of steps at which `receive` says, once each, that rank 1 is gone or that no result
+    came in time. Where `recovers` is False, a lost worker is lost for good.
+    """
+
+    ranks = (0, 1)
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        pipeline_depth: int = 2,
+        dies: Iterable[int] = (),
+        hangs: Iterable[int] = (),
+        silent: Iterable[int] = (1,),
+        recovers: bool = True,
+    ):
         self.num_blocks = num_blocks
         self.pipeline_depth = pipeline_depth
         self.sent: list[StepPlan] = []
+        self.recovered: list[list[int]] = []
         self.closed = False
-        self._die_at = die_at
+        self._dies = set(dies)
+        self._hangs = set(hangs)
+        self._silent = list(silent)
+        self._recovers = recovers
         self._plans: deque[StepPlan] = deque()
         self._rows: dict[int, dict[str, Any]] = {}
 
@@ -83,9 +101,14 @@ class FakeExecutor:
         self._plans.append(plan)
 
     def receive(self, timeout_s: float | None) -> StepResult:
-        plan = self._plans.popleft()
-        if plan.step == self._die_at:
+        step = self._plans[0].step
+        if step in self._dies:
+            self._dies.remove(step)
             raise WorkerDiedError(1, "killed by the test")
+        if step in self._hangs:
+            self._hangs.remove(step)
+            raise TimeoutError("stopped by the test")
+        plan = self._plans.popleft()
         for row in unpack_ids(plan.finished_rows):
             self._rows.pop(row, None)
         for new in plan.new_rows:
@@ -106,6 +129,22 @@ class FakeExecutor:
                 sampled.append(row)
                 token_ids.append(token)
         return StepResult(plan.step, plan.epoch, pack_ids(sampled), pack_ids(token_ids), {}, {}, elapsed_s=0.0)
+
+    def silent_ranks(self) -> list[int]:
+        return self._silent
+
+    def recover(self, lost: Iterable[int]) -> None:
+        if not self._recovers:
+            raise WorkerDiedError(min(lost), "killed by the test")
+        self.recovered.append(list(lost))
+        self._plans.clear()
+        self._rows.clear()
+
+    def describe_rank(self, rank: int) -> str:
+        return f"rank {rank}'s log is empty"
+
+    def check(self) -> None:
+        pass
 
     def close(self) -> None:
         self.closed = True

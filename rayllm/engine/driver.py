@@ -21,7 +21,7 @@ from rayllm.config import RAY_NAMESPACE, ResolvedConfig
 from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
 from rayllm.engine.loop import EngineLoop
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
-from rayllm.executor.executor import Executor
+from rayllm.executor.executor import Executor, Selectable
 from rayllm.executor.worker import RunnerFactory, WorkerPlace, await_ends, death_reason, worker_place
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,10 @@ class Steps(Protocol):
 
     def step(self) -> bool: ...
 
-    def fail(self, error: EngineError) -> None: ...
+    def check(self) -> None: ...
+
+    @property
+    def is_interrupted(self) -> bool: ...
 
 
 def run_loop(
@@ -55,15 +58,12 @@ def run_loop(
     """The loop's thread: messages in, a step, and so on until `stop` is set (and `link.wake` called). Without
     work it blocks until a message comes or a worker is lost.
 
-    When the executor is lost, `recover` decides; if it cannot mend, `on_failed` is told once, and from then
-    on the loop only answers: new requests are refused with the reason.
+    A lost worker is the loop's to have replaced. When that fails, `on_failed` is told once, and from then on the loop
+    only answers: new requests are refused with the reason.
     """
-    failed = False
     with selectors.DefaultSelector() as idle:
         idle.register(link, selectors.EVENT_READ)
-        results = executor.result_socket()
-        if results is not None:
-            idle.register(results, selectors.EVENT_READ)
+        watched: Selectable | None = None
         while not stop.is_set():
             for client, event in link.drain():
                 if isinstance(event, ClientGone):
@@ -73,26 +73,17 @@ def run_loop(
             try:
                 if loop.step():
                     continue
-                if not failed:
-                    executor.check()
+                loop.check()
             except EngineError as error:
-                if recover(loop, error):
-                    continue
-                failed = True
-                if results is not None:
-                    idle.unregister(results)
                 on_failed(error)
+            results = None if loop.is_interrupted else executor.result_socket()
+            if results is not watched:
+                if watched is not None:
+                    idle.unregister(watched)
+                if results is not None:
+                    idle.register(results, selectors.EVENT_READ)
+                watched = results
             idle.select()
-
-
-def recover(loop: Steps, error: EngineError) -> bool:
-    """Mends what a lost worker broke; False: it cannot, and every open request has been told so.
-
-    Nothing is mended yet. Replacing the lost rank, rebuilding the group under a new epoch and letting the
-    sequences catch up belongs here.
-    """
-    loop.fail(error)
-    return False
 
 
 # ---------------------------------------------------------------------------------------------- the driver
@@ -136,7 +127,8 @@ class Driver:
         try:
             self.executor = self._make_executor(config, self._set_stage)
             self.link = ClientLink()
-            loop = EngineLoop(config, build_scheduler(config, self.executor.num_blocks), self.executor, self.link.send)
+            scheduler = build_scheduler(config, self.executor.num_blocks)
+            loop = EngineLoop(config, scheduler, self.executor, self.link.send, wake=self.link.wake)
         except BaseException as error:
             self.stage = f"failed: {error}"
             self.close()

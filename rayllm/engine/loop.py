@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.admission import check_request
-from rayllm.errors import EngineError, RequestError
+from rayllm.engine.admission import Admission, check_request
+from rayllm.engine.supervisor import Outcome, Supervisor
+from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
     Abort,
@@ -34,6 +35,9 @@ from rayllm.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
+MAX_FAULTS_OF_REQUEST = 3
+"""A request in the plans at so many faults is refused: it may be what kills the workers."""
+
 Client = Hashable
 Outbox = Callable[[Client, DriverMessage], None]
 
@@ -45,6 +49,8 @@ class _Totals:
     num_steps: int = 0
     step_wait_s: float = 0.0
     worker_s: float = 0.0
+    num_replays: int = 0
+    num_recomputed_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -56,12 +62,16 @@ class _Open:
     sequences: dict[int, Sequence]
     deadline_s: float | None
     unfinished: set[int] = field(default_factory=set)
+    num_faults: int = 0
+    """Faults at which it was in a plan that was out."""
 
 
 class EngineLoop:
     """Drives one scheduler over one executor. Call `submit` and `step` from the same thread.
 
-    `outbox(client, message)` delivers; it must not block. `wall_clock` is Unix time, for deadlines.
+    `outbox(client, message)` delivers; it must not block. `wall_clock` is Unix time, for deadlines; `clock` is
+    monotonic. `wake` is called from another thread when `step` has something to do again after a fault; without it
+    workers are replaced inside `step`.
     """
 
     def __init__(
@@ -71,12 +81,18 @@ class EngineLoop:
         executor: Executor,
         outbox: Outbox,
         wall_clock: Callable[[], float] = time.time,
+        wake: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._config = config
         self._scheduler = scheduler
         self._executor = executor
         self._outbox = outbox
         self._wall_clock = wall_clock
+        self._admission = Admission(config, scheduler, wall_clock)
+        self._clock = clock
+        self._supervisor = Supervisor(executor, wake, clock)
+        self._progress_at = clock()
         self._open: dict[str, _Open] = {}
         self._streams: dict[tuple[Client, int], tuple[str, int]] = {}
         self._pending: dict[Client, list[TokenDelta]] = {}
@@ -102,11 +118,18 @@ class EngineLoop:
             if self._failure is not None:
                 raise self._failure
             check_request(request, self._config)
+            self._admission.check(request)
+        except OverloadedError as error:
+            finish = Finish("error", code="overloaded", message=str(error), retry_after_s=error.retry_after_s)
+            self._refuse(client, streams, finish)
+            return
         except (RequestError, EngineError) as error:
             self._refuse(client, streams, Finish("error", code=error.code, message=str(error)))
             return
         # Clients choose their ids freely; the scheduler's must be unique among all of them.
         request = msgspec.structs.replace(request, request_id=f"{client}/{message.stream}")
+        if not self._scheduler.has_work:
+            self._progress_at = self._clock()
         sequences = {sequence.choice: sequence for sequence in self._scheduler.add(request)}
         self._open[request.request_id] = _Open(
             client, message.stream, sequences, request.deadline_s, unfinished=set(sequences)
@@ -150,15 +173,15 @@ class EngineLoop:
 
     def step(self) -> bool:
         """One turn: plan and send where the pipeline has room, then take the oldest result when it is full or nothing
-        more can be planned. False: there is nothing to do until a message comes.
+        more can be planned. False: there is nothing to do until a message comes, or a lost worker is replaced.
 
-        Raises `EngineError` when the executor is lost; by then every open request has been told.
+        Raises `EngineError` when the executor is lost for good; by then every open request has been told.
         """
         if self._failure is not None:
             return False
         self._expire()
         try:
-            return self._turn()
+            return self._is_mended() and self._turn()
         except EngineError as error:
             self.fail(error)
             raise
@@ -168,22 +191,67 @@ class EngineLoop:
             self.fail(failure)
             raise failure from error
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the workers are lost, for good or until they are replaced: nothing comes from them."""
+        return self._failure is not None or self._supervisor.mending
+
+    def check(self) -> None:
+        """For a loop without work: looks for a lost worker, and has it replaced."""
+        if self._failure is None and not self._supervisor.mending:
+            try:
+                self._executor.check()
+            except WorkerDiedError as fault:
+                self._supervisor.mend(fault)
+
     def _turn(self) -> bool:
         scheduler, executor = self._scheduler, self._executor
         plan = scheduler.plan() if scheduler.num_uncommitted < executor.pipeline_depth else None
         if plan is not None:
-            executor.send(plan)
+            self._supervisor.send(plan)
             if scheduler.num_uncommitted < executor.pipeline_depth:
                 return True
         if scheduler.num_uncommitted == 0:
             return False
-        result = executor.receive(None)
+        try:
+            result = self._supervisor.receive()
+        except TimeoutError:
+            self._supervisor.investigate()
+            return True
+        except WorkerDiedError as fault:
+            self._supervisor.mend(fault)
+            return True
         totals = self._totals
         totals.num_steps += 1
         totals.step_wait_s += result.waited_s
         totals.worker_s += result.elapsed_s
+        self._progress_at = self._clock()
         self._deliver(scheduler.commit(result))
         return True
+
+    def _is_mended(self) -> bool:
+        """Whether steps may go on; after a fault, from the tokens committed and with nothing else."""
+        if not self._supervisor.mending:
+            return True
+        outcome = self._supervisor.outcome()
+        if outcome is Outcome.MENDED:
+            self._rewind()
+        return outcome is not None
+
+    def _rewind(self) -> None:
+        scheduler, totals = self._scheduler, self._totals
+        for request_id in scheduler.planned_requests():
+            self._open[request_id].num_faults += 1
+        totals.num_replays += scheduler.num_running
+        totals.num_recomputed_tokens += scheduler.num_slots_filled
+        blamed = {id_: open_.num_faults for id_, open_ in self._open.items() if open_.num_faults > 1}
+        scheduler.rewind(self._supervisor.epoch, suspects=blamed)
+        self._progress_at = self._clock()
+        for request_id, num_faults in blamed.items():
+            if num_faults >= MAX_FAULTS_OF_REQUEST:
+                message = f"workers failed {num_faults} times while this request ran: it is not tried again"
+                self._end(request_id, Finish("error", code="poison_request", message=message))
+        self._flush()
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
@@ -237,11 +305,15 @@ class EngineLoop:
 
     def stats(self, ticket: int = 0) -> EngineStats:
         """Counters and gauges as they stand."""
-        scheduler, totals = self._scheduler, self._totals
+        scheduler, totals, supervisor = self._scheduler, self._totals, self._supervisor
+        stalled_s = self._clock() - self._progress_at if scheduler.has_work else 0.0
+        reason = str(self._failure or "")
+        if not reason and not supervisor.mending and stalled_s > 2 * supervisor.limit_s():
+            reason = f"work waits and no step was finished for {stalled_s:.1f} s"
         return EngineStats(
             ticket=ticket,
-            healthy=self._failure is None,
-            reason=str(self._failure or ""),
+            healthy=not reason,
+            reason=reason,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_blocks=self._executor.num_blocks,
@@ -254,6 +326,13 @@ class EngineLoop:
             prefix_hits=scheduler.prefix_hits,
             num_steps=totals.num_steps,
             step_wait_s=totals.step_wait_s,
+            stalled_s=stalled_s,
+            recovering=supervisor.mending,
+            num_faults=supervisor.figures.num_faults,
+            detection_s=supervisor.figures.detection_s,
+            gap_s=supervisor.figures.gap_s,
+            num_replays=totals.num_replays,
+            num_recomputed_tokens=totals.num_recomputed_tokens,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from rayllm.messages import StepPlan, StepResult
@@ -40,6 +41,26 @@ class Executor(Protocol):
 
     def result_socket(self) -> Selectable | None:
         """Readable when a result or a loss may be there; None where `receive` itself computes."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """All of them."""
+
+    def silent_ranks(self) -> list[int]:
+        """Ranks whose process does not answer within a second: stopped, frozen or unreachable. One that waits for its
+        peers in a step does answer.
+        """
+
+    def recover(self, lost: Sequence[int]) -> None:
+        """Ends the ranks in `lost` and any other that is dead, puts new ones in their place, and has all of them start
+        anew with no rows and no plans. The others keep their weights. May be called from another thread than the
+        rest, while nothing else is.
+
+        Raises `EngineError` where replacements fail too.
+        """
+
+    def describe_rank(self, rank: int) -> str:
+        """Where the rank lives or lived, and the last lines of its log."""
 
     def close(self) -> None:
         """Ends the workers and leaves nothing behind; idempotent."""

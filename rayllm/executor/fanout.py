@@ -103,12 +103,17 @@ class WorkerLinks:
         if self._losses:
             self._raise_loss()
 
-    def report_loss(self, rank: int, reason: str) -> None:
-        """Ray says that the worker's process has ended, and why. From any thread."""
+    def dead_ranks(self) -> set[int]:
+        """Ranks that are known to have died, rather than to have failed in a step."""
+        with self._lock:
+            return {rank for rank, loss in self._losses.items() if loss.died}
+
+    def report_loss(self, rank: int, reason: str, *, died: bool = True) -> None:
+        """Ray says that the worker's process has ended, or has stopped serving, and why. From any thread."""
         with self._lock:
             known = self._losses.get(rank)
-            if known is None or known.died:
-                self._losses[rank] = _Loss(rank, reason, died=True, certain=True)
+            if known is None or (known.died and died):
+                self._losses[rank] = _Loss(rank, reason, died=died, certain=True)
             if not self._closed:
                 with contextlib.suppress(OSError):
                     self._wake_in.send(b"\0")

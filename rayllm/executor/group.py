@@ -1,13 +1,14 @@
-"""Worker actors in a placement group, their readiness and their liveness, behind the `Executor` interface."""
+"""Worker actors in a placement group, their readiness, liveness and replacement, behind the `Executor` interface."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayllm.config import ResolvedConfig
-from rayllm.errors import EngineError, RayLLMError, WorkerDiedError
+from rayllm.errors import ConfigError, EngineError, RayLLMError, WorkerDiedError
 from rayllm.executor.channel import Channel, Listener
 from rayllm.executor.executor import Selectable
 from rayllm.executor.fanout import WorkerLinks
@@ -29,6 +30,8 @@ from rayllm.executor.worker import (
     WorkerPlace,
     await_ends,
     death_reason,
+    kill_process,
+    log_tail,
     worker_environment,
 )
 from rayllm.messages import StepPlan, StepResult
@@ -36,6 +39,15 @@ from rayllm.messages import StepPlan, StepResult
 log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 1.0
+"""For a rank in its steps to say that it lives."""
+_QUIET_S = 5.0
+_START_ANSWER_TIMEOUT_S = 15.0
+"""The same for a rank that starts, asked after `_QUIET_S`: loading a library can hold up all of a process's threads."""
+_SETTLE_S = 2.0
+"""For survivors to notice that their peer or the driver has left them."""
+_MAX_ATTEMPTS = 3
+_HEALTH = "health"
 
 Stage = Callable[[str], None]
 
@@ -46,6 +58,10 @@ class WorkerGroup:
     Ready when constructed; `on_stage` is told in a few words what is being waited for. Raises `ConfigError`
     where the cluster has no room, the runner's own error where a rank cannot load, `WorkerDiedError` where
     one dies on the way. Without a `placement_group` it makes one, and removes it at `close`.
+
+    A group of ranks that compute together lives until one of them is lost. `recover` fills the place of the lost one,
+    from the standby where there is one, and joins all in a new group: new store, new sockets, new token, so that
+    nothing which the old group may yet say is heard.
     """
 
     pipeline_depth = 2
@@ -57,24 +73,44 @@ class WorkerGroup:
         placement_group: Any = None,
         runner_factory: RunnerFactory | None = None,
     ):
+        if config.engine.standby == "weights" and config.device != "cpu":
+            raise ConfigError(
+                "standby='weights' keeps a second copy of the model in host memory and works on CPU only: "
+                "set standby='process'"
+            )
         self._config = config
         self._on_stage = on_stage
+        self._runner_factory = runner_factory
         self._owned_group: Any = None
         self._own_node = ray.get_runtime_context().get_node_id()
-        self._actors: list[Any] = []
+        self._actors: dict[int, Any] = {}
+        self._places: dict[int, WorkerPlace] = {}
+        self._loaded: set[int] = set()
+        self._standby: _Standby | None = None
         self._links: WorkerLinks | None = None
-        self._run_refs: list[Any] = []
+        self._run_refs: dict[int, Any] = {}
         self._watcher: threading.Thread | None = None
+        self._lock = threading.Lock()  # makes and ends actors
+        self._closed = False
+        self.ranks = range(config.engine.tensor_parallel_size)
         self.num_blocks = 0
-        self.places: list[WorkerPlace] = []
         try:
             if placement_group is None:
                 on_stage("placing workers")
                 placement_group = self._owned_group = create_placement_group(config)
-            self._start(placement_group, runner_factory)
+            self._placement_group = placement_group
+            nodes = {*placement_group_table(placement_group)["bundles_to_node_id"].values(), self._own_node}
+            self._single_node = len(nodes) == 1
+            self._bring_up(self.ranks)
+            self._prepare_standby()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def places(self) -> list[WorkerPlace]:
+        """Where each rank lives, in order of rank."""
+        return [self._places[rank] for rank in sorted(self._places)]
 
     # ------------------------------------------------------------------------------------------- the Executor
 
@@ -90,66 +126,185 @@ class WorkerGroup:
     def result_socket(self) -> Selectable | None:
         return self._connected().result_socket()
 
+    def describe_rank(self, rank: int) -> str:
+        place = self._places.get(rank)
+        if place is None:
+            return "it was never placed"
+        text = f"node {place.node_id}, host {place.host}"
+        tail = log_tail(place) if place.node_id == self._own_node else ""
+        return f"{text}; its log ends:\n{tail}" if tail else text
+
+    def silent_ranks(self) -> list[int]:
+        return self._silent(self.ranks, _ANSWER_TIMEOUT_S)
+
+    def recover(self, lost: Sequence[int]) -> None:
+        missing = {*lost, *self._connected().dead_ranks()}
+        self._connected().close()
+        missing |= self._end(missing)
+        missing |= self._end(self._settle([rank for rank in self.ranks if rank not in missing]))
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                self._bring_up(sorted(missing))
+                break
+            except WorkerDiedError as error:
+                log.warning("attempt %d to replace worker ranks %s: %s", attempt, sorted(missing), error)
+                missing = {error.rank, *(rank for rank in self.ranks if rank not in self._loaded)}
+                if attempt == _MAX_ATTEMPTS:
+                    reason = f"{error.reason}, at attempt {attempt} to replace it; {self.describe_rank(error.rank)}"
+                    raise WorkerDiedError(error.rank, reason) from error
+                self._end(missing)
+        self._prepare_standby()
+        self._on_stage("ready")
+
     def close(self) -> None:
         """Ends all workers and waits until Ray has seen them end."""
+        with self._lock:
+            self._closed = True
         if self._links is not None:
             self._links.close()
-        for actor in self._actors:
+        places = [*self._places.values(), *self._drop_standby()]
+        for actor in self._actors.values():
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
-        await_ends(place for place in self.places if place.node_id == self._own_node)
+        for place in places:
+            if place.node_id == self._own_node:
+                kill_process(place)  # one that is stopped does not hear Ray
+        await_ends(place for place in places if place.node_id == self._own_node)
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join(END_TIMEOUT_S)
-        self._actors, self._run_refs, self._watcher, self.places = [], [], None, []
+        self._actors, self._places, self._run_refs, self._watcher = {}, {}, {}, None
         if self._owned_group is not None:
             with contextlib.suppress(Exception):
                 remove_placement_group(self._owned_group)
             self._owned_group = None
 
-    # ------------------------------------------------------------------------------------------------ start
+    # ------------------------------------------------------------------------------------------ start and restart
 
-    def _start(self, placement_group: Any, runner_factory: RunnerFactory | None) -> None:
-        size = self._config.engine.tensor_parallel_size
-        nodes = {*placement_group_table(placement_group)["bundles_to_node_id"].values(), self._own_node}
-        single_node = len(nodes) == 1
-        self._on_stage(f"starting {size} worker{'s' * (size > 1)}")
-        environment = worker_environment(self._config, single_node)
-        self._actors = [
-            _create_actor(self._config, rank, placement_group, environment, runner_factory) for rank in range(size)
-        ]
-        self.places = self._all([actor.place.remote() for actor in self._actors])
-        store = None
-        if size > 1:
-            host = LOOPBACK if single_node else self.places[0].host
-            store = self._all([self._actors[0].open_store.remote(host)])[0]
+    def _bring_up(self, new: Sequence[int]) -> None:
+        """Makes the ranks `new`, then has all compute together. Raises `WorkerDiedError`, its rank to be replaced."""
+        self._on_stage(f"starting {len(new)} worker{'s' * (len(new) > 1)}")
+        fresh = [rank for rank in new if not self._promote(rank)]
+        for rank in fresh:
+            self._make_actor(rank)
+        self._places |= self._all({rank: self._actors[rank].place.remote() for rank in fresh}, are_up=False)
         self._on_stage("loading weights")
-        self.num_blocks = min(self._all([actor.load.remote(store) for actor in self._actors]))
+        num_blocks = self._all({rank: self._actors[rank].load.remote() for rank in new})
+        self._loaded.update(new)
+        # A replacement is given what the first one had: what its predecessor held is free, or about to be.
+        self.num_blocks = self.num_blocks or min(num_blocks.values())
         self._on_stage("warming up")
-        self._all([actor.start.remote(self.num_blocks) for actor in self._actors])
-        self._links = WorkerLinks(self._connect(single_node))
-        self._watcher = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
+        if len(self.ranks) > 1:
+            host = LOOPBACK if self._single_node else self._places[0].host
+            store = self._all({0: self._actors[0].open_store.remote(host)})[0]
+            self._all({rank: self._actors[rank].join.remote(store) for rank in self.ranks})
+        self._all({rank: self._actors[rank].start.remote(self.num_blocks) for rank in self.ranks})
+        self._links = WorkerLinks(self._connect())
+        self._watcher = threading.Thread(
+            target=_watch, args=(self._run_refs, self._links), name="worker-watch", daemon=True
+        )
         self._watcher.start()
 
-    def _connect(self, single_node: bool) -> list[Channel]:
+    def _make_actor(self, rank: int) -> None:
+        with self._lock:
+            self._raise_if_closed()
+            self._actors[rank] = self._create_actor(rank, rank + 1, self._placement_group.bundle_specs[rank + 1])
+
+    def _create_actor(self, rank: int | None, bundle_index: int, resources: Mapping[str, float]) -> Any:
+        options = {
+            "num_cpus": resources.get("CPU", 0),
+            "num_gpus": resources.get("GPU", 0),
+            "max_restarts": 0,
+            "concurrency_groups": {_HEALTH: 1},
+            "runtime_env": {"env_vars": worker_environment(self._config, self._single_node)},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._placement_group, placement_group_bundle_index=bundle_index
+            ),
+        }
+        return ray.remote(**options)(WorkerActor).remote(self._config, rank, self._runner_factory)
+
+    def _end(self, ranks: Iterable[int]) -> set[int]:
+        """Ends these ranks' processes, also where they are stopped; a rank that Ray cannot end now is cut off by its
+        closed socket.
+        """
+        ranks = set(ranks)
+        for rank in ranks:
+            self._loaded.discard(rank)
+            actor, place = self._actors.pop(rank, None), self._places.get(rank)
+            local = place is not None and place.node_id == self._own_node
+            if place is not None and local:
+                kill_process(place)
+            if actor is not None:
+                with contextlib.suppress(Exception):
+                    ray.kill(actor, no_restart=True)
+            if place is not None and local and self._config.device == "cuda":
+                await_ends([place])  # its memory is needed
+        return ranks
+
+    def _settle(self, survivors: Sequence[int]) -> set[int]:
+        """Waits until the survivors have left their steps; those that do not, even when told, are returned."""
+        refs = {self._run_refs[rank]: rank for rank in survivors if rank in self._run_refs}
+        _, stuck = ray.wait(list(refs), num_returns=len(refs), timeout=_SETTLE_S) if refs else ([], [])
+        if stuck:
+            for ref in stuck:
+                self._actors[refs[ref]].abort.options(concurrency_group=_HEALTH).remote()
+            _, stuck = ray.wait(stuck, num_returns=len(stuck), timeout=_SETTLE_S)
+        return {refs[ref] for ref in stuck}
+
+    # ------------------------------------------------------------------------------------------------ standby
+
+    def _prepare_standby(self) -> None:
+        """Has a spare worker get ready, beside the others' work."""
+        with self._lock:
+            if self._standby is not None or self._closed or self._config.engine.standby == "off":
+                return
+            actor = self._create_actor(None, 0, {})
+            self._standby = _Standby(actor, actor.place.remote(), actor.prepare.remote())
+
+    def _promote(self, rank: int) -> bool:
+        """The standby takes the rank, where there is one and it lives on the lost one's node."""
+        with self._lock:
+            standby, old = self._standby, self._places.get(rank)
+            if standby is None or old is None:
+                return False
+            place = standby.place(_ANSWER_TIMEOUT_S)
+            if place is None or place.node_id != old.node_id:
+                return False
+            self._standby = None
+            self._actors[rank] = standby.actor
+            self._places[rank] = dataclasses.replace(place, devices=old.devices)
+        self._actors[rank].take.remote(rank, old.devices)  # where it has died, the next call tells
+        return True
+
+    def _drop_standby(self) -> list[WorkerPlace]:
+        """Ends the standby; where it lived."""
+        standby, self._standby = self._standby, None
+        if standby is None:
+            return []
+        place = standby.place(0)
+        with contextlib.suppress(Exception):
+            ray.kill(standby.actor, no_restart=True)
+        return [place] if place is not None else []
+
+    # ------------------------------------------------------------------------------------------------ channels
+
+    def _connect(self) -> list[Channel]:
         """Has every rank run, and returns their channels in order of rank. The listener lives only this
         long.
         """
         token = secrets.token_hex(16)
-        listener = Listener(token, None if single_node else ray.util.get_node_ip_address())
+        listener = Listener(token, None if self._single_node else ray.util.get_node_ip_address())
         channels: dict[int, Channel] = {}
         try:
-            self._run_refs = [actor.run.remote(listener.address, token) for actor in self._actors]
+            self._run_refs = {rank: self._actors[rank].run.remote(listener.address, token) for rank in self.ranks}
             deadline = time.monotonic() + _CONNECT_TIMEOUT_S
-            while len(channels) < len(self._actors):
+            while len(channels) < len(self.ranks):
                 try:
                     channel = listener.accept(0.5)
                 except TimeoutError:
-                    self._raise_ended(self._run_refs)
+                    _raise_ended(self._run_refs)
                     if time.monotonic() > deadline:
-                        missing = sorted({*range(len(self._actors))} - {*channels})
-                        raise EngineError(
-                            f"worker ranks {missing} did not connect in {_CONNECT_TIMEOUT_S:g} s"
-                        ) from None
+                        missing = min({*self.ranks} - {*channels})
+                        raise WorkerDiedError(missing, f"it did not connect in {_CONNECT_TIMEOUT_S:g} s") from None
                     continue
                 channels[int(channel.peer)] = channel
         except BaseException:
@@ -160,72 +315,88 @@ class WorkerGroup:
             listener.close()
         for rank, channel in channels.items():
             channel.admit(f"worker rank {rank}")
-        return [channels[rank] for rank in range(len(self._actors))]
+        return [channels[rank] for rank in self.ranks]
 
-    def _all(self, refs: Sequence[Any]) -> list[Any]:
-        """Every rank's answer; the first failure ends the wait."""
-        pending = list(refs)
+    # ------------------------------------------------------------------------------------------------ Ray calls
+
+    def _all(self, refs: dict[int, Any], *, are_up: bool = True) -> dict[int, Any]:
+        """Every rank's answer; the first failure, or a rank that hangs, ends the wait. Ranks that are not up yet are
+        waited for as long as Ray takes to start them.
+        """
+        pending = list(refs.values())
         while pending:
-            done, pending = ray.wait(pending, num_returns=1)
-            self._raise_ended(done, refs)
-        return ray.get(list(refs))
+            done, pending = ray.wait(pending, num_returns=1, timeout=_QUIET_S)
+            _raise_ended({rank: ref for rank, ref in refs.items() if ref in done})
+            self._raise_if_closed()
+            if not done and are_up:
+                for rank in self._silent([r for r, ref in refs.items() if ref in pending], _START_ANSWER_TIMEOUT_S):
+                    raise WorkerDiedError(rank, "it hangs: its process does not answer")
+        return {rank: ray.get(ref) for rank, ref in refs.items()}
 
-    def _raise_ended(self, candidates: Sequence[Any], refs: Sequence[Any] | None = None) -> None:
-        refs = candidates if refs is None else refs
-        for ref in ray.wait(list(candidates), num_returns=len(candidates), timeout=0)[0]:
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, RayLLMError):
-                    raise cause from None
-                raise WorkerDiedError(refs.index(ref), one_line(cause)) from error
-            except ray.exceptions.RayError as error:
-                raise WorkerDiedError(refs.index(ref), death_reason(error)) from error
+    def _silent(self, ranks: Sequence[int], timeout_s: float) -> list[int]:
+        calls = {rank: self._actors[rank].alive.options(concurrency_group=_HEALTH).remote() for rank in ranks}
+        answered, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
+        return [rank for rank, ref in calls.items() if ref not in answered]
 
-    # ----------------------------------------------------------------------------------------------- liveness
-
-    def _watch(self) -> None:
-        """Waits for any `run` to return: none does while all is well. Ends when all have."""
-        ranks, links = {ref: rank for rank, ref in enumerate(self._run_refs)}, self._connected()
-        while ranks:
-            try:
-                done, _ = ray.wait(list(ranks), num_returns=1)
-            except Exception:  # Ray itself was shut down, the workers with it
-                for rank in ranks.values():
-                    links.report_loss(rank, "Ray was shut down")
-                return
-            for ref in done:
-                links.report_loss(ranks.pop(ref), _end_reason(ref))
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is being closed")
 
     def _connected(self) -> WorkerLinks:
         assert self._links is not None, "the group is not ready"
         return self._links
 
 
-def _create_actor(
-    config: ResolvedConfig,
-    rank: int,
-    group: Any,
-    environment: dict[str, str],
-    runner_factory: RunnerFactory | None,
-) -> Any:
-    bundle = group.bundle_specs[rank + 1]
-    options = {
-        "num_cpus": bundle["CPU"],
-        "num_gpus": bundle.get("GPU", 0),
-        "max_restarts": 0,
-        "runtime_env": {"env_vars": environment},
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
-    }
-    return ray.remote(WorkerActor).options(**options).remote(config, rank, runner_factory)
+@dataclasses.dataclass(frozen=True)
+class _Standby:
+    """A worker without a rank, and what it was asked."""
+
+    actor: Any
+    place_ref: Any
+    prepared_ref: Any
+
+    def place(self, timeout_s: float) -> WorkerPlace | None:
+        """Where it lives; None where it does not yet, or no longer."""
+        try:
+            place: WorkerPlace = ray.get(self.place_ref, timeout=timeout_s)
+        except ray.exceptions.RayError:
+            return None
+        return place
 
 
-def _end_reason(ref: Any) -> str:
+def _raise_ended(refs: Mapping[int, Any]) -> None:
+    """Raises the failure of any of the calls that has ended with one, under its rank."""
+    ranks = {ref: rank for rank, ref in refs.items()}
+    for ref in ray.wait(list(ranks), num_returns=len(ranks), timeout=0)[0] if ranks else []:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RayLLMError):
+                raise cause from None
+            raise WorkerDiedError(ranks[ref], one_line(cause)) from error
+        except ray.exceptions.RayError as error:
+            raise WorkerDiedError(ranks[ref], death_reason(error)) from error
+
+
+def _watch(run_refs: Mapping[int, Any], links: WorkerLinks) -> None:
+    """Waits for any `run` to return: none does while all is well. Ends when all have."""
+    ranks = {ref: rank for rank, ref in run_refs.items()}
+    while ranks:
+        try:
+            done, _ = ray.wait(list(ranks), num_returns=1)
+        except Exception:  # Ray itself was shut down, the workers with it
+            for rank in ranks.values():
+                links.report_loss(rank, "Ray was shut down")
+            return
+        for ref in done:
+            _report_end(ranks.pop(ref), ref, links)
+
+
+def _report_end(rank: int, ref: Any, links: WorkerLinks) -> None:
     try:
-        reason = ray.get(ref)
+        links.report_loss(rank, ray.get(ref) or "it stopped serving", died=False)
     except ray.exceptions.RayTaskError as error:
-        return one_line(error.cause)
+        links.report_loss(rank, one_line(error.cause), died=False)
     except Exception as error:
-        return death_reason(error)
-    return reason or "it stopped serving"
+        links.report_loss(rank, death_reason(error))

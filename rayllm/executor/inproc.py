@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 from rayllm.config import ResolvedConfig
@@ -16,7 +17,8 @@ class StepRunner(Protocol):
 
     def num_blocks_available(self) -> int: ...
 
-    def start(self, num_blocks: int) -> None: ...
+    def start(self, num_blocks: int) -> None:
+        """Allocates the KV pool when first called; begins with no rows every time."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 
@@ -64,6 +66,22 @@ class InprocExecutor:
 
     def result_socket(self) -> Selectable | None:
         return None
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        return (0,)
+
+    def silent_ranks(self) -> list[int]:
+        return []  # the caller is the worker
+
+    def recover(self, lost: Sequence[int]) -> None:
+        """The same runner with its rows forgotten: what failed was a step."""
+        self._plans.clear()
+        self._runner.start(self.num_blocks)
+        self._failure = None
+
+    def describe_rank(self, rank: int) -> str:
+        return "it runs in this process"
 
     def close(self) -> None:
         self._plans.clear()

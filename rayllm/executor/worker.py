@@ -1,4 +1,5 @@
-"""A worker process: joins its peers, loads its shard, then does what plans say until the driver hangs up.
+"""A worker process: loads its shard, joins its peers, then does what plans say until the driver hangs up or a peer
+is lost. Then it waits, weights in hand, to be joined to new peers.
 
 torch is imported inside functions: the driver imports this module to make the actors and never needs torch.
 """
@@ -10,11 +11,14 @@ import gc
 import logging
 import os
 import re
+import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -30,9 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-COLLECTIVE_TIMEOUT_S = 300.0
-"""Generous: the first collectives wait for the slowest rank's weights. Hangs in a step are the driver's to
-notice.
+COLLECTIVE_TIMEOUT_S = {"cpu": 10.0, "cuda": 60.0}
+"""The second line against hangs, behind the driver's watch over steps. Peers join when all have loaded their weights;
+on a GPU their first steps may compile kernels, each at its own pace.
 """
 END_TIMEOUT_S = 10.0
 
@@ -48,53 +52,112 @@ class WorkerPlace:
     host: str
     devices: tuple[str, ...]
     """What Ray gave it: `cuda:` and the GPU's id on its node, or `cpu`."""
+    log_path: str = ""
+    """The file on its node that its errors are written to."""
 
 
 class WorkerLoop:
-    """One rank's life, without Ray: `open_store` (rank 0), `load`, `start`, `serve`, in this order."""
+    """One rank's life, without Ray: `load`, then for each group of peers `open_store` (rank 0), `join`, `start`,
+    `serve`, in this order.
 
-    def __init__(self, config: ResolvedConfig, rank: int, runner_factory: RunnerFactory | None = None):
+    A standby has no rank until it takes one; it may `prepare` before.
+    """
+
+    def __init__(self, config: ResolvedConfig, rank: int | None, runner_factory: RunnerFactory | None = None):
         self._config = config
-        self._rank = rank
+        self.rank = rank
         self._runner_factory = runner_factory or load_runner
         self._store: Any = None
         self._runner: StepRunner | None = None
+        self._spare: dict[int, StepRunner] = {}
 
-    def open_store(self, host: str) -> Address:
-        """Opens the rendezvous store of the process group on this node, listening on `host` alone."""
+    def prepare(self) -> None:
+        """Imports what a rank needs; with `standby="weights"` also loads every rank's shard, as nobody knows which one
+        will be lost.
+        """
+        import rayllm.runner.runner  # noqa: F401
+
+        size = self._config.engine.tensor_parallel_size
+        if self._config.engine.standby == "weights":
+            self._spare = {rank: self._make_runner(rank) for rank in range(size)}
+
+    def take(self, rank: int, devices: Sequence[str]) -> None:
+        """Becomes `rank`, on the devices of the one it replaces; CUDA was not touched before."""
+        self.rank = rank
+        gpus = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+    def load(self) -> int:
+        """Loads the weights; returns the KV blocks there is room for.
+
+        Raises whatever the runner raises for a checkpoint it cannot load.
+        """
+        assert self.rank is not None, "a standby takes a rank first"
+        self._runner = self._spare.pop(self.rank, None) or self._make_runner(self.rank)
+        self._spare.clear()
+        return self._runner.num_blocks_available()
+
+    def _make_runner(self, rank: int) -> StepRunner:
+        import torch
+
+        from rayllm.distributed.groups import TensorParallel
+
+        torch.set_num_threads(self._config.num_threads)
+        if self._config.device == "cuda":
+            torch.cuda.set_device(0)  # Ray shows each worker its own GPU only
+        # No group: collectives use the process's default one, which is another one after a peer was replaced.
+        return self._runner_factory(self._config, TensorParallel(rank, self._config.engine.tensor_parallel_size))
+
+    def open_store(self, host: str) -> tuple[str, int]:
+        """Opens the rendezvous store of a new process group on this node, listening on `host` alone."""
         import torch.distributed as dist
 
+        self.leave()
         sock = listen_tcp(host)
         port = sock.getsockname()[1]
         fd = sock.detach()  # the store itself would listen on all interfaces
         self._store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
         return host, port
 
-    def load(self, store: Address | None) -> int:
-        """Joins the process group (no store: a single rank), loads the weights; returns the KV blocks there
-        is room for.
+    def join(self, store: tuple[str, int]) -> None:
+        """Forms the process group with all who are given the same store."""
+        import torch.distributed as dist
 
-        Raises whatever the runner raises for a checkpoint it cannot load.
-        """
-        import torch
+        device, rank, size = self._config.device, self.rank, self._config.engine.tensor_parallel_size
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S[device])
+        if rank != 0:
+            self.leave()
+            host, port = store
+            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        assert rank is not None
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout)
 
-        size = self._config.engine.tensor_parallel_size
-        torch.set_num_threads(self._config.num_threads)
-        if self._config.device == "cuda":
-            torch.cuda.set_device(0)  # Ray shows each worker its own GPU only
-        tp = _join(self._rank, size, self._config.device, self._store, store)
-        self._runner = self._runner_factory(self._config, tp)
-        return self._runner.num_blocks_available()
+    def leave(self) -> None:
+        """Out of the process group, if in one: peers that wait for this rank in a step fail at once."""
+        if "torch" not in sys.modules:
+            return
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            with contextlib.suppress(Exception):  # a broken group may fail to say goodbye
+                dist.destroy_process_group()
+        self._store = None
 
     def start(self, num_blocks: int) -> None:
-        """Allocates the KV pool and warms up."""
+        """Allocates the KV pool, when that is not done, forgets all rows, and computes a little with the peers."""
         runner = self._loaded()
         runner.start(num_blocks)
         runner.warm_up()
 
     def serve(self, channel: Channel) -> str | None:
         """Does plans until the driver hangs up (None) or a step fails (the reason, which the driver is told too)."""
-        return serve_plans(self._loaded(), self._rank, channel)
+        assert self.rank is not None
+        try:
+            return serve_plans(self._loaded(), self.rank, channel)
+        finally:
+            self.leave()
 
     def _loaded(self) -> StepRunner:
         assert self._runner is not None, "load() comes first"
@@ -136,47 +199,52 @@ def load_runner(config: ResolvedConfig, tp: TensorParallel) -> StepRunner:
     return Runner(config, tp)
 
 
-def _join(rank: int, size: int, device: str, own_store: Any, store: Address | None) -> TensorParallel:
-    import torch.distributed as dist
+def abort_collectives() -> None:
+    """Makes a collective that another thread of this process waits in fail."""
+    import torch.distributed.distributed_c10d as c10d
 
-    from rayllm.distributed.groups import TensorParallel
-
-    if size == 1:
-        return TensorParallel()
-    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    if own_store is None:
-        assert isinstance(store, tuple), "ranks above 0 need the store's address"
-        own_store = dist.TCPStore(*store, is_master=False, wait_for_workers=False, timeout=timeout)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", store=own_store, rank=rank, world_size=size, timeout=timeout
-    )
-    return TensorParallel(rank, size, dist.group.WORLD)
+    c10d._abort_process_group()
 
 
 class WorkerActor:
     """The Ray actor round a `WorkerLoop`. Its calls are of the lifecycle; steps go over the socket inside
-    `run`.
+    `run`. Those of the concurrency group `health` are answered while others run.
     """
 
-    def __init__(self, config: ResolvedConfig, rank: int, runner_factory: RunnerFactory | None = None):
-        self._rank = rank
+    def __init__(self, config: ResolvedConfig, rank: int | None, runner_factory: RunnerFactory | None = None):
         self._loop = WorkerLoop(config, rank, runner_factory)
+
+    def alive(self) -> None:
+        """Answered in `health`."""
+
+    def abort(self) -> None:
+        """Called in `health`."""
+        abort_collectives()
 
     def place(self) -> WorkerPlace:
         return worker_place()
 
-    def open_store(self, host: str) -> Address:
+    def prepare(self) -> None:
+        self._loop.prepare()
+
+    def take(self, rank: int, devices: tuple[str, ...]) -> None:
+        self._loop.take(rank, devices)
+
+    def load(self) -> int:
+        return self._loop.load()
+
+    def open_store(self, host: str) -> tuple[str, int]:
         return self._loop.open_store(host)
 
-    def load(self, store: Address | None) -> int:
-        return self._loop.load(store)
+    def join(self, store: tuple[str, int]) -> None:
+        self._loop.join(store)
 
     def start(self, num_blocks: int) -> None:
         self._loop.start(num_blocks)
 
     def run(self, driver: Address, token: str) -> str | None:
         """Connects to the driver and serves its plans; returns only when that is over."""
-        channel = connect(driver, token, str(self._rank), "the driver")
+        channel = connect(driver, token, str(self._loop.rank), "the driver")
         try:
             return self._loop.serve(channel)
         finally:
@@ -190,7 +258,10 @@ def worker_place() -> WorkerPlace:
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
     devices = tuple(f"cuda:{gpu}" for gpu in gpus) or ("cpu",)
-    return WorkerPlace(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), devices)
+    log_path = ""
+    with contextlib.suppress(OSError):
+        log_path = os.readlink("/proc/self/fd/2")
+    return WorkerPlace(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), devices, log_path)
 
 
 def await_ends(places: Iterable[WorkerPlace]) -> None:
@@ -202,6 +273,23 @@ def await_ends(places: Iterable[WorkerPlace]) -> None:
             log.warning("processes %s did not end within %g s", sorted(alive), END_TIMEOUT_S)
             return
         time.sleep(0.01)
+
+
+def kill_process(place: WorkerPlace) -> None:
+    """Ends a Ray worker process of this node that may not listen to Ray; nothing where it is gone already."""
+    with contextlib.suppress(OSError):
+        if b"ray::" in Path(f"/proc/{place.pid}/cmdline").read_bytes():  # the number may be another's by now
+            os.kill(place.pid, signal.SIGKILL)
+
+
+def log_tail(place: WorkerPlace, num_bytes: int = 1000) -> str:
+    """The last lines that a process of this node wrote; empty where there are none to be read."""
+    try:
+        with open(place.log_path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+            return file.read().decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _is_alive(pid: int) -> bool:

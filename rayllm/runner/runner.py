@@ -50,8 +50,7 @@ class Runner:
             load_format=config.engine.load_format,
             seed=config.engine.seed,
         )
-        max_blocks = -(-config.max_model_len // config.block_size)
-        self._rows = Rows(config.max_num_seqs, max_blocks, self._device)
+        self._rows = self._no_rows()
         self._sampler = Sampler(
             max_rows=config.max_num_seqs,
             vocab_size=spec.vocab_size,
@@ -60,6 +59,10 @@ class Runner:
             device=self._device,
         )
         self._kv: list[LayerKV] = []
+
+    def _no_rows(self) -> Rows:
+        max_blocks = -(-self._config.max_model_len // self._config.block_size)
+        return Rows(self._config.max_num_seqs, max_blocks, self._device)
 
     def num_blocks_available(self) -> int:
         """KV blocks this rank could hold; the engine takes the least of all ranks."""
@@ -72,8 +75,11 @@ class Runner:
         return tokens * decoder.widest * 4 * self._dtype.itemsize + logits
 
     def start(self, num_blocks: int) -> None:
-        """Allocates the KV pool."""
-        self._kv = allocate_kv(
+        """Allocates the KV pool, once; begins with no rows, every time. What the pool held is worth nothing then."""
+        self._rows = self._no_rows()
+        for row in range(self._config.max_num_seqs):
+            self._sampler.clear_row(row)
+        self._kv = self._kv or allocate_kv(
             self._config.shape.num_layers,
             num_blocks,
             self._decoder.num_local_kv_heads,

@@ -41,7 +41,8 @@ class _Executor(FakeExecutor):
     def check(self) -> None:
         self.num_checks += 1
         if self._lost:
-            raise WorkerDiedError(1, "lost while idle")
+            self._lost = False
+            raise WorkerDiedError(1, "killed by the test")
 
     def result_socket(self) -> Selectable | None:
         return self._wake_out
@@ -143,8 +144,28 @@ def test_without_work_the_loop_sleeps(make_engine: Callable[..., _Engine]) -> No
     assert engine.executor.num_checks == num_checks
 
 
-def test_a_worker_lost_in_a_step_ends_every_request_with_the_reason(make_engine: Callable[..., _Engine]) -> None:
-    engine = make_engine(die_at=3)
+def test_a_worker_lost_in_a_step_costs_no_request(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine(dies=[3])
+    request = make_request([1], max_tokens=20)
+    engine.client.submit(0, request)
+    assert _finish(engine.client, 0) == (expected_tokens(request), Finish("length"))
+    assert (engine.executor.recovered, engine.failures) == ([[1]], [])
+    assert engine.client.stats().num_faults == 1
+
+
+def test_a_worker_lost_without_work_is_replaced_at_once(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine()
+    engine.executor.lose()
+    _until(lambda: engine.executor.recovered == [[1]])
+    request = make_request([1], max_tokens=20)
+    engine.client.submit(0, request)
+    assert _finish(engine.client, 0) == (expected_tokens(request), Finish("length"))
+
+
+def test_a_worker_lost_for_good_in_a_step_ends_every_request_with_the_reason(
+    make_engine: Callable[..., _Engine],
+) -> None:
+    engine = make_engine(dies=[3], recovers=False)
     for stream in range(2):
         engine.client.submit(stream, make_request([1], max_tokens=50, seed=stream))
     ends: dict[int, Finish] = {}
@@ -155,11 +176,11 @@ def test_a_worker_lost_in_a_step_ends_every_request_with_the_reason(make_engine:
     _assert_failed(engine, "worker rank 1 failed: killed by the test")
 
 
-def test_a_worker_lost_without_work_is_noticed_at_once(make_engine: Callable[..., _Engine]) -> None:
-    engine = make_engine()
+def test_a_worker_lost_for_good_without_work_is_noticed_at_once(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine(recovers=False)
     engine.executor.lose()
     _until(lambda: bool(engine.failures))
-    _assert_failed(engine, "worker rank 1 failed: lost while idle")
+    _assert_failed(engine, "worker rank 1 failed: killed by the test")
 
 
 def _assert_failed(engine: _Engine, reason: str) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
+from collections.abc import Iterable
 
 import pytest
 from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_request
@@ -8,8 +10,8 @@ from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_reque
 from rayllm.engine.local import build_scheduler
 from rayllm.engine.loop import EngineLoop
 from rayllm.errors import WorkerDiedError
-from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, Submit
-from rayllm.request import Request, unpack_ids
+from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, StepResult, Submit
+from rayllm.request import Request, pack_ids, unpack_ids
 
 
 class _Clients:
@@ -157,8 +159,8 @@ def test_a_request_that_does_not_fit_the_model_is_refused_at_once(
     assert not loop.step()
 
 
-def test_a_dead_worker_ends_every_open_request_with_rank_and_reason() -> None:
-    loop, clients = _loop(FakeExecutor(die_at=3))
+def test_a_worker_lost_for_good_ends_every_open_request_with_rank_and_reason() -> None:
+    loop, clients = _loop(FakeExecutor(dies=[3], recovers=False))
     for stream in range(3):
         loop.submit("a", Submit(stream, make_request([1, 2, stream], max_tokens=20)))
     with pytest.raises(WorkerDiedError, match="rank 1"):
@@ -173,6 +175,200 @@ def test_a_dead_worker_ends_every_open_request_with_rank_and_reason() -> None:
     stats = loop.stats()
     assert not stats.healthy
     assert "rank 1" in stats.reason
+
+
+_MIXED = [
+    make_request([1, 2, 3], max_tokens=9, n=3, seed=5),
+    make_request([1, 2, 3, 4, 5, 6, 7, 8], max_tokens=5),
+    make_request([7] * 90, max_tokens=6),
+    make_request([9], max_tokens=30, stop_token_ids=(expected_tokens(make_request([9], max_tokens=12))[-1],)),
+]
+
+
+def _run_mixed(executor: FakeExecutor) -> tuple[EngineLoop, _Clients]:
+    loop, clients = _loop(executor, max_num_batched_tokens=32)
+    for number, request in enumerate(_MIXED):
+        loop.submit("a", Submit(10 * number, request))
+    _run(loop)
+    return loop, clients
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kind", ["dies", "hangs"])
+def test_a_fault_at_any_step_changes_no_token(kind: str, depth: int) -> None:
+    """Every boundary in turn: mixed sizes, several choices, a prompt in chunks, a stop token."""
+    undisturbed = FakeExecutor(pipeline_depth=depth)
+    _, expected = _run_mixed(undisturbed)
+    for step in range(1, len(undisturbed.sent) + 1):
+        loop, clients = _run_mixed(FakeExecutor(pipeline_depth=depth, **{kind: [step]}))  # type: ignore[arg-type]
+        assert clients.tokens == expected.tokens
+        assert clients.finishes == expected.finishes
+        stats = loop.stats()
+        assert (stats.num_faults, stats.healthy, stats.recovering) == (1, True, False)
+        assert stats.num_replays > 0 or step == len(undisturbed.sent)  # what the last one computes is past a stop token
+        assert stats.num_blocks_used == 0
+    assert expected.tokens["a", 0] == expected_tokens(_MIXED[0])
+
+
+def test_a_second_fault_before_any_step_came_changes_no_token() -> None:
+    _, expected = _run_mixed(FakeExecutor())
+    loop, clients = _run_mixed(FakeExecutor(dies=[4, 6]))
+    assert loop.stats().num_faults == 2
+    assert (clients.tokens, clients.finishes) == (expected.tokens, expected.finishes)
+
+
+def test_silent_ranks_are_replaced_and_no_others() -> None:
+    executor = FakeExecutor(hangs=[4], silent=[0])
+    _run_mixed(executor)
+    assert executor.recovered == [[0]]
+
+
+def test_where_all_ranks_live_the_step_is_waited_for_once_more_and_then_all_are_replaced() -> None:
+    class _Slow(FakeExecutor):
+        num_timeouts = 1
+
+        def receive(self, timeout_s: float | None) -> StepResult:
+            if self._plans[0].step == 4 and self.num_timeouts:
+                self.num_timeouts -= 1
+                raise TimeoutError("no result")
+            return super().receive(timeout_s)
+
+    _, expected = _run_mixed(FakeExecutor())
+    slow = _Slow(silent=[])
+    loop, clients = _run_mixed(slow)
+    assert (slow.recovered, loop.stats().num_faults) == ([], 0)
+    assert clients.tokens == expected.tokens
+    stuck = _Slow(silent=[])
+    stuck.num_timeouts = 2
+    loop, clients = _run_mixed(stuck)
+    assert (stuck.recovered, loop.stats().num_faults) == ([[0, 1]], 1)
+    assert clients.tokens == expected.tokens
+
+
+def test_cached_tokens_are_said_once() -> None:
+    def said(clients: _Clients) -> int:
+        messages = [message for _, message in clients.messages if isinstance(message, Deltas)]
+        return sum(delta.num_cached_tokens for message in messages for delta in message.deltas)
+
+    assert said(_run_mixed(FakeExecutor(dies=[6]))[1]) == said(_run_mixed(FakeExecutor())[1])
+
+
+class _Poisoned(FakeExecutor):
+    """Rank 1 dies whenever a sequence that begins with 13 is computed."""
+
+    def receive(self, timeout_s: float | None) -> StepResult:
+        plan = self._plans[0]
+        rows = {row: state["tokens"] for row, state in self._rows.items()}
+        rows |= {new.row: list(unpack_ids(new.tokens)) for new in plan.new_rows}
+        if any(rows[row][0] == 13 for row in unpack_ids(plan.rows)):
+            raise WorkerDiedError(1, "killed by a request")
+        return super().receive(timeout_s)
+
+
+def test_a_request_that_kills_its_worker_three_times_is_refused_alone() -> None:
+    executor = _Poisoned()
+    loop, clients = _loop(executor)
+    innocent = {stream: make_request([stream + 1, 2], max_tokens=12, seed=stream) for stream in range(5)}
+    for stream, request in innocent.items():
+        loop.submit("a", Submit(stream, request))
+    loop.submit("b", Submit(0, make_request([13, 1], max_tokens=12)))
+    _run(loop)
+    assert clients.finishes["b", 0].code == "poison_request"
+    assert clients.tokens["b", 0] == []
+    for stream, request in innocent.items():
+        assert clients.finishes["a", stream].reason == "length"
+        assert clients.tokens["a", stream] == expected_tokens(request)
+    assert len(executor.recovered) >= 3
+    assert loop.stats().healthy
+
+
+def test_a_machine_that_fails_at_every_step_is_given_up_with_rank_and_log() -> None:
+    executor = FakeExecutor(dies=range(1000))
+    loop, clients = _loop(executor)
+    for stream in range(100):
+        loop.submit("a", Submit(stream, make_request([1, stream], max_tokens=12)))
+    with pytest.raises(WorkerDiedError, match=r"rank 1 failed: killed by the test; 9 faults .*rank 1's log is empty"):
+        _run(loop)
+    assert not loop.stats().healthy
+    assert len(clients.finishes) == 100
+
+
+def test_answers_of_an_old_epoch_are_dropped() -> None:
+    class _Late(FakeExecutor):
+        late: StepResult | None = None
+
+        def receive(self, timeout_s: float | None) -> StepResult:
+            if self.recovered and self.late is not None:
+                late, self.late = self.late, None
+                return late
+            if self._plans[0].step == 4:
+                self.late = StepResult(4, 0, pack_ids([0]), pack_ids([77]), {}, {}, 0.0)
+            return super().receive(timeout_s)
+
+    _, expected = _run_mixed(FakeExecutor())
+    _, clients = _run_mixed(_Late(dies=[4]))
+    assert clients.tokens == expected.tokens
+
+
+def test_clients_are_answered_while_a_worker_is_replaced() -> None:
+    release, woken = threading.Event(), threading.Event()
+
+    class _SlowToRecover(FakeExecutor):
+        def recover(self, lost: Iterable[int]) -> None:
+            release.wait(10.0)
+            super().recover(lost)
+
+    config, executor, clients = fake_config(), _SlowToRecover(dies=[3]), _Clients()
+    scheduler = build_scheduler(config, executor.num_blocks)
+    loop = EngineLoop(config, scheduler, executor, clients, wake=woken.set)
+    request = make_request([1, 2], max_tokens=9)
+    loop.submit("a", Submit(0, request))
+    _run(loop)
+    stats = loop.stats()
+    assert (stats.recovering, stats.healthy, stats.num_faults, loop.is_interrupted) == (True, True, 1, True)
+    late = make_request([3, 4], max_tokens=5)
+    loop.submit("a", Submit(1, late))
+    loop.submit("a", Submit(2, late))
+    loop.submit("a", Abort(2))
+    assert not loop.step()
+    release.set()
+    assert woken.wait(10.0)
+    _run(loop)
+    assert clients.tokens == {("a", 0): expected_tokens(request), ("a", 1): expected_tokens(late)}
+    assert loop.stats().gap_s > 0
+
+
+def test_a_worker_lost_without_work_is_replaced_and_one_that_is_lost_again_and_again_is_given_up() -> None:
+    class _Lost(FakeExecutor):
+        def check(self) -> None:
+            raise WorkerDiedError(0, "out of memory")
+
+    executor = _Lost()
+    loop, _ = _loop(executor)
+    for _ in range(3):
+        loop.check()
+        loop.step()
+    assert executor.recovered == [[0]] * 3
+    loop.check()
+    with pytest.raises(WorkerDiedError, match="4 faults in a row without a finished step; rank 0's log"):
+        loop.step()
+    loop.check()
+    assert not loop.stats().healthy
+
+
+def test_work_that_waits_without_progress_is_not_healthy() -> None:
+    config, executor, now = fake_config(), FakeExecutor(), [100.0]
+    loop = EngineLoop(config, build_scheduler(config, 64), executor, _Clients(), clock=lambda: now[0])
+    now[0] = 1000.0
+    assert (loop.stats().healthy, loop.stats().stalled_s) == (True, 0.0)
+    loop.submit("a", Submit(0, make_request([1, 2], max_tokens=9)))
+    loop.step()
+    now[0] = 1010.0
+    assert (loop.stats().healthy, loop.stats().stalled_s) == (True, 10.0)
+    now[0] = 1200.0
+    assert (loop.stats().healthy, loop.stats().reason) == (False, "work waits and no step was finished for 200.0 s")
+    _run(loop)
+    assert loop.stats().healthy
 
 
 def test_a_passed_deadline_ends_the_request_with_a_reason() -> None:

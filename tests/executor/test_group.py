@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 FAIL_STEP, ENVIRONMENT_STEP = 13, 77
 
 
-def reducing_runner(*, load_error: Exception | None = None, leave_at_load: bool = False) -> RunnerFactory:
+def reducing_runner(
+    *, load_error: Exception | None = None, leave_at_load: bool = False, broken: str | None = None
+) -> RunnerFactory:
     """Runners whose result is the sum over ranks of (rank + 1) * step, by a real all-reduce. The class is made
     here so that it travels to the workers by value: they cannot import the tests."""
 
@@ -30,6 +33,8 @@ def reducing_runner(*, load_error: Exception | None = None, leave_at_load: bool 
         def __init__(self, config: ResolvedConfig, tp: Any):
             if load_error is not None and tp.rank == tp.size - 1:
                 raise load_error
+            if broken is not None and os.path.exists(broken):
+                raise OSError("no such disk")
             if leave_at_load:
                 os._exit(7)
             self.tp = tp
@@ -131,6 +136,98 @@ def test_a_killed_worker_is_named_with_the_cause(make_group: Callable[..., Worke
         ask()
     assert death.value.rank == rank
     assert time.monotonic() - killed_at < 30  # a bound against hanging; the benchmark measures how fast it is
+
+
+def _recovered_sum(group: WorkerGroup, step: int = 7) -> bytes:
+    group.send(_plan(step))
+    return group.receive(10.0).token_ids
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_rank_alone_is_replaced_and_all_compute_again(make_group: Callable[..., WorkerGroup], rank: int) -> None:
+    group = make_group()
+    before = group.places
+    group.send(_plan(1))
+    os.kill(before[rank].pid, signal.SIGKILL)
+    group.send(_plan(2))
+    with pytest.raises(WorkerDiedError):
+        _receive_all(group)
+    group.recover([rank])
+    assert _recovered_sum(group) == b"[21, 78]"
+    group.check()
+    after = group.places
+    assert after[rank].pid != before[rank].pid
+    assert after[1 - rank] == before[1 - rank]
+    group.close()
+    assert not any(_alive(place.pid) for place in (*before, *after))
+
+
+def _receive_all(group: WorkerGroup) -> None:
+    while True:
+        group.receive(10.0)
+
+
+def test_a_stopped_rank_is_found_ended_and_replaced(make_group: Callable[..., WorkerGroup]) -> None:
+    group = make_group()
+    [survivor, stopped] = group.places
+    assert group.silent_ranks() == []
+    os.kill(stopped.pid, signal.SIGSTOP)
+    group.send(_plan(1))
+    with pytest.raises(TimeoutError):
+        group.receive(0.5)
+    assert group.silent_ranks() == [1]  # the other waits in its collective and answers all the same
+    group.recover([1])
+    assert not _alive(stopped.pid)
+    assert _recovered_sum(group) == b"[21, 78]"
+    assert group.places[0] == survivor
+
+
+def test_a_survivor_that_dies_while_a_peer_is_replaced_is_replaced_too(make_group: Callable[..., WorkerGroup]) -> None:
+    group = make_group()
+    pids = [place.pid for place in group.places]
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(WorkerDiedError):
+        _check_until_told(group)
+    os.kill(pids[0], signal.SIGKILL)
+    group.recover([1])
+    assert _recovered_sum(group) == b"[21, 78]"
+    assert not {place.pid for place in group.places} & {*pids}
+
+
+@pytest.mark.parametrize("standby", ["process", "weights"])
+def test_a_standby_takes_the_lost_ranks_place_and_another_gets_ready(standby: str) -> None:
+    config = fake_config(engine={"tensor_parallel_size": 2, "standby": standby}, backend="ray", num_threads=2)
+    group = WorkerGroup(config, runner_factory=reducing_runner())
+    try:
+        assert group._standby is not None
+        place = group._standby.place(60.0)
+        assert place is not None
+        for rank in (0, 1):
+            spare = group._standby.place(60.0)
+            os.kill(group.places[rank].pid, signal.SIGKILL)
+            with pytest.raises(WorkerDiedError):
+                _check_until_told(group)
+            group.recover([rank])
+            assert group.places[rank] == spare
+            assert _recovered_sum(group) == b"[21, 78]"
+        pids = [place.pid for place in group.places] + [group._standby.place(60.0).pid]  # type: ignore[union-attr]
+    finally:
+        group.close()
+    assert not any(_alive(pid) for pid in pids)
+
+
+def test_a_rank_whose_replacement_cannot_load_is_given_up_with_its_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    group = WorkerGroup(_config(1, num_threads=2), runner_factory=reducing_runner(broken=str(broken)))
+    try:
+        broken.touch()
+        os.kill(group.places[0].pid, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError):
+            _check_until_told(group)
+        with pytest.raises(WorkerDiedError, match=r"rank 0 failed: OSError: no such disk, at attempt 3 .*; node "):
+            group.recover([0])
+    finally:
+        group.close()
 
 
 def test_a_step_that_fails_on_one_rank_is_told_with_its_reason(

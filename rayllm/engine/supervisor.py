@@ -1,0 +1,217 @@
+"""What happens when a step does not come back: who is to blame, when to wait on, when to give up. No Ray in here.
+
+A crash is told by the executor. A hang is told by nobody: a step that takes far longer than such steps do is
+suspicious, and the ranks are asked whether they live. Mending runs beside the loop, which goes on answering clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from rayllm.errors import EngineError, WorkerDiedError
+from rayllm.executor.executor import Executor
+from rayllm.messages import StepPlan, StepResult
+from rayllm.request import unpack_ids
+
+log = logging.getLogger(__name__)
+
+MIN_LIMIT_S = 1.0
+SLOWEST_FACTOR = 20.0
+FIRST_STEPS_LIMIT_S = 60.0
+"""Until `_NUM_FIRST_STEPS` are known: kernels are compiled, libraries warm up."""
+NEW_SIZE_LIMIT_S = 5.0
+"""At least, for a plan larger than any before it."""
+_NUM_FIRST_STEPS = 8
+_NUM_KEPT = 100
+
+MAX_IDLE_FAULTS = 3
+MAX_BUSY_FAULTS = 8
+"""Faults in a row without a finished step between: with nothing running, or with something. A request that kills its
+worker ends at three; so many more mean that the machine is at fault."""
+_FORGET_AFTER_S = 600.0
+
+
+class StepTimes:
+    """How long steps take, by their size; what is far longer is a hang. Plain arithmetic."""
+
+    def __init__(self) -> None:
+        self._by_size: dict[int, deque[float]] = {}  # by bits of the number of tokens
+        self._num_steps = 0
+
+    def note(self, num_tokens: int, elapsed_s: float) -> None:
+        self._num_steps += 1
+        self._by_size.setdefault(num_tokens.bit_length(), deque(maxlen=_NUM_KEPT)).append(elapsed_s)
+
+    def limit_s(self, num_tokens: int) -> float:
+        """Seconds that a step of so many tokens may take: 20 times the slowest of the last hundred of its size (which
+        stands for their 99th percentile), no less than a second. A larger size than any seen is judged by the largest
+        seen, in proportion.
+        """
+        if self._num_steps < _NUM_FIRST_STEPS:
+            return FIRST_STEPS_LIMIT_S
+        size = num_tokens.bit_length()
+        as_large = [max(times) for seen, times in self._by_size.items() if seen >= size]
+        if as_large:
+            own = self._by_size.get(size)
+            return max(MIN_LIMIT_S, SLOWEST_FACTOR * (max(own) if own else max(as_large)))
+        largest = max(self._by_size)
+        slowest_s = max(self._by_size[largest]) * 2 ** (size - largest)
+        return max(NEW_SIZE_LIMIT_S, SLOWEST_FACTOR * slowest_s)
+
+
+@dataclass(slots=True)
+class FaultFigures:
+    """For `EngineStats`; see there."""
+
+    num_faults: int = 0
+    detection_s: float = 0.0
+    gap_s: float = 0.0
+
+
+class Outcome(Enum):
+    MENDED = "mended"
+    """All ranks are ready for a new epoch and know no row."""
+    ALL_LIVE = "all live"
+    """Nobody hangs: the step may yet come, and is given the same time once more."""
+
+
+class Supervisor:
+    """Stands between the loop and its executor. Called on the loop's thread; mending has a thread of its own.
+
+    `wake` is called from that thread when there is an outcome. Without `wake`, mending is done by the caller.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        wake: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.figures = FaultFigures()
+        self.epoch = 0
+        self._executor = executor
+        self._wake = wake
+        self._clock = clock
+        self._times = StepTimes()
+        self._sizes: deque[int] = deque()
+        self._mending: threading.Thread | None = None
+        self._outcome: Outcome | EngineError | None = None
+        self._pardoned = False
+        self._num_fruitless = 0
+        self._fault_at = -_FORGET_AFTER_S
+        self._sign_of_life_at = self._committed_at = clock()
+        self._gap_began_at: float | None = None
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def send(self, plan: StepPlan) -> None:
+        self._sizes.append(sum(unpack_ids(plan.counts)))
+        self._sign_of_life_at = self._clock()
+        self._executor.send(plan)
+
+    def receive(self) -> StepResult:
+        """The oldest plan's result. Raises `WorkerDiedError`, and `TimeoutError` where it takes too long."""
+        result = self._executor.receive(self.limit_s())
+        while result.epoch != self.epoch:  # of a worker that was given up
+            result = self._executor.receive(self.limit_s())
+        now = self._sign_of_life_at = self._committed_at = self._clock()
+        self._times.note(self._sizes.popleft(), result.elapsed_s)
+        self._pardoned = False
+        self._num_fruitless = 0
+        if self._gap_began_at is not None:
+            self.figures.gap_s = now - self._gap_began_at
+            self._gap_began_at = None
+        return result
+
+    def limit_s(self) -> float:
+        """How long the oldest plan that is out may take."""
+        return self._times.limit_s(self._sizes[0] if self._sizes else 1)
+
+    # ----------------------------------------------------------------------------------------------- faults
+
+    @property
+    def mending(self) -> bool:
+        """Whether `outcome` is to be asked before the next step."""
+        return self._mending is not None or self._outcome is not None
+
+    def investigate(self) -> None:
+        """The step did not come in time."""
+        self._begin(None)
+
+    def mend(self, fault: WorkerDiedError) -> None:
+        """A worker is lost."""
+        self._begin(fault)
+
+    def outcome(self) -> Outcome | None:
+        """What came of it, once; None while it goes on. Raises `EngineError` where it cannot be mended."""
+        outcome = self._outcome
+        if outcome is None:
+            return None
+        self._mending = self._outcome = None
+        if isinstance(outcome, EngineError):
+            raise outcome
+        if outcome is Outcome.MENDED:
+            self.epoch += 1
+            self._sizes.clear()
+            self._pardoned = False
+            self._sign_of_life_at = self._clock()
+        return outcome
+
+    def _begin(self, fault: WorkerDiedError | None) -> None:
+        if self._wake is None:
+            self._outcome = self._settle(fault)
+            return
+        self._mending = threading.Thread(target=self._run, args=(fault, self._wake), name="mending", daemon=True)
+        self._mending.start()
+
+    def _run(self, fault: WorkerDiedError | None, wake: Callable[[], None]) -> None:
+        self._outcome = self._settle(fault)
+        wake()
+
+    def _settle(self, fault: WorkerDiedError | None) -> Outcome | EngineError:
+        try:
+            lost = [fault.rank] if fault is not None else self._executor.silent_ranks()
+            if not lost and not self._pardoned:
+                self._pardoned = True
+                return Outcome.ALL_LIVE
+            if fault is None:
+                fault = _hang(lost)
+            self._note(fault)
+            self._executor.recover(lost or self._executor.ranks)
+        except EngineError as error:
+            return error
+        except Exception as error:
+            log.exception("a worker could not be replaced")
+            return EngineError(f"a worker could not be replaced: {type(error).__name__}: {error}", code="worker_died")
+        return Outcome.MENDED
+
+    def _note(self, fault: WorkerDiedError) -> None:
+        """Counts the fault. Raises the last word of a rank that keeps failing."""
+        now, figures = self._clock(), self.figures
+        figures.num_faults += 1
+        figures.detection_s = now - self._sign_of_life_at
+        if self._sizes and self._gap_began_at is None:
+            self._gap_began_at = self._committed_at
+        if now - self._fault_at > _FORGET_AFTER_S:
+            self._num_fruitless = 0
+        self._fault_at = now
+        self._num_fruitless += 1
+        log.warning("%s; replacing it", fault)
+        if self._num_fruitless > (MAX_BUSY_FAULTS if self._sizes else MAX_IDLE_FAULTS):
+            raise WorkerDiedError(
+                fault.rank,
+                f"{fault.reason}; {self._num_fruitless} faults in a row without a finished step; "
+                f"{self._executor.describe_rank(fault.rank)}",
+            )
+
+
+def _hang(silent: list[int]) -> WorkerDiedError:
+    if silent:
+        return WorkerDiedError(silent[0], "it hangs: its process does not answer")
+    return WorkerDiedError(0, "the ranks live and their step does not end: all are replaced")
