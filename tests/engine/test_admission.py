@@ -4,12 +4,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from fakes import fake_config, make_request
+from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 
+from rayllm.config import EngineConfig
 from rayllm.engine.admission import Admission
 from rayllm.engine.local import build_scheduler
+from rayllm.engine.loop import EngineLoop
 from rayllm.errors import OverloadedError
-from rayllm.request import Request
+from rayllm.messages import Deltas, DriverMessage, Finish, Submit
+from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.scheduler import Scheduler
 
 
@@ -148,3 +151,25 @@ def test_less_waits_before_a_request_of_higher_priority_or_of_a_client_with_less
         queue.submit([1], deadline_s=queue.now + 1, **changes)
     with pytest.raises(OverloadedError):
         queue.submit([1], deadline_s=queue.now + 1, client_key="a")
+
+
+def test_a_loop_tells_a_refused_client_how_long_to_wait_and_serves_the_others() -> None:
+    sent: list[tuple[object, DriverMessage]] = []
+    config = fake_config(max_num_seqs=2, engine=EngineConfig(max_queued_requests=2).model_dump())
+    executor = FakeExecutor()
+    loop = EngineLoop(config, build_scheduler(config, 64), executor, lambda *message: sent.append(message))
+    requests = [make_request([1, 2, 3 + index]) for index in range(6)]
+    for stream, request in enumerate(requests):
+        loop.submit("a", Submit(stream, request))
+    refused = [delta for _, message in sent if isinstance(message, Deltas) for delta in message.deltas]
+    assert [delta.stream for delta in refused] == [4, 5]
+    assert all((delta.finish or Finish("")).code == "overloaded" for delta in refused)
+    assert all((delta.finish or Finish("")).retry_after_s == 1.0 for delta in refused)
+    while loop.step():
+        pass
+    tokens: dict[int, list[int]] = {}
+    for _, message in sent:
+        assert isinstance(message, Deltas)
+        for delta in message.deltas:
+            tokens.setdefault(delta.stream, []).extend(unpack_ids(delta.token_ids))
+    assert [tokens[stream] for stream in range(4)] == [expected_tokens(request) for request in requests[:4]]

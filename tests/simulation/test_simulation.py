@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from simulation.world import World, run_seed
+
+NUM_SEEDS = 2000  # any other number: python tests/simulation --seeds N --first S
+_PER_TEST = 250
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Each fault is a line of log."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, _PER_TEST))
+def test_every_reader_gets_the_tokens_of_the_undisturbed_run(first: int) -> None:
+    for seed in range(first, first + _PER_TEST):
+        try:
+            run_seed(seed)
+        except AssertionError as error:
+            raise AssertionError(
+                f"seed {seed}: {error}; replay: python tests/simulation --seeds 1 --first {seed}"
+            ) from error
+
+
+def test_a_seed_replays_exactly() -> None:
+    def story(world: World) -> object:
+        return world.faults.log, world.num_steps, [(r.deltas, r.dropped, str(r.error)) for r in world.readers]
+
+    for seed in range(40):
+        assert story(run_seed(seed)) == story(run_seed(seed))
+
+
+def test_the_runs_meet_every_fault_and_every_end() -> None:
+    """Seeds that never broke anything would prove nothing."""
+    seen: set[str] = set()
+    for seed in range(400):
+        world = run_seed(seed)
+        seen.update(world.faults.log)
+        for reader in world.readers:
+            finishes = [deltas[-1].finish for deltas in reader.deltas.values() if deltas]
+            seen.update(str(finish.code or finish.reason) for finish in finishes if finish is not None)
+    driver = [
+        "before a message",
+        "after a message",
+        "before a plan is sent",
+        "after a plan is sent",
+        "before a result",
+        "after a result",
+        "during recovery",
+        "before a frame is sent",
+        "in the middle of a frame",
+        "after a frame is sent",
+    ]
+    worker = ["before a plan", "during a plan", "before a result", "by a hang", "after a result", "while idle"]
+    ends = ["length", "stop", "overloaded", "deadline_exceeded", "poison_request", "ingress 0 lost", "ingress 1 lost"]
+    wanted = {f"driver killed {place}" for place in driver} | {f"worker broken {place}" for place in worker} | {*ends}
+    assert seen == wanted | {"worker broken for good, in its replacement"}

@@ -1,0 +1,496 @@
+"""One run of the engine in which everything is real but sockets, workers and time: a seed decides all that happens.
+
+Real: journal, connection, frames, loop, admission, supervisor, scheduler, fair queue, prefix cache, block pool. An
+ingress writes its requests down, a driver serves them, and workers, drivers, ingresses and readers break at every
+boundary. In the end each reader must have the tokens of the pure function: none lost, doubled or changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from fakes import fake_config
+from scheduler.simulated_worker import EOS, VOCAB_SIZE, expected_answer
+from simulation.faults import DriverKilled, Faults, FaultyExecutor
+
+from rayllm.config import ModelShape, ResolvedConfig
+from rayllm.engine.client import EngineConnection
+from rayllm.engine.journal import JournaledEngine, JournaledStream
+from rayllm.engine.local import build_scheduler
+from rayllm.engine.loop import EngineLoop
+from rayllm.errors import EngineError
+from rayllm.executor.channel import FrameReader, FrameWriter
+from rayllm.messages import Abort, ClientMessage, Deltas, DriverMessage, TokenDelta
+from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
+
+START_S = 4e9  # Unix time of the fake clock: after any real one, which the journal looks at
+MAX_MODEL_LEN = 24
+MAX_TURNS = 3000
+_STEMS = ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9], [2, 2, 2])
+
+
+class Pipe:
+    """Bytes on their way. `cut` leaves what a dead sender had still got out."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def write(self, data: bytes | bytearray) -> None:
+        self._bytes += data
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def read_into(self, space: memoryview, num_bytes: int) -> int:
+        num_bytes = min(num_bytes, len(self._bytes), len(space))
+        space[:num_bytes] = self._bytes[:num_bytes]
+        del self._bytes[:num_bytes]
+        return num_bytes
+
+    def cut(self, num_bytes: int) -> None:
+        del self._bytes[num_bytes:]
+
+
+class Socket:
+    """One ingress's connection to one driver: the transport of its `EngineConnection`, and the driver's end."""
+
+    def __init__(self, client: int):
+        self.client = client
+        self.up, self.down = Pipe(), Pipe()
+        self.closed = False
+        self.connection = EngineConnection()
+        self.connection._wire.connection_made(self)  # type: ignore[arg-type]
+        self._reader = FrameReader("an ingress")
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+
+    def write(self, data: bytes) -> None:
+        if not self.closed:
+            self.up.write(data)
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def messages(self, num_bytes: int) -> list[Any]:
+        """What the driver reads."""
+        self._reader.received(self.up.read_into(self._reader.space(), num_bytes))
+        found = []
+        while (frame := self._reader.next_frame()) is not None:
+            found.append(self._decoder.decode(frame))
+        return found
+
+    def deliver(self, num_bytes: int) -> None:
+        """What the ingress reads."""
+        wire = self.connection._wire
+        read = self.down.read_into(wire.get_buffer(-1), num_bytes)
+        if read and not self.closed:
+            wire.buffer_updated(read)
+
+    def lose(self) -> None:
+        self.connection._wire.connection_lost(None)
+        self.closed = True
+
+
+class SmallBuffers:
+    """A driver whose readers are paused after a few tokens that they leave."""
+
+    def __init__(self, connection: EngineConnection, max_held_bytes: int):
+        self._connection = connection
+        self._max_held_bytes = max_held_bytes
+
+    def submit(self, request: Request, max_held_bytes: int | None = None) -> Any:
+        return self._connection.submit(request, self._max_held_bytes)
+
+    async def stats(self) -> Any:
+        return await self._connection.stats()
+
+
+@dataclass
+class Driver:
+    """A driver's process; nothing of it outlives it."""
+
+    loop: EngineLoop
+    executor: FaultyExecutor
+    sockets: list[Socket] = field(default_factory=list)
+    gone_ingresses: list[int] = field(default_factory=list)
+    unwanted: set[tuple[object, int]] = field(default_factory=set)
+    """Client and stream of each choice that was aborted."""
+    writer: FrameWriter = field(default_factory=FrameWriter)
+
+
+@dataclass
+class Reader:
+    """Who waits for a request, and what came."""
+
+    request: Request
+    ingress: int
+    pause_rate: float
+    close_after: int | None
+    drop_choice: tuple[int, int] | None
+    """Choice, and its tokens after which no more of it is wanted."""
+    faults_before: int = 0
+    stream: JournaledStream | None = None
+    task: asyncio.Task[None] | None = None
+    deltas: dict[int, list[TokenDelta]] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
+    closed: bool = False
+    error: EngineError | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(delta.token_ids) // 4 for deltas in self.deltas.values() for delta in deltas)
+
+    def tokens(self, choice: int) -> list[int]:
+        return [token for delta in self.deltas[choice] for token in unpack_ids(delta.token_ids)]
+
+
+class World:
+    """`await run()` raises `AssertionError` where a promise is broken."""
+
+    def __init__(self, seed: int):
+        self.rng = rng = random.Random(seed)
+        self.now = START_S
+        calm = rng.random() < 0.1
+        self.faults = Faults(
+            rng,
+            worker_rate=0.0 if calm else rng.choice([0.0, 0.02, 0.1]),
+            driver_rate=0.0 if calm else rng.choice([0.0, 0.005, 0.02]),
+            max_worker=rng.randint(1, 6),
+            max_driver=rng.randint(1, 2),
+        )
+        self.block_size = rng.choice([1, 2, 4])
+        self.num_blocks = -(-MAX_MODEL_LEN // self.block_size) + rng.choice([0, 1, 3, 40])
+        self.pipeline_depth = rng.choice([1, 2])
+        self.config = self._config()
+        self.engines = [JournaledEngine() for _ in range(rng.choice([1, 1, 2]))]
+        self.lost_ingresses: set[int] = set()
+        self.deadline_share = rng.choice([0.0, 0.0, 0.3])
+        self.num_client_keys = rng.choice([1, 1, 3])
+        self.readers: list[Reader] = []
+        self.driver: Driver | None = None
+        self.num_drivers_lost = 0
+        self.num_steps = 0
+
+    def _config(self) -> ResolvedConfig:
+        rng = self.rng
+        engine = {
+            "enable_prefix_caching": rng.random() < 0.7,
+            "max_queued_requests": rng.choice([None, None, 2]),
+            "max_queued_tokens": rng.choice([None, None, 20]),
+        }
+        return fake_config(
+            engine=engine,
+            max_model_len=MAX_MODEL_LEN,
+            block_size=self.block_size,
+            max_num_seqs=rng.choice([1, 2, 4, 6]),
+            max_num_batched_tokens=rng.choice([1, 3, 8, 32]),
+            shape=ModelShape(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), num_layers=1),
+        )
+
+    # ----------------------------------------------------------------------------------------------- the run
+
+    async def run(self) -> None:
+        waiting = [self._reader(number) for number in range(self.rng.randint(1, 7))]
+        try:
+            for _ in range(MAX_TURNS):
+                if waiting and self.rng.random() < 0.3:
+                    self._submit(waiting.pop())
+                self.now += self.rng.choice([0.01, 0.01, 0.5])
+                self._turn()
+                self._end_readers()
+                for _ in range(self.rng.choice([1, 3, 6])):
+                    await asyncio.sleep(0)
+                if not waiting and all(reader.task is None or reader.task.done() for reader in self.readers):
+                    break
+            else:
+                raise AssertionError(f"after {MAX_TURNS} turns some still wait: {self._open_readers()}")
+            self._settle()
+        finally:
+            tasks = [reader.task for reader in self.readers if reader.task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for reader in self.readers:
+            if reader.task is not None and not reader.task.cancelled() and (failure := reader.task.exception()):
+                raise failure
+            self._judge(reader)
+
+    def _open_readers(self) -> list[str]:
+        return [f"{r.request.request_id} has {r.num_tokens}" for r in self.readers if r.task and not r.task.done()]
+
+    def _turn(self) -> None:
+        if self.driver is None:
+            if self.rng.random() < 0.3:
+                self._start_driver()
+            return
+        driver = self.driver
+        try:
+            self._drive(driver)
+        except DriverKilled:
+            self._lose_driver()
+        except EngineError as error:  # it has told its clients, and ends
+            if "replacement failed" not in str(error) and "faults in a row" not in str(error):
+                raise AssertionError(f"the driver gave up: {error}") from error
+            self._lose_driver()
+        else:
+            for socket in driver.sockets:
+                socket.deliver(self.rng.choice([7, 1000, 1000, 10**6]))
+        self._maybe_lose_ingress()
+
+    def _drive(self, driver: Driver) -> None:
+        """One turn of `engine.driver.run_loop`."""
+        loop = driver.loop
+        while driver.gone_ingresses:
+            client = driver.gone_ingresses.pop()
+            loop.client_gone(client)
+            driver.unwanted |= {(client, stream) for stream in range(1000)}
+        for socket in driver.sockets:
+            for message in socket.messages(self.rng.choice([40, 1000, 10**6])):
+                self.faults.kill_driver_here("before a message")
+                loop.submit(socket.client, message)
+                if isinstance(message, Abort):
+                    driver.unwanted.add((socket.client, message.stream))
+                self.faults.kill_driver_here("after a message")
+        self._check_gone(driver)
+        if not loop.step():
+            loop.check()
+        self.num_steps += 1
+        loop._scheduler.check()
+
+    def _check_gone(self, driver: Driver) -> None:
+        """What no one wants has no row, no KV and no place in the queue, from the moment it is known."""
+        scheduler = driver.loop._scheduler
+        for sequence in (*scheduler._running, *scheduler.waiting):
+            client, stream = map(int, sequence.request.request_id.split("/"))
+            assert (client, stream + sequence.choice) not in driver.unwanted, f"{sequence} goes on for no one"
+
+    def _settle(self) -> None:
+        """No one wants anything any more: the driver comes back to its base line."""
+        self.faults.num_driver_left = self.faults.num_worker_left = 0
+        if self.driver is None:
+            return
+        driver = self.driver
+        for _ in range(50):
+            try:
+                self._drive(driver)
+            except EngineError:  # it was on its way out
+                return
+            if not any(len(socket.up) for socket in driver.sockets) and not driver.loop.step():
+                break
+        scheduler = driver.loop._scheduler
+        scheduler.check()
+        figures = scheduler.num_running, scheduler.num_waiting, scheduler.num_uncommitted, scheduler.num_blocks_used
+        assert figures == (0, 0, 0, 0), f"running, waiting, uncommitted, blocks used: {figures}"
+        assert not driver.loop._open, "a request is open and no one reads it"
+        assert scheduler.num_free_slots == self.num_blocks * self.block_size
+
+    # ----------------------------------------------------------------------------------------------- drivers
+
+    def _start_driver(self) -> None:
+        executor = FaultyExecutor(
+            self.faults,
+            self.pipeline_depth,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+        )
+        scheduler = build_scheduler(self.config, self.num_blocks)
+        clock = self._clock
+        loop = EngineLoop(self.config, scheduler, executor, self._send, wall_clock=clock, clock=clock)
+        self.driver = driver = Driver(loop, executor)
+        for number, engine in enumerate(self.engines):
+            if number not in self.lost_ingresses:
+                socket = Socket(number)
+                driver.sockets.append(socket)
+                engine.attach(SmallBuffers(socket.connection, self.rng.choice([1500, 10**6])))
+
+    def _clock(self) -> float:
+        return self.now
+
+    def _send(self, client: object, message: DriverMessage) -> None:
+        """The driver's outbox."""
+        assert self.driver is not None
+        assert isinstance(message, Deltas)
+        self.faults.kill_driver_here("before a frame is sent")
+        frame = bytes(self.driver.writer.frame(message))
+        socket = next((socket for socket in self.driver.sockets if socket.client == client), None)
+        if socket is None:
+            return
+        cut = self.rng.randrange(len(frame))
+        socket.down.write(frame[:cut])
+        self.faults.kill_driver_here("in the middle of a frame")
+        socket.down.write(frame[cut:])
+        self.faults.kill_driver_here("after a frame is sent")
+
+    def _lose_driver(self) -> None:
+        driver, self.driver = self.driver, None
+        assert driver is not None
+        self.num_drivers_lost += 1
+        for socket in driver.sockets:
+            if self.rng.random() < 0.5:  # what is in a socket's buffer comes, or not
+                socket.down.cut(self.rng.randint(0, len(socket.down)))
+            socket.deliver(10**6)
+            self.engines[socket.client].detach("the driver is lost")
+            socket.lose()
+
+    # --------------------------------------------------------------------------------------------- ingresses
+
+    def _maybe_lose_ingress(self) -> None:
+        if self.driver is None or self.rng.random() >= 0.002 * (len(self.engines) - 1):
+            return
+        number = self.rng.randrange(len(self.engines))
+        if number in self.lost_ingresses:
+            return
+        self.lost_ingresses.add(number)
+        self.faults.log.append(f"ingress {number} lost")
+        self._end_readers()
+        driver = self.driver
+        driver.sockets = [socket for socket in driver.sockets if socket.client != number]
+        driver.gone_ingresses.append(number)
+
+    def _end_readers(self) -> None:
+        """Those of lost ingresses. Asked for again each turn: before Python 3.12 `asyncio.wait_for` may swallow it."""
+        for reader in self.readers:
+            if reader.ingress in self.lost_ingresses and reader.task is not None:
+                reader.closed = True
+                reader.task.cancel()
+
+    # ------------------------------------------------------------------------------------------------ readers
+
+    def _reader(self, number: int) -> Reader:
+        rng = self.rng
+        stem = rng.choice(_STEMS)
+        prompt = stem[: rng.randint(1, 8)] + [rng.randint(0, 3) for _ in range(rng.randint(0, 3))]
+        max_tokens = rng.randint(1, 12)
+        n = rng.choice([1, 1, 1, 2, 3])
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            min_tokens=rng.choice([0, 0, 1, max_tokens]),
+            ignore_eos=rng.random() < 0.6,
+            stop_token_ids=rng.choice([(), (), (5, 6)]),
+            logprobs=rng.choice([None, None, 0]),
+            prompt_logprobs=rng.choice([None, None, None, 0]),
+        )
+        request = Request(
+            request_id=f"r{number}",
+            prompt=pack_ids(prompt),
+            params=params,
+            seed=rng.randrange(100),
+            max_tokens=max_tokens,
+            priority=rng.choice([0, 0, 0, 1, -1]),
+            cache_salt=rng.choice(["", "", "salt"]),
+            client_key=str(rng.randrange(self.num_client_keys)),
+        )
+        return Reader(
+            request,
+            ingress=rng.randrange(len(self.engines)),
+            pause_rate=rng.choice([0.0, 0.0, 0.5, 0.9]),
+            close_after=rng.choice([None, None, None, 0, 1, 4]),
+            drop_choice=(rng.randrange(n), rng.randint(0, 4)) if rng.random() < 0.2 else None,
+        )
+
+    def _submit(self, reader: Reader) -> None:
+        if reader.ingress in self.lost_ingresses:
+            return
+        if self.rng.random() < self.deadline_share:
+            deadline_s = self.now + self.rng.choice([0.3, 3.0, 30.0])
+            reader.request = msgspec.structs.replace(reader.request, deadline_s=deadline_s)
+        reader.faults_before = self._num_faults()
+        reader.deltas = {choice: [] for choice in range(reader.request.params.n)}
+        self.readers.append(reader)
+        reader.task = asyncio.create_task(self._read(reader))
+
+    def _num_faults(self) -> int:
+        """Those that the engine has met."""
+        return self.faults.num_recoveries + self.num_drivers_lost
+
+    async def _read(self, reader: Reader) -> None:
+        stream = reader.stream = self.engines[reader.ingress].submit(reader.request)
+        try:
+            if reader.close_after == 0:
+                await asyncio.sleep(0)
+                reader.closed = True
+                return
+            num_batches = 0
+            async for deltas in stream:
+                for delta in deltas:
+                    reader.deltas[delta.stream].append(delta)
+                num_batches += 1
+                if num_batches == reader.close_after:
+                    reader.closed = True
+                    return
+                if reader.drop_choice is not None and reader.drop_choice[0] not in reader.dropped:
+                    choice, num_tokens = reader.drop_choice
+                    if len(reader.tokens(choice)) >= num_tokens:
+                        reader.dropped.add(choice)
+                        stream.abort_choice(choice)
+                while self.rng.random() < reader.pause_rate:
+                    await asyncio.sleep(0)
+        except EngineError as error:
+            reader.error = error
+        finally:
+            stream.close()
+
+    # ------------------------------------------------------------------------------------------------- verdict
+
+    def _judge(self, reader: Reader) -> None:
+        request = reader.request
+        finishes = {choice: deltas[-1].finish for choice, deltas in reader.deltas.items() if deltas}
+        for choice, deltas in reader.deltas.items():
+            expected, reason, stop_reason = expected_answer(request, choice, MAX_MODEL_LEN)
+            tokens = reader.tokens(choice)
+            assert tokens == expected[: len(tokens)], f"{request.request_id}/{choice}: {tokens}, not {expected}"
+            assert all(delta.finish is None for delta in deltas[:-1]), "a delta after the end"
+            self._judge_logprobs(reader, choice, deltas)
+            finish = finishes.get(choice)
+            if finish is not None and finish.reason == "error":
+                self._judge_refusal(reader, str(finish.code), finish.retry_after_s)
+            elif finish is not None:
+                assert (tokens, finish.reason, finish.stop_reason) == (expected, reason, stop_reason)
+            else:
+                given_up = reader.closed or reader.error is not None or choice in reader.dropped
+                assert given_up, f"{request.request_id}/{choice} ended with {tokens} of {expected} and no word"
+        if reader.error is not None:
+            self._judge_refusal(reader, reader.error.code, 1.0)
+
+    def _judge_logprobs(self, reader: Reader, choice: int, deltas: list[TokenDelta]) -> None:
+        params, num_prompt_tokens = reader.request.params, len(reader.request.prompt) // 4
+        said = [entry for delta in deltas for entry in delta.logprobs or ()]
+        tokens = reader.tokens(choice)
+        if params.logprobs is None:
+            assert not said
+        else:
+            assert [unpack_ids(entry.ids)[0] for entry in said] == tokens
+            assert [entry.rank for entry in said] == list(range(num_prompt_tokens, num_prompt_tokens + len(tokens)))
+        lists = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None]
+        assert len(lists) == (params.prompt_logprobs is not None and choice == 0 and bool(tokens))
+        if lists:
+            assert [entry.rank for entry in lists[0]] == list(range(1, num_prompt_tokens))
+
+    def _judge_refusal(self, reader: Reader, code: str, retry_after_s: float | None) -> None:
+        """The few words with which a request may end before its time."""
+        engine, request = self.config.engine, reader.request
+        if code == "overloaded":
+            bounded = engine.max_queued_requests or engine.max_queued_tokens or request.deadline_s
+            assert bounded, "refused, and the queue has no bound"
+            assert not reader.num_tokens, "refused after it was let in"
+            assert retry_after_s is not None
+        elif code == "deadline_exceeded":
+            assert request.deadline_s is not None, "it has no deadline"
+            assert request.deadline_s <= self.now, "its deadline has not come"
+        else:
+            assert code == "poison_request", f"{request.request_id} ended with {code}"
+            assert self._num_faults() - reader.faults_before >= 3, "called poison before three faults"
+
+
+def run_seed(seed: int) -> World:
+    """One run in an event loop of its own."""
+    world = World(seed)
+    asyncio.run(world.run())
+    return world
