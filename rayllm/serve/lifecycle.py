@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from rayllm.config import EngineConfig, Environment, ServerConfig
 from rayllm.errors import ConfigError, EngineError
 from rayllm.executor.ray_cluster import connected_ray, free_port, ray_is_initialized
+from rayllm.serve.death_watch import cleared_up_after_death, remove_dead_sockets
 from rayllm.serve.processes import Process, descendants, end_all
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 _PROCESS_GRACE_S = 10.0
 _WATCH_PERIOD_S = 2.0
 _RAY_CORE = ("gcs_server", "raylet")
-_DRAIN_CALL_TIMEOUT_S = 5.0
+_DRAIN_CALL_TIMEOUT_S = 2.0
 _DRAIN_POLL_S = 0.1
 _LOG_TAIL_BYTES = 4000
 StageListener = Callable[[str], None]
@@ -160,7 +161,7 @@ def running_server(
     on_stage("connecting to Ray" if joins else "starting Ray")
     started: set[Process] = set()
     try:
-        with _ray(engine, server) as owns_ray, _remembered(started, owns_ray):
+        with _ray(engine, server) as owns_ray, _watched(owns_ray), _remembered(started, owns_ray):
             running = RunningServer(engine, server, _url(server), owns_ray, frozenset(started))
             with _application(running, on_stage):
                 if wait:
@@ -170,6 +171,8 @@ def running_server(
         left = end_all(started, grace_s=_PROCESS_GRACE_S)
         if left:
             logger.warning("killed processes that did not end: %s", sorted(process.pid for process in left))
+        if started:
+            remove_dead_sockets()
 
 
 @contextlib.contextmanager
@@ -251,6 +254,18 @@ def _ray(engine: EngineConfig, server: ServerConfig) -> Iterator[bool]:
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
         yield owns_ray
+
+
+@contextlib.contextmanager
+def _watched(owns_ray: bool) -> Iterator[None]:
+    """Has our own Ray, and its folder, go also when this process is killed."""
+    if not owns_ray:
+        yield
+        return
+    import ray
+
+    with cleared_up_after_death(ray._private.worker._global_node.get_temp_dir_path()):
+        yield
 
 
 def num_logical_cpus(engine: EngineConfig, server: ServerConfig) -> int:
