@@ -12,6 +12,7 @@ from rayllm.scheduler.scheduler import Scheduler
 
 MAX_RETRY_AFTER_S = 600.0
 _UNKNOWN_WAIT_S = 1.0
+_MEMORY_S = 10.0
 
 
 def check_request(request: Request, config: ResolvedConfig) -> None:
@@ -56,6 +57,48 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
     return room if max_tokens is None else max_tokens
 
 
+class Pace:
+    """How fast waiting sequences come to run, over the last `_MEMORY_S` seconds or so in which some always waited: only
+    then does it say what the engine can do. Looked at when requests come, so it costs a step nothing.
+    """
+
+    def __init__(self, scheduler: Scheduler, clock: Callable[[], float]):
+        self._scheduler = scheduler
+        self._clock = clock
+        self._looked_at = clock()
+        self._marks = self._read()
+        self._busy_s = 0.0
+        self._started_tokens = self._started = self._steps = 0.0
+
+    def _read(self) -> tuple[int, int, int, int]:
+        scheduler = self._scheduler
+        return scheduler.num_slack_plans, scheduler.num_started_tokens, scheduler.num_started, scheduler.num_plans
+
+    def look(self) -> None:
+        """Takes what happened since the last look into account."""
+        now, marks, before = self._clock(), self._read(), self._marks
+        if len(self._scheduler.waiting) and marks[0] == before[0]:
+            elapsed_s = now - self._looked_at
+            kept = max(0.0, 1.0 - elapsed_s / _MEMORY_S)
+            self._busy_s = self._busy_s * kept + elapsed_s
+            self._started_tokens = self._started_tokens * kept + marks[1] - before[1]
+            self._started = self._started * kept + marks[2] - before[2]
+            self._steps = self._steps * kept + marks[3] - before[3]
+        self._looked_at, self._marks = now, marks
+
+    def wait_s(self, num_tokens_ahead: int) -> float | None:
+        """Seconds until prompts of so many tokens have come to run; None before anything was measured."""
+        return num_tokens_ahead * self._busy_s / self._started_tokens if self._started_tokens else None
+
+    def run_s(self, max_tokens: int) -> float:
+        """Seconds that a sequence runs: what they take now on average (as many as run, by how many begin a second), but
+        no more than a step for each token that it may have."""
+        if not self._started or not self._steps:
+            return 0.0
+        average_s = self._scheduler.num_running * self._busy_s / self._started
+        return min(average_s, max_tokens * self._busy_s / self._steps)
+
+
 class Admission:
     """Keeps the queue within its bounds, and out of it what could not be served before its deadline.
 
@@ -64,13 +107,21 @@ class Admission:
     shut the others out.
     """
 
-    def __init__(self, config: ResolvedConfig, scheduler: Scheduler, wall_clock: Callable[[], float]):
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        scheduler: Scheduler,
+        wall_clock: Callable[[], float],
+        clock: Callable[[], float],
+    ):
         self._config = config.engine
+        self._pace = Pace(scheduler, clock)
         self._scheduler = scheduler
         self._wall_clock = wall_clock
 
     def check(self, request: Request) -> None:
         """Raises `OverloadedError` for what is too much now. A request that is continued was let in before."""
+        self._pace.look()
         if request.emitted:
             return
         num_sequences, num_tokens = request.params.n, len(request.prompt) // 4 * request.params.n
@@ -79,15 +130,11 @@ class Admission:
         num_queued_tokens = queue.num_prompt_tokens + num_tokens - scheduler.num_free_slots
         if not len(queue) or (num_queued <= 0 and num_queued_tokens <= 0):
             return
-        wait_s = self._wait_s(queue.num_tokens_ahead(client, request.priority, num_tokens))
+        wait_s = self._pace.wait_s(queue.num_tokens_ahead(client, request.priority, num_tokens))
         own, own_tokens = queue.num_waiting_of(client)
         self._check_bound("max_queued_requests", num_queued, own + num_sequences, client, wait_s)
         self._check_bound("max_queued_tokens", num_queued_tokens, own_tokens + num_tokens, client, wait_s)
         self._check_deadline(request, wait_s)
-
-    def _wait_s(self, num_tokens_ahead: int) -> float | None:
-        rate = self._scheduler.drain_rate.tokens_per_s
-        return None if rate is None else min(num_tokens_ahead / rate, MAX_RETRY_AFTER_S)
 
     def _check_bound(self, name: str, num_queued: int, num_own: int, client: str, wait_s: float | None) -> None:
         limit: int | None = getattr(self._config, name)
@@ -95,7 +142,7 @@ class Admission:
             return
         if num_own * self._scheduler.waiting.num_clients_with(client) <= limit and num_queued <= 2 * limit:
             return
-        retry_after_s = _UNKNOWN_WAIT_S if wait_s is None else wait_s
+        retry_after_s = _UNKNOWN_WAIT_S if wait_s is None else min(wait_s, MAX_RETRY_AFTER_S)
         raise OverloadedError(
             f"the engine's queue is full: with this request {num_queued} would wait, {name}={limit}; come back in "
             f"about {max(1, math.ceil(retry_after_s))} s",
@@ -106,9 +153,11 @@ class Admission:
         if request.deadline_s is None or wait_s is None:
             return
         left_s = request.deadline_s - self._wall_clock()
-        if wait_s >= left_s:
+        run_s = self._pace.run_s(request.max_tokens)
+        if wait_s + run_s >= left_s:
             raise OverloadedError(
                 f"the request cannot be finished in the {max(0.0, left_s):.1f} s that its deadline leaves: about "
-                f"{wait_s:.1f} s of other work wait before it; come back later or allow more time",
-                wait_s,
+                f"{wait_s:.1f} s of other work wait before it, and it would run for {run_s:.1f} s; come back later or "
+                "allow more time",
+                min(wait_s, MAX_RETRY_AFTER_S),
             )

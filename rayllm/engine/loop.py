@@ -89,7 +89,7 @@ class EngineLoop:
         self._executor = executor
         self._outbox = outbox
         self._wall_clock = wall_clock
-        self._admission = Admission(config, scheduler, wall_clock)
+        self._admission = Admission(config, scheduler, wall_clock, clock)
         self._clock = clock
         self._supervisor = Supervisor(executor, wake, clock)
         self._progress_at = clock()

@@ -157,24 +157,3 @@ class FairQueue:
             key = sequence.client, sequence.priority
             counted[key] = counted.get(key, 0) + sequence.num_prompt_tokens
         assert counted == self._num_prompt_tokens, "the count of waiting tokens is wrong"
-
-
-class DrainRate:
-    """Tokens a second at which waiting prompts come to run, over the last `memory_s` seconds or so of steps that
-    left some waiting: only such steps tell what the engine can do."""
-
-    def __init__(self, memory_s: float = 10.0):
-        self._memory_s = memory_s
-        self._num_tokens = 0.0
-        self._busy_s = 0.0
-
-    def note(self, num_tokens: int, elapsed_s: float) -> None:
-        """A step of `elapsed_s` let prompts of `num_tokens` begin."""
-        kept = max(0.0, 1.0 - elapsed_s / self._memory_s)
-        self._num_tokens = self._num_tokens * kept + num_tokens
-        self._busy_s = self._busy_s * kept + elapsed_s
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """None before anything was measured."""
-        return self._num_tokens / self._busy_s if self._num_tokens and self._busy_s else None

@@ -16,7 +16,6 @@ class Draft:
     counts: dict[Sequence, int] = field(default_factory=dict)
     grown: dict[Sequence, list[int]] = field(default_factory=dict)
     starts: list[RowStart] = field(default_factory=list)
-    num_started_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -28,7 +27,3 @@ class Flight:
     num_samples: int
     filled: list[tuple[Sequence, int]]
     """Sequences for which the step may fill blocks, and how many tokens then have KV."""
-    num_started_tokens: int
-    """Prompt tokens of the sequences that begin in it for the first time."""
-    backlogged: bool
-    """Whether sequences were left waiting."""

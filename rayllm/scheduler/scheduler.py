@@ -27,7 +27,7 @@ from rayllm.errors import ConfigError, ContextLengthError, EngineError, RequestE
 from rayllm.messages import Finish, RowStart, StepPlan, StepResult
 from rayllm.request import Request, pack_ids, unpack_ids
 from rayllm.scheduler.block_pool import BlockPool
-from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, DrainRate, FairQueue, ServiceCounters
+from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
 from rayllm.scheduler.flight import Draft, Flight
 from rayllm.scheduler.prefix_cache import PrefixCache
 from rayllm.scheduler.queue import ServiceQueue
@@ -73,7 +73,12 @@ class Scheduler:
         self.prefix_queries = 0
         """Prompt tokens looked up in the prefix cache, each sequence's once."""
         self.prefix_hits = 0
-        self.drain_rate = DrainRate()
+        self.num_started = 0
+        """Sequences that ran, each counted once."""
+        self.num_started_tokens = 0
+        """Their prompt tokens."""
+        self.num_slack_plans = 0
+        """Times that a plan, or the attempt at one, left nothing waiting."""
 
         self._epoch = 0
         self._step = 0
@@ -106,6 +111,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self.waiting)
+
+    @property
+    def num_plans(self) -> int:
+        """All that were ever made."""
+        return self._step
 
     @property
     def num_free_rows(self) -> int:
@@ -234,6 +244,7 @@ class Scheduler:
         draft = Draft(self._max_num_batched_tokens)
         self._plan_running(draft)
         self._plan_waiting(draft)
+        self.num_slack_plans += not len(self.waiting)
         return self._send(draft) if draft.counts else None
 
     def _plan_running(self, draft: Draft) -> None:
@@ -330,7 +341,7 @@ class Scheduler:
         sequence.status = Status.RUNNING
         sequence.row = row = self._free_rows.pop()
         self._cache.announce(sequence)
-        self._note_start(sequence, draft)
+        self._note_start(sequence)
         draft.starts.append(
             RowStart(
                 row=row,
@@ -366,11 +377,12 @@ class Scheduler:
                 return False
             self._preempt_last(draft)
 
-    def _note_start(self, sequence: Sequence, draft: Draft) -> None:
+    def _note_start(self, sequence: Sequence) -> None:
         if not sequence.charged:
             sequence.charged = True
             self._counters.charge(sequence.client, PROMPT_WEIGHT * (len(sequence.tokens) - sequence.num_computed))
-            draft.num_started_tokens += sequence.num_prompt_tokens
+            self.num_started += 1
+            self.num_started_tokens += sequence.num_prompt_tokens
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs.clear()  # computed anew, from the first position
         elif self._enable_prefix_caching and sequence.num_cached_tokens is None:
@@ -394,16 +406,7 @@ class Scheduler:
             if count > 1 or end % self._block_size == 0:
                 filled.append((sequence, end))
         rows = list(map(_row, sequences))
-        self._flights.append(
-            Flight(
-                step=self._step,
-                by_row=dict(zip(rows, sequences)),
-                num_samples=num_samples,
-                filled=filled,
-                num_started_tokens=draft.num_started_tokens,
-                backlogged=len(self.waiting) > 0,
-            )
-        )
+        self._flights.append(Flight(self._step, dict(zip(rows, sequences)), num_samples, filled))
         finished_rows, self._finished_rows = self._finished_rows, []
         return StepPlan(
             step=self._step,
@@ -428,8 +431,6 @@ class Scheduler:
         the answer to that plan.
         """
         flight, rows = self._land(result)
-        if flight.backlogged:
-            self.drain_rate.note(flight.num_started_tokens, result.elapsed_s)
         if self._enable_prefix_caching:
             for sequence, end in flight.filled:
                 if sequence.status is Status.RUNNING:  # since that plan: see `resume_after`

@@ -23,7 +23,7 @@ class _Queue:
         config = fake_config(max_num_seqs=1, engine=settings)
         self.now = 1000.0
         self.scheduler: Scheduler = build_scheduler(config, 64)
-        self.admission = Admission(config, self.scheduler, lambda: self.now)
+        self.admission = Admission(config, self.scheduler, lambda: self.now, lambda: self.now)
         self.num_requests = 0
         self.submit([1] * 8)
         self.scheduler.plan()
@@ -33,6 +33,15 @@ class _Queue:
         request = self.request(prompt, **changes)
         self.admission.check(request)
         self.scheduler.add(request)
+
+    def pass_time(self, elapsed_s: float, num_started_tokens: int, num_started: int = 1, num_plans: int = 100) -> None:
+        """As if in that time sequences had come to run, and others had always waited."""
+        self.admission._pace.look()
+        self.now += elapsed_s
+        self.scheduler.num_started_tokens += num_started_tokens
+        self.scheduler.num_started += num_started
+        self.scheduler._step += num_plans
+        self.admission._pace.look()
 
     def request(self, prompt: list[int], n: int = 1, **changes: Any) -> Request:
         self.num_requests += 1
@@ -71,7 +80,7 @@ def test_prompt_tokens_count_beyond_the_kv_that_is_free() -> None:
 def test_what_can_run_at_once_is_not_queued() -> None:
     config = fake_config(max_num_seqs=8, engine={"max_queued_requests": 1})
     scheduler = build_scheduler(config, 64)
-    admission = Admission(config, scheduler, lambda: 0.0)
+    admission = Admission(config, scheduler, lambda: 0.0, lambda: 0.0)
     for index in range(9):
         request = make_request([1], request_id=str(index))
         admission.check(request)
@@ -124,29 +133,61 @@ def test_a_continued_request_is_let_in_whatever_the_queue() -> None:
 
 def test_the_wait_is_the_prompt_tokens_ahead_by_the_rate_at_which_they_came_to_run() -> None:
     queue = _Queue(max_queued_requests=2)
-    queue.scheduler.drain_rate.note(num_tokens=10, elapsed_s=2.0)  # 5 a second
     queue.submit([1] * 30)
     queue.submit([1] * 20)
+    queue.pass_time(2.0, num_started_tokens=10)  # 5 a second
     with pytest.raises(OverloadedError, match="come back in about 10 s") as caught:
         queue.submit([1])
     assert caught.value.retry_after_s == 10.0
+
+
+def test_the_pace_of_long_ago_counts_no_more() -> None:
+    queue = _Queue(max_queued_requests=1)
+    queue.submit([1] * 100)
+    for _ in range(100):
+        queue.pass_time(0.5, num_started_tokens=1000)
+    for _ in range(100):
+        queue.pass_time(0.5, num_started_tokens=50)
+    with pytest.raises(OverloadedError) as caught:
+        queue.submit([1])
+    assert caught.value.retry_after_s == pytest.approx(1.0, rel=0.2)
+
+
+def test_time_in_which_nothing_waited_says_nothing_of_the_pace() -> None:
+    queue = _Queue(max_queued_requests=1)
+    queue.submit([1] * 100)
+    queue.pass_time(2.0, num_started_tokens=200)
+    queue.now += 1000.0
+    queue.scheduler.num_slack_plans += 1  # at some moment in it nothing waited
+    with pytest.raises(OverloadedError) as caught:
+        queue.submit([1])
+    assert caught.value.retry_after_s == pytest.approx(1.0)
 
 
 def test_a_deadline_that_the_queue_ahead_cannot_meet_is_refused_at_once() -> None:
     queue = _Queue()
     queue.submit([1] * 50)
     queue.submit([1], deadline_s=queue.now + 0.1)  # nothing is measured yet: it may be met
-    queue.scheduler.drain_rate.note(num_tokens=10, elapsed_s=2.0)
+    queue.pass_time(2.0, num_started_tokens=10)
     with pytest.raises(OverloadedError, match=r"in the 10\.0 s .* about 10\.2 s of other work") as caught:
         queue.submit([1], deadline_s=queue.now + 10)
     assert caught.value.retry_after_s == pytest.approx(10.2)
     queue.submit([1], deadline_s=queue.now + 11)
 
 
+def test_the_time_that_a_request_itself_takes_counts_against_its_deadline() -> None:
+    queue = _Queue()
+    queue.submit([1] * 50)
+    queue.pass_time(10.0, num_started_tokens=50, num_started=5, num_plans=100)  # 2 s each, or a step of 0.1 s a token
+    with pytest.raises(OverloadedError, match=r"would run for 0\.4 s"):
+        queue.submit([1], deadline_s=queue.now + 10.3)  # of 4 tokens
+    queue.submit([1], deadline_s=queue.now + 10.5)
+
+
 def test_less_waits_before_a_request_of_higher_priority_or_of_a_client_with_less() -> None:
     queue = _Queue()
-    queue.scheduler.drain_rate.note(num_tokens=10, elapsed_s=2.0)
     queue.submit([1] * 50, client_key="a")
+    queue.pass_time(2.0, num_started_tokens=10)
     for changes in ({"priority": -1, "client_key": "a"}, {"client_key": "b"}):
         queue.submit([1], deadline_s=queue.now + 1, **changes)
     with pytest.raises(OverloadedError):

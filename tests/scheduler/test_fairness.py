@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from scheduler.simulated_worker import Engine, make_request
 
-from rayllm.scheduler.fairness import DrainRate, FairQueue, ServiceCounters
+from rayllm.scheduler.fairness import FairQueue, ServiceCounters
 from rayllm.scheduler.sequence import Sequence
 
 
@@ -134,19 +134,6 @@ def test_tokens_ahead_are_those_served_before_one_that_comes_now():
     assert queue.num_tokens_ahead("new", 0, 10) == 7 + 10 + 10
     assert queue.num_tokens_ahead("b", 1, 10) == 7 + 150 + 1000 + 30
     assert queue.num_tokens_ahead("a", -2, 10) == 0
-
-
-def test_the_drain_rate_forgets_what_is_long_ago():
-    rate = DrainRate(memory_s=10.0)
-    assert rate.tokens_per_s is None
-    for _ in range(1000):
-        rate.note(100, 0.1)
-    assert rate.tokens_per_s == pytest.approx(1000)
-    for _ in range(1000):
-        rate.note(10, 0.1)
-    assert rate.tokens_per_s == pytest.approx(100, rel=0.01)
-    rate.note(5, 100.0)
-    assert rate.tokens_per_s == pytest.approx(0.05)
 
 
 def served_tokens(engine: Engine) -> Counter[str]:
