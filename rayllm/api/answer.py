@@ -43,6 +43,10 @@ class Answer(ABC):
         self._continuous_usage = self._includes_usage and bool(options and options.continuous_usage_stats)
         self.generation = Generation(model.engine, model.tokenizer, model.metrics, requests)
 
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
+
     async def start(self) -> None:
         """Waits for the engine's first word; raises what it refuses."""
         await self.generation.start()

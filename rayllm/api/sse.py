@@ -17,17 +17,19 @@ _LOG = logging.getLogger(__name__)
 
 
 class ChunkWriter:
-    """Writes the chunks of one answer: the fields that never change are encoded once."""
+    """Writes the chunks of one answer, numbered from 1: the fields that never change are encoded once."""
 
     def __init__(self, head: dict[str, Any]):
+        self._num_chunks = 0
+        self._tail = f"\nid: {head['id']}:"
         self._head = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
 
     def chunk(self, choice: dict[str, Any] | None, fields: dict[str, Any] | None = None) -> bytes:
         """The event of one choice (or none), with more fields of the chunk itself."""
+        self._num_chunks += 1
         body = b"" if choice is None else orjson.dumps(choice)
-        if not fields:
-            return self._head + body + b"]}\n\n"
-        return self._head + body + b"]," + orjson.dumps(fields)[1:] + b"\n\n"
+        rest = b"," + orjson.dumps(fields)[1:] if fields else b"}"
+        return self._head + body + b"]" + rest + f"{self._tail}{self._num_chunks}\n\n".encode()
 
 
 def error_event(error: Exception) -> bytes:

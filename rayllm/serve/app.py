@@ -18,6 +18,7 @@ from rayllm.api.answer import Answer
 from rayllm.api.chat import open_chat
 from rayllm.api.completions import open_completion
 from rayllm.api.errors import answer, answer_for, envelope, shorten
+from rayllm.api.resume import LAST_EVENT_HEADER, RESUME_HEADER, HeldStreams
 from rayllm.api.service import READY, Health, ModelService
 from rayllm.api.sse import whole_stream
 from rayllm.errors import RayLLMError, RequestError
@@ -107,14 +108,22 @@ def _add_model_routes(app: FastAPI, service: ModelService) -> None:
 
 
 def _add_answer_routes(app: FastAPI, service: ModelService, max_body_bytes: int, read_timeout_s: float) -> None:
+    held = app.state.held = HeldStreams()
+
     async def generate(request: Request, open_answer: _Open) -> Response:
+        last_event_id, client_key = request.headers.get(LAST_EVENT_HEADER), request.state.client_key
         try:
+            if last_event_id is not None:
+                return EventStream(held.resume(last_event_id, client_key), _nothing, read_timeout_s)
             fields = await read_object(request, max_body_bytes)
             _read_timeout(request, fields)
-            found = await open_answer(fields, service, request.state.client_key)
+            found = await open_answer(fields, service, client_key)
         except Exception as error:
             return _refuse(service, error)
-        return await _answer(request, found, bool(fields.get("stream")), service, read_timeout_s)
+        if not fields.get("stream"):
+            return await _whole(request, found, service)
+        holder = held if request.headers.get(RESUME_HEADER, "").lower() == "true" else None
+        return await _stream(request, found, service, holder, read_timeout_s)
 
     async def plain(request: Request, work: _Plain) -> Response:
         try:
@@ -151,22 +160,38 @@ def _read_timeout(request: Request, fields: dict[str, Any]) -> None:
             ) from None
 
 
-async def _answer(
-    request: Request, found: Answer, streams: bool, service: ModelService, read_timeout_s: float
+async def _whole(request: Request, found: Answer, service: ModelService) -> Response:
+    """Waits for all of an answer. Aborts it when the client goes."""
+    try:
+        return json_response(await unless_gone(request.receive, found.whole()))
+    except Exception as error:
+        return _refuse(service, error)
+    finally:
+        found.close()
+
+
+async def _stream(
+    request: Request, found: Answer, service: ModelService, holder: HeldStreams | None, read_timeout_s: float
 ) -> Response:
-    """Waits for all of an answer, or for its beginning where it is streamed. Aborts it when the client goes."""
+    """Waits for the beginning of an answer. Aborts it when the client goes, unless `holder` keeps it for its return."""
     handed_on = False
     try:
-        if not streams:
-            return json_response(await unless_gone(request.receive, found.whole()))
         await unless_gone(request.receive, found.start())
         handed_on = True
-        return EventStream(whole_stream(found.events()), found.close, read_timeout_s)
     except Exception as error:
         return _refuse(service, error)
     finally:
         if not handed_on:
             found.close()
+    events = whole_stream(found.events())
+    if holder is None:
+        return EventStream(events, found.close, read_timeout_s)
+    stream = holder.hold(found.id, request.state.client_key, events, found.close)
+    return EventStream(stream.read(), _nothing, read_timeout_s)
+
+
+def _nothing() -> None:
+    """A held stream outlives its connection."""
 
 
 def _refuse(service: ModelService, error: Exception) -> Response:

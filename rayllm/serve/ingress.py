@@ -81,6 +81,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         try:
             yield
         finally:
+            app.state.held.close()
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task

@@ -121,6 +121,7 @@ class FakeEngine:
         self.stats_error: Exception | None = None
         self.stalled = asyncio.Event()
         self.stall_at: int | None = None
+        self.go_on = asyncio.Event()
         self.streams: list[FakeStream] = []
 
     def submit(self, request: Request) -> FakeStream:
@@ -139,7 +140,7 @@ class FakeEngine:
     async def pause(self, num_steps: int) -> None:
         if self.stall_at is not None and num_steps >= self.stall_at:
             self.stalled.set()
-            await asyncio.Event().wait()
+            await self.go_on.wait()
         await asyncio.sleep(0)
 
     def output(self, request: Request, choice: int) -> list[int]:

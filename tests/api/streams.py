@@ -13,7 +13,7 @@ def parse_events(stream: bytes) -> list[dict[str, Any]]:
     """The chunks of a stream, which must end with `[DONE]`. An error event is its body."""
     *events, done, rest = stream.decode().split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
-    return [json.loads(event.removeprefix("event: error\n").removeprefix("data: ")) for event in events]
+    return [json.loads(event.removeprefix("event: error\n").removeprefix("data: ").split("\n")[0]) for event in events]
 
 
 async def chunks_of(answer: Answer) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from serve.served import ANSWER, KEY, Served, chat, completion
@@ -202,3 +203,27 @@ def test_a_client_that_does_not_read_is_paused_then_closed_and_others_are_not_ha
             pass
     assert app.service.metrics is not None
     assert app.service.metrics.num_open == 0
+
+
+def test_a_client_that_asked_for_it_comes_back_to_its_stream() -> None:
+    app = Served()
+    app.engine.stall_at = 3
+    with app.port() as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+        body, headers = chat(stream=True), {"x-rayllm-resume": "true"}
+        events: list[str] = []
+        with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+            for line in response.iter_lines():
+                events.append(line)
+                if line.startswith("id: ") and line.endswith(":3"):
+                    break
+        time.sleep(0.05)
+        assert not app.engine.streams[0].closed
+        app.engine.stall_at = None
+        app.engine.go_on.set()
+        last_event_id = next(line[4:] for line in reversed(events) if line.startswith("id: "))
+        rest = client.post("/v1/chat/completions", json=body, headers={"last-event-id": last_event_id}).text
+        chunks = [json.loads(line[6:]) for line in [*events, *rest.split("\n")] if line.startswith("data: {")]
+        assert "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]) == ANSWER
+        assert rest.endswith("data: [DONE]\n\n")
+        assert len(app.engine.streams) == 1
+        assert client.post("/v1/chat/completions", json=body, headers={"last-event-id": "no:1"}).status_code == 404

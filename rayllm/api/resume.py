@@ -1,0 +1,165 @@
+"""Streams that outlive their connection: a client that asked for it comes back with `Last-Event-ID`.
+
+Each event of a stream has an id, `ANSWER:NUMBER`. Asked for with `x-rayllm-resume: true`, the answer goes on being
+made while its client is away, and what it may not have received is held. It is held in this process alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from rayllm.errors import RequestError
+
+RESUME_HEADER = "x-rayllm-resume"
+LAST_EVENT_HEADER = "last-event-id"
+HOLD_S = 120.0
+MAX_UNREAD_BYTES = 256 * 1024
+"""What is made in advance for a reader that is slow or away; the answer then waits for it."""
+MAX_READ_BYTES = 512 * 1024
+"""What is kept although it was written: it may be in buffers on the way, and lost with the connection."""
+_EVENT_END = b"\n\n"
+
+
+class HeldStream:
+    """One answer's events, made by a task of its own and read by one connection after the other.
+
+    `read` may be called again: the reader before it ends. `on_dropped` is called once, when it is not held any more.
+    """
+
+    def __init__(
+        self, events: AsyncIterator[bytes], close: Callable[[], None], on_dropped: Callable[[], None], hold_s: float
+    ):
+        self._close = close
+        self._on_dropped = on_dropped
+        self._hold_s = hold_s
+        self._held: deque[tuple[int, bytes]] = deque()  # number of its first event, and the events
+        self._num_made = 0
+        self._num_written = 0
+        self._num_unread_bytes = 0
+        self._num_read_bytes = 0
+        self._ended = False
+        self._changed = asyncio.Event()
+        self._reader = 0
+        self._timer = self._start_timer()
+        self._maker = asyncio.create_task(self._make(events))
+
+    def holds(self, num_seen: int) -> bool:
+        """Whether all events after the first `num_seen` are there or still to come."""
+        first = self._held[0][0] if self._held else self._num_made + 1
+        return first <= num_seen + 1 <= self._num_made + 1
+
+    async def read(self, num_seen: int = 0) -> AsyncIterator[bytes]:
+        """The events after the first `num_seen`, which must be held."""
+        self._reader = reader = self._reader + 1
+        self._change()
+        self._timer.cancel()
+        try:
+            while reader == self._reader:
+                piece = self._piece_after(num_seen)
+                if piece:
+                    num_seen += piece.count(_EVENT_END)
+                    yield piece
+                    self._note_written(num_seen)
+                elif self._ended:
+                    return
+                else:
+                    await self._changed.wait()
+        finally:
+            if reader == self._reader:
+                self._timer = self._start_timer()
+
+    def drop(self) -> None:
+        """Ends the answer and forgets it."""
+        self._reader += 1
+        self._timer.cancel()
+        self._ended = True
+        self._maker.cancel()
+        self._close()
+        self._change()
+        self._on_dropped()
+
+    def _start_timer(self) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._hold_s, self.drop)
+
+    async def _make(self, events: AsyncIterator[bytes]) -> None:
+        try:
+            async for piece in events:
+                self._held.append((self._num_made + 1, piece))
+                self._num_made += piece.count(_EVENT_END)
+                self._num_unread_bytes += len(piece)
+                self._change()
+                while self._num_unread_bytes > MAX_UNREAD_BYTES:
+                    await self._changed.wait()
+        finally:
+            self._ended = True
+            self._close()
+            self._change()
+
+    def _piece_after(self, num_seen: int) -> bytes:
+        if num_seen >= self._num_made:
+            return b""
+        first, piece = next(held for held in reversed(self._held) if held[0] <= num_seen + 1)
+        if first == num_seen + 1:
+            return piece
+        return b"".join(event + _EVENT_END for event in piece.split(_EVENT_END)[num_seen + 1 - first : -1])
+
+    def _note_written(self, num_written: int) -> None:
+        """Counts what was written for the first time, and lets go of the oldest of it where it is too much."""
+        for first, piece in reversed(self._held):
+            if first <= self._num_written:
+                break
+            if first <= num_written:
+                self._num_unread_bytes -= len(piece)
+                self._num_read_bytes += len(piece)
+        self._num_written = max(self._num_written, num_written)
+        while self._num_read_bytes > MAX_READ_BYTES:
+            self._num_read_bytes -= len(self._held.popleft()[1])
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class HeldStreams:
+    """The streams that one process holds."""
+
+    def __init__(self, hold_s: float = HOLD_S):
+        self._hold_s = hold_s
+        self._streams: dict[tuple[str, str], HeldStream] = {}
+
+    def hold(
+        self, answer_id: str, client_key: str, events: AsyncIterator[bytes], close: Callable[[], None]
+    ) -> HeldStream:
+        """`client_key`: whose it is; nobody else can resume it."""
+        key = client_key, answer_id
+        stream = HeldStream(events, close, lambda: self._forget(key), self._hold_s)
+        self._streams[key] = stream
+        return stream
+
+    def resume(self, last_event_id: str, client_key: str) -> AsyncIterator[bytes]:
+        """The events after that one. Raises `RequestError` (404) where they are not held."""
+        answer_id, _, number = last_event_id.rpartition(":")
+        stream = self._streams.get((client_key, answer_id))
+        num_seen = int(number) if number.isascii() and number.isdigit() and len(number) < 12 else -1
+        if stream is None or not stream.holds(num_seen):
+            raise RequestError(
+                f"no events are held after {last_event_id[:100]!r}: they are kept for {self._hold_s:g} s by the "
+                f"process that began the answer, where {RESUME_HEADER}: true asked for it; send the request anew, without "
+                "Last-Event-ID",
+                param=LAST_EVENT_HEADER,
+                code="resume_not_found",
+                status=404,
+            )
+        return stream.read(num_seen)
+
+    def close(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.drop()
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        with contextlib.suppress(KeyError):
+            del self._streams[key]
