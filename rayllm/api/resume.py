@@ -148,8 +148,8 @@ class HeldStreams:
         if stream is None or not stream.holds(num_seen):
             raise RequestError(
                 f"no events are held after {last_event_id[:100]!r}: they are kept for {self._hold_s:g} s by the "
-                f"process that began the answer, where {RESUME_HEADER}: true asked for it; send the request anew, without "
-                "Last-Event-ID",
+                f"process that began the answer, where {RESUME_HEADER}: true asked for it; send the request "
+                "anew, without Last-Event-ID",
                 param=LAST_EVENT_HEADER,
                 code="resume_not_found",
                 status=404,

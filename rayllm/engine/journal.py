@@ -123,17 +123,26 @@ class JournaledEngine:
         self.driver: DriverConnection | None = None
         self._lost_reason = "it has not come up yet"
         self._attached = asyncio.Event()
+        self._ended: EngineError | None = None
 
     def attach(self, driver: DriverConnection) -> None:
         """Requests go to this driver from now on."""
         self.driver = driver
-        self._attached.set()
-        self._attached = asyncio.Event()  # the next wait is for the next driver
+        self._wake()
 
     def detach(self, reason: str) -> None:
         """The driver is lost; requests wait for the next one."""
         self.driver = None
         self._lost_reason = reason
+
+    def end(self, error: EngineError) -> None:
+        """No driver will do any more: a request whose driver is lost, now or later, ends with this error."""
+        self._ended = error
+        self._wake()
+
+    def _wake(self) -> None:
+        self._attached.set()
+        self._attached = asyncio.Event()  # the next wait is for the next driver
 
     def submit(self, request: Request) -> JournaledStream:
         """Returns at once, with or without a driver."""
@@ -160,9 +169,11 @@ class JournaledEngine:
             raise EngineError(message, code="engine_gone") from None
 
     async def _other_than(self, lost: DriverConnection | None) -> DriverConnection:
-        while self.driver is None or self.driver is lost:
+        while self._ended is None:
+            if self.driver is not None and self.driver is not lost:
+                return self.driver
             await self._attached.wait()
-        return self.driver
+        raise self._ended
 
 
 class JournaledStream:

@@ -41,10 +41,13 @@ class Ingress:
     def __init__(self, engine: Any):
         self._engine = engine
 
-    def drain(self) -> tuple[int, int]:
-        """Refuses new requests from now on. Returns this replica's process id and how many requests are open."""
-        service: ModelService = self.app.state.service  # type: ignore[attr-defined]  # Serve adds `app`
-        return os.getpid(), service.drain()
+    async def drain(self, end: bool = False) -> tuple[int, int]:
+        """Refuses new requests from now on; with `end`, the open ones end with an error. Returns this replica's
+        process id and how many requests are open."""
+        state = self.app.state  # type: ignore[attr-defined]  # Serve adds `app`
+        if end:
+            state.connection.cancel()
+        return os.getpid(), state.service.drain()
 
     def place(self) -> WorkerPlace:
         """Where this replica runs."""
@@ -77,7 +80,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def connected(app: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(keep_connected(service, tokenizer, engine.name))
+        task = app.state.connection = asyncio.create_task(keep_connected(service, tokenizer, engine.name))
         try:
             yield
         finally:
@@ -93,9 +96,18 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
 
 async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_name: str) -> None:
     """Makes `service` ready when there is a driver of that name, not ready when it is lost, and so on for ever.
-    Open requests go on with the next driver."""
-    waiting_for = "starting the engine"
+    Open requests go on with the next driver; when this is cancelled, they end."""
     engine = JournaledEngine(on_replay=service.note_replay)
+    try:
+        await _keep_connected(service, tokenizer, engine, engine_name)
+    finally:
+        engine.end(EngineError("the server stops", code="shutting_down"))
+
+
+async def _keep_connected(
+    service: ModelService, tokenizer: Tokenizer, engine: JournaledEngine, engine_name: str
+) -> None:
+    waiting_for = "starting the engine"
     while True:
         try:
             config, connection = await _connect(engine_name)

@@ -39,6 +39,7 @@ _WATCH_PERIOD_S = 2.0
 _RAY_CORE = ("gcs_server", "raylet")
 _DRAIN_CALL_TIMEOUT_S = 2.0
 _DRAIN_POLL_S = 0.1
+_END_TIMEOUT_S = 3.0
 _LOG_TAIL_BYTES = 4000
 StageListener = Callable[[str], None]
 
@@ -310,22 +311,31 @@ def _stop_serve(running: RunningServer) -> None:
 
 
 def _drain(running: RunningServer) -> None:
-    """Has every ingress replica refuse new requests with 503, and waits until none has an open one or the time is up:
-    once Serve deletes the application, its proxy knows no more than 404."""
+    """Has every ingress replica refuse new requests with 503, gives the open ones their time, then ends them.
+
+    Comes before Serve deletes the application, because then its proxy knows no more than 404.
+    """
+    with contextlib.suppress(Exception):  # not deployed, or dead: nothing to wait for
+        if not _drained(running, running.server.shutdown_timeout_s, end=False):
+            _drained(running, _END_TIMEOUT_S, end=True)
+
+
+def _drained(running: RunningServer, timeout_s: float, *, end: bool) -> bool:
+    """Whether no request was open on any ingress replica before the time was up."""
     from ray import serve
 
-    deadline = time.monotonic() + running.server.shutdown_timeout_s
+    deadline = time.monotonic() + timeout_s
+    ingress = serve.get_app_handle(app_name(running.engine.name))
     open_by_replica: dict[int, int] = {}
-    with contextlib.suppress(Exception):  # not deployed, or dead: nothing to wait for
-        ingress = serve.get_app_handle(app_name(running.engine.name))
-        while True:
-            for _ in range(2 * running.server.num_ingress_replicas):  # Serve picks a replica for each call
-                replica, num_open = ingress.drain.remote().result(timeout_s=_DRAIN_CALL_TIMEOUT_S)
-                open_by_replica[replica] = num_open
-            all_told = len(open_by_replica) >= running.server.num_ingress_replicas
-            if (all_told and not any(open_by_replica.values())) or time.monotonic() > deadline:
-                return
-            time.sleep(_DRAIN_POLL_S)
+    while True:
+        for _ in range(2 * running.server.num_ingress_replicas):  # Serve picks a replica for each call
+            replica, num_open = ingress.drain.remote(end).result(timeout_s=_DRAIN_CALL_TIMEOUT_S)
+            open_by_replica[replica] = num_open
+        if len(open_by_replica) >= running.server.num_ingress_replicas and not any(open_by_replica.values()):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_DRAIN_POLL_S)
 
 
 def _log_what_processes_said() -> None:

@@ -210,6 +210,19 @@ async def test_a_request_waits_for_a_driver_only_so_long() -> None:
     assert caught.value.code == "deadline_exceeded"
 
 
+async def test_when_no_driver_will_do_any_more_requests_end_at_their_drivers_loss() -> None:
+    engine, driver = JournaledEngine(), _Driver(1)
+    waiting = asyncio.create_task(_collect(engine.submit(make_request([1]))))
+    await asyncio.sleep(0)
+    engine.end(EngineError("the server stops", code="shutting_down"))
+    with pytest.raises(EngineError, match="the server stops"):
+        await waiting
+    engine.attach(driver)
+    with pytest.raises(EngineError, match="the server stops"):
+        await _collect(engine.submit(make_request([1])))
+    assert len(driver.requests) == 1
+
+
 async def test_a_request_that_met_no_driver_starts_with_the_first() -> None:
     engine, driver = JournaledEngine(), _Driver()
     request = make_request([1])
