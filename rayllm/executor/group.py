@@ -193,6 +193,9 @@ class WorkerGroup:
         # A replacement is given what the first one had: what its predecessor held is free, or about to be.
         self.num_blocks = self.num_blocks or min(num_blocks.values())
         self._on_stage("warming up")
+        # One that was lost meanwhile is better found now than by peers that wait for it to join; and one may still be
+        # in a join that failed.
+        self._all({rank: self._actors[rank].alive.remote() for rank in self.ranks})
         if len(self.ranks) > 1:
             host = LOOPBACK if self._single_node else self._places[0].host
             store = self._all({0: self._actors[0].open_store.remote(host)})[0]

@@ -132,7 +132,12 @@ class WorkerLoop:
             self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         assert rank is not None
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout)
+        except BaseException:
+            # A group that failed to form still counts, and peers find each other under the count.
+            dist.distributed_c10d._world.group_count = 0
+            raise
 
     def leave(self) -> None:
         """Out of the process group, if in one: peers that wait for this rank in a step fail at once."""
