@@ -13,6 +13,9 @@ from rayllm.scheduler.scheduler import Scheduler
 MAX_RETRY_AFTER_S = 600.0
 _UNKNOWN_WAIT_S = 1.0
 _MEMORY_S = 10.0
+_WAIT_SHARE = 0.8
+"""Of the time that a deadline leaves: as both wait and run are estimates, a queue filled to the brim with requests that
+might just make it would end many of them on their last tokens."""
 
 
 def check_request(request: Request, config: ResolvedConfig) -> None:
@@ -58,45 +61,51 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
 
 
 class Pace:
-    """How fast waiting sequences come to run, over the last `_MEMORY_S` seconds or so in which some always waited: only
-    then does it say what the engine can do. Looked at when requests come, so it costs a step nothing.
+    """How fast waiting sequences come to run and to their end, over the last `_MEMORY_S` seconds or so in which some
+    always waited: only then does it say what the engine can do. Looked at when requests come: it costs a step nothing.
     """
 
     def __init__(self, scheduler: Scheduler, clock: Callable[[], float]):
         self._scheduler = scheduler
         self._clock = clock
         self._looked_at = clock()
+        self._num_slack_plans = scheduler.num_slack_plans
         self._marks = self._read()
         self._busy_s = 0.0
-        self._started_tokens = self._started = self._steps = 0.0
+        self._lately = [0.0] * len(self._marks)
 
-    def _read(self) -> tuple[int, int, int, int]:
+    def _read(self) -> list[int]:
         scheduler = self._scheduler
-        return scheduler.num_slack_plans, scheduler.num_started_tokens, scheduler.num_started, scheduler.num_plans
+        return [
+            scheduler.num_started_tokens,
+            scheduler.num_plans,
+            scheduler.num_ended_tokens,
+            scheduler.num_ended_max_tokens,
+        ]
 
     def look(self) -> None:
         """Takes what happened since the last look into account."""
-        now, marks, before = self._clock(), self._read(), self._marks
-        if len(self._scheduler.waiting) and marks[0] == before[0]:
+        scheduler, now, marks = self._scheduler, self._clock(), self._read()
+        if len(scheduler.waiting) and scheduler.num_slack_plans == self._num_slack_plans:
             elapsed_s = now - self._looked_at
             kept = max(0.0, 1.0 - elapsed_s / _MEMORY_S)
             self._busy_s = self._busy_s * kept + elapsed_s
-            self._started_tokens = self._started_tokens * kept + marks[1] - before[1]
-            self._started = self._started * kept + marks[2] - before[2]
-            self._steps = self._steps * kept + marks[3] - before[3]
-        self._looked_at, self._marks = now, marks
+            news = zip(self._lately, marks, self._marks, strict=True)
+            self._lately = [value * kept + mark - before for value, mark, before in news]
+        self._looked_at, self._num_slack_plans, self._marks = now, scheduler.num_slack_plans, marks
 
     def wait_s(self, num_tokens_ahead: int) -> float | None:
         """Seconds until prompts of so many tokens have come to run; None before anything was measured."""
-        return num_tokens_ahead * self._busy_s / self._started_tokens if self._started_tokens else None
+        started_tokens = self._lately[0]
+        return num_tokens_ahead * self._busy_s / started_tokens if started_tokens else None
 
     def run_s(self, max_tokens: int) -> float:
-        """Seconds that a sequence runs: what they take now on average (as many as run, by how many begin a second), but
-        no more than a step for each token that it may have."""
-        if not self._started or not self._steps:
+        """Seconds that a sequence of `max_tokens` will run: a step for each token, and it comes to as large a part of
+        them as others did."""
+        _, num_steps, ended_tokens, ended_max_tokens = self._lately
+        if not num_steps or not ended_max_tokens:
             return 0.0
-        average_s = self._scheduler.num_running * self._busy_s / self._started
-        return min(average_s, max_tokens * self._busy_s / self._steps)
+        return max_tokens * ended_tokens / ended_max_tokens * self._busy_s / num_steps
 
 
 class Admission:
@@ -154,7 +163,7 @@ class Admission:
             return
         left_s = request.deadline_s - self._wall_clock()
         run_s = self._pace.run_s(request.max_tokens)
-        if wait_s + run_s >= left_s:
+        if wait_s >= _WAIT_SHARE * left_s or wait_s + run_s >= left_s:
             raise OverloadedError(
                 f"the request cannot be finished in the {max(0.0, left_s):.1f} s that its deadline leaves: about "
                 f"{wait_s:.1f} s of other work wait before it, and it would run for {run_s:.1f} s; come back later or "

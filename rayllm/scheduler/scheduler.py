@@ -73,10 +73,12 @@ class Scheduler:
         self.prefix_queries = 0
         """Prompt tokens looked up in the prefix cache, each sequence's once."""
         self.prefix_hits = 0
-        self.num_started = 0
-        """Sequences that ran, each counted once."""
         self.num_started_tokens = 0
-        """Their prompt tokens."""
+        """Prompt tokens of the sequences that ran, each counted once."""
+        self.num_ended_tokens = 0
+        """Tokens of the sequences that came to their own end."""
+        self.num_ended_max_tokens = 0
+        """Tokens that those might have had."""
         self.num_slack_plans = 0
         """Times that a plan, or the attempt at one, left nothing waiting."""
 
@@ -381,7 +383,6 @@ class Scheduler:
         if not sequence.charged:
             sequence.charged = True
             self._counters.charge(sequence.client, PROMPT_WEIGHT * (len(sequence.tokens) - sequence.num_computed))
-            self.num_started += 1
             self.num_started_tokens += sequence.num_prompt_tokens
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs.clear()  # computed anew, from the first position
@@ -456,6 +457,8 @@ class Scheduler:
             if token_id in sequence.stop_ids or len(tokens) >= sequence.max_length:
                 update.finish = sequence.finish_reason()
                 if update.finish:
+                    self.num_ended_tokens += sequence.num_emitted
+                    self.num_ended_max_tokens += sequence.max_length - sequence.num_prompt_tokens
                     self._end(sequence, update.finish)
             updates.append(update)
         return updates

@@ -34,12 +34,13 @@ class _Queue:
         self.admission.check(request)
         self.scheduler.add(request)
 
-    def pass_time(self, elapsed_s: float, num_started_tokens: int, num_started: int = 1, num_plans: int = 100) -> None:
-        """As if in that time sequences had come to run, and others had always waited."""
+    def pass_time(self, elapsed_s: float, num_started_tokens: int, num_plans: int = 100) -> None:
+        """As if in that time sequences had come to run, others to half of their length, and some had always waited."""
         self.admission._pace.look()
         self.now += elapsed_s
         self.scheduler.num_started_tokens += num_started_tokens
-        self.scheduler.num_started += num_started
+        self.scheduler.num_ended_tokens += 5
+        self.scheduler.num_ended_max_tokens += 10
         self.scheduler._step += num_plans
         self.admission._pace.look()
 
@@ -169,19 +170,19 @@ def test_a_deadline_that_the_queue_ahead_cannot_meet_is_refused_at_once() -> Non
     queue.submit([1] * 50)
     queue.submit([1], deadline_s=queue.now + 0.1)  # nothing is measured yet: it may be met
     queue.pass_time(2.0, num_started_tokens=10)
-    with pytest.raises(OverloadedError, match=r"in the 10\.0 s .* about 10\.2 s of other work") as caught:
-        queue.submit([1], deadline_s=queue.now + 10)
+    with pytest.raises(OverloadedError, match=r"in the 12\.0 s .* about 10\.2 s of other work") as caught:
+        queue.submit([1], deadline_s=queue.now + 12)  # four fifths of it may be spent on waiting
     assert caught.value.retry_after_s == pytest.approx(10.2)
-    queue.submit([1], deadline_s=queue.now + 11)
+    queue.submit([1], deadline_s=queue.now + 13)
 
 
 def test_the_time_that_a_request_itself_takes_counts_against_its_deadline() -> None:
     queue = _Queue()
-    queue.submit([1] * 50)
-    queue.pass_time(10.0, num_started_tokens=50, num_started=5, num_plans=100)  # 2 s each, or a step of 0.1 s a token
-    with pytest.raises(OverloadedError, match=r"would run for 0\.4 s"):
-        queue.submit([1], deadline_s=queue.now + 10.3)  # of 4 tokens
-    queue.submit([1], deadline_s=queue.now + 10.5)
+    queue.submit([1] * 5)
+    queue.pass_time(10.0, num_started_tokens=50, num_plans=10)  # a step of 1 s, and two of its four tokens
+    with pytest.raises(OverloadedError, match=r"would run for 2\.0 s"):
+        queue.submit([1], deadline_s=queue.now + 2.9)
+    queue.submit([1], deadline_s=queue.now + 3.1)
 
 
 def test_less_waits_before_a_request_of_higher_priority_or_of_a_client_with_less() -> None:
