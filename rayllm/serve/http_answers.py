@@ -80,9 +80,9 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     watch = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError
+        if watch.done():  # also where both are: the message that says it comes once
+            raise ClientGoneError
+        return task.result()
     finally:
         await _cancel(task, watch)
 
