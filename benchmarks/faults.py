@@ -121,9 +121,9 @@ def _one(running: RunningEngine, client: BlockingConnection, kind: str, number: 
 
 
 def _measure(model: str, standby: str, kinds: list[str], num_faults: int) -> list[Fault]:
-    settings: dict[str, Any] = {"model": model, "tensor_parallel_size": 2, "device": "cpu", "name": "faults"}
+    settings: dict[str, Any] = {"model": model, "tensor_parallel_size": 2, "device": "cpu", "standby": standby}
     # float32: in bfloat16 a token may depend on who else is in the batch.
-    config = EngineConfig(**settings, dtype="float32", standby=standby, max_model_len=512, num_kv_blocks=400)
+    config = EngineConfig(**settings, name="faults", dtype="float32", max_model_len=512, num_kv_blocks=400)
     resolved = resolve(config, num_gpus=0, num_cores=os.cpu_count() or 1, backend="ray")
     with connected_ray(num_cpus=4):
         running = create_driver(resolved)

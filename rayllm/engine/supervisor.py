@@ -27,6 +27,10 @@ FIRST_STEPS_LIMIT_S = 60.0
 """Until `_NUM_FIRST_STEPS` are known: kernels are compiled, libraries warm up."""
 NEW_SIZE_LIMIT_S = 5.0
 """At least, for a plan larger than any before it."""
+PARDON_LIMIT_S = 30.0
+"""Where all ranks answer, a slow step (a kernel that is compiled, an overloaded machine) is likelier than a deadlock,
+which the collectives' own time limit ends.
+"""
 _NUM_FIRST_STEPS = 8
 _NUM_KEPT = 100
 
@@ -78,7 +82,7 @@ class Outcome(Enum):
     MENDED = "mended"
     """All ranks are ready for a new epoch and know no row."""
     ALL_LIVE = "all live"
-    """Nobody hangs: the step may yet come, and is given the same time once more."""
+    """Nobody hangs: the step may yet come, and is given longer, once."""
 
 
 class Supervisor:
@@ -131,7 +135,8 @@ class Supervisor:
 
     def limit_s(self) -> float:
         """How long the oldest plan that is out may take."""
-        return self._times.limit_s(self._sizes[0] if self._sizes else 1)
+        limit_s = self._times.limit_s(self._sizes[0] if self._sizes else 1)
+        return max(limit_s, PARDON_LIMIT_S) if self._pardoned else limit_s
 
     # ----------------------------------------------------------------------------------------------- faults
 

@@ -163,7 +163,7 @@ class WorkerGroup:
         if self._links is not None:
             self._links.close()
         places = [*self._places.values(), *self._drop_standby()]
-        for actor in self._actors.values():
+        for actor in list(self._actors.values()):  # a recovery may be under way
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
         for place in places:

@@ -9,6 +9,7 @@ from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_reque
 
 from rayllm.engine.local import build_scheduler
 from rayllm.engine.loop import EngineLoop
+from rayllm.engine.supervisor import MIN_LIMIT_S, PARDON_LIMIT_S
 from rayllm.errors import WorkerDiedError
 from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, StepResult, Submit
 from rayllm.request import Request, pack_ids, unpack_ids
@@ -227,21 +228,27 @@ def test_where_all_ranks_live_the_step_is_waited_for_once_more_and_then_all_are_
     class _Slow(FakeExecutor):
         num_timeouts = 1
 
+        def __init__(self) -> None:
+            super().__init__(silent=[])
+            self.limits: list[float | None] = []
+
         def receive(self, timeout_s: float | None) -> StepResult:
-            if self._plans[0].step == 4 and self.num_timeouts:
+            if self._plans[0].step == 12 and self.num_timeouts:
                 self.num_timeouts -= 1
+                self.limits.append(timeout_s)
                 raise TimeoutError("no result")
             return super().receive(timeout_s)
 
     _, expected = _run_mixed(FakeExecutor())
-    slow = _Slow(silent=[])
+    slow = _Slow()
     loop, clients = _run_mixed(slow)
     assert (slow.recovered, loop.stats().num_faults) == ([], 0)
     assert clients.tokens == expected.tokens
-    stuck = _Slow(silent=[])
+    stuck = _Slow()
     stuck.num_timeouts = 2
     loop, clients = _run_mixed(stuck)
     assert (stuck.recovered, loop.stats().num_faults) == ([[0, 1]], 1)
+    assert stuck.limits == [MIN_LIMIT_S, PARDON_LIMIT_S]
     assert clients.tokens == expected.tokens
 
 
