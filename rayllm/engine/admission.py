@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 from rayllm.config import ResolvedConfig
 from rayllm.errors import ContextLengthError, OverloadedError, RequestError
 from rayllm.request import Request
+from rayllm.scheduler.fairness import Line
 from rayllm.scheduler.scheduler import Scheduler
 
 MAX_RETRY_AFTER_S = 600.0
 _UNKNOWN_WAIT_S = 1.0
 _MEMORY_S = 10.0
+_LINE_WATCH_S = 2.0
 _WAIT_SHARE = 0.8
 """Of the time that a deadline leaves: as both wait and run are estimates, a queue filled to the brim with requests that
 might just make it would end many of them on their last tokens."""
@@ -60,52 +63,76 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
     return room if max_tokens is None else max_tokens
 
 
+class Recent:
+    """What some totals grew by over the last `_MEMORY_S` seconds or so, and the seconds that count."""
+
+    def __init__(self, now: float, totals: Sequence[int]):
+        self.seconds = 0.0
+        self.growth = [0.0] * len(totals)
+        self._looked_at, self._totals = now, totals
+
+    def look(self, now: float, totals: Sequence[int], *, counts: bool = True) -> None:
+        """Adds what came since the last look, where that `counts`."""
+        if counts:
+            elapsed_s = now - self._looked_at
+            kept = max(0.0, 1.0 - elapsed_s / _MEMORY_S)
+            self.seconds = self.seconds * kept + elapsed_s
+            news = zip(self.growth, totals, self._totals, strict=True)
+            self.growth = [value * kept + total - before for value, total, before in news]
+        self._looked_at, self._totals = now, totals
+
+
 class Pace:
-    """How fast waiting sequences come to run and to their end, over the last `_MEMORY_S` seconds or so in which some
-    always waited: only then does it say what the engine can do. Looked at when requests come: it costs a step nothing.
+    """How fast waiting sequences come to run and to their end, in times in which some always wait: only those say what
+    the engine can do. Looked at when requests come: it costs a step nothing.
     """
 
     def __init__(self, scheduler: Scheduler, clock: Callable[[], float]):
         self._scheduler = scheduler
         self._clock = clock
-        self._looked_at = clock()
         self._num_slack_plans = scheduler.num_slack_plans
-        self._marks = self._read()
-        self._busy_s = 0.0
-        self._lately = [0.0] * len(self._marks)
+        self._all = Recent(clock(), self._read())
+        self._lines: WeakKeyDictionary[Line, Recent] = WeakKeyDictionary()
 
-    def _read(self) -> list[int]:
+    def _read(self) -> Sequence[int]:
         scheduler = self._scheduler
-        return [
+        return (
             scheduler.num_started_tokens,
             scheduler.num_plans,
             scheduler.num_ended_tokens,
             scheduler.num_ended_max_tokens,
-        ]
+        )
 
-    def look(self) -> None:
-        """Takes what happened since the last look into account."""
-        scheduler, now, marks = self._scheduler, self._clock(), self._read()
-        if len(scheduler.waiting) and scheduler.num_slack_plans == self._num_slack_plans:
-            elapsed_s = now - self._looked_at
-            kept = max(0.0, 1.0 - elapsed_s / _MEMORY_S)
-            self._busy_s = self._busy_s * kept + elapsed_s
-            news = zip(self._lately, marks, self._marks, strict=True)
-            self._lately = [value * kept + mark - before for value, mark, before in news]
-        self._looked_at, self._num_slack_plans, self._marks = now, scheduler.num_slack_plans, marks
+    def look(self, line: Line | None = None) -> None:
+        """Takes what happened since the last look into account, in `line` too."""
+        scheduler, now = self._scheduler, self._clock()
+        always_some = len(scheduler.waiting) > 0 and scheduler.num_slack_plans == self._num_slack_plans
+        self._all.look(now, self._read(), counts=always_some)
+        self._num_slack_plans = scheduler.num_slack_plans
+        if line is not None:
+            started = (line.num_started_tokens,)
+            self._lines.setdefault(line, Recent(now, started)).look(now, started)
 
-    def wait_s(self, num_tokens_ahead: int) -> float | None:
-        """Seconds until prompts of so many tokens have come to run; None before anything was measured."""
-        started_tokens = self._lately[0]
-        return num_tokens_ahead * self._busy_s / started_tokens if started_tokens else None
+    def wait_s(self, line: Line | None, num_tokens_ahead: int) -> float | None:
+        """Seconds until one that joins `line` comes to run; None before anything was measured.
+
+        A line that was watched for a while says itself how fast it moves: those who come later may be served before
+        it. Else it is the time for `num_tokens_ahead`.
+        """
+        if line is not None:
+            recent = self._lines[line]
+            if recent.seconds >= _LINE_WATCH_S and recent.growth[0]:
+                return line.num_tokens * recent.seconds / recent.growth[0]
+        started_tokens = self._all.growth[0]
+        return num_tokens_ahead * self._all.seconds / started_tokens if started_tokens else None
 
     def run_s(self, max_tokens: int) -> float:
         """Seconds that a sequence of `max_tokens` will run: a step for each token, and it comes to as large a part of
         them as others did."""
-        _, num_steps, ended_tokens, ended_max_tokens = self._lately
+        _, num_steps, ended_tokens, ended_max_tokens = self._all.growth
         if not num_steps or not ended_max_tokens:
             return 0.0
-        return max_tokens * ended_tokens / ended_max_tokens * self._busy_s / num_steps
+        return max_tokens * ended_tokens / ended_max_tokens * self._all.seconds / num_steps
 
 
 class Admission:
@@ -130,7 +157,8 @@ class Admission:
 
     def check(self, request: Request) -> None:
         """Raises `OverloadedError` for what is too much now. A request that is continued was let in before."""
-        self._pace.look()
+        line = self._scheduler.waiting.line(request.client_key, request.priority)
+        self._pace.look(line)
         if request.emitted:
             return
         num_sequences, num_tokens = request.params.n, len(request.prompt) // 4 * request.params.n
@@ -139,7 +167,7 @@ class Admission:
         num_queued_tokens = queue.num_prompt_tokens + num_tokens - scheduler.num_free_slots
         if not len(queue) or (num_queued <= 0 and num_queued_tokens <= 0):
             return
-        wait_s = self._pace.wait_s(queue.num_tokens_ahead(client, request.priority, num_tokens))
+        wait_s = self._pace.wait_s(line, queue.num_tokens_ahead(client, request.priority, num_tokens))
         own, own_tokens = queue.num_waiting_of(client)
         self._check_bound("max_queued_requests", num_queued, own + num_sequences, client, wait_s)
         self._check_bound("max_queued_tokens", num_queued_tokens, own_tokens + num_tokens, client, wait_s)

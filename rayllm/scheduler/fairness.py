@@ -6,6 +6,7 @@ The virtual token counter of Sheng et al., "Fairness in Serving Large Language M
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, Status
@@ -58,6 +59,16 @@ class ServiceCounters:
         assert clients or not self._served, "no one is active, and counters are kept"
 
 
+@dataclass(eq=False)
+class Line:
+    """What one client has waiting at one priority, as long as there is some: served in order of arrival."""
+
+    num_tokens: int = 0
+    """Prompt tokens that wait."""
+    num_started_tokens: int = 0
+    """Those that came to run out of it."""
+
+
 class FairQueue:
     """The waiting sequences. First is the lowest priority number; among equal ones the client that was served
     least; of one client, the earliest arrival. So with one client it is priority, then arrival.
@@ -68,7 +79,7 @@ class FairQueue:
     def __init__(self, counters: ServiceCounters):
         self._counters = counters
         self._by_client: dict[str, ServiceQueue] = {}
-        self._num_prompt_tokens: dict[tuple[str, int], int] = {}  # by client and priority
+        self._lines: dict[tuple[str, int], Line] = {}  # by client and priority
         self._len = 0
 
     def __len__(self) -> int:
@@ -80,7 +91,10 @@ class FairQueue:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return sum(self._num_prompt_tokens.values())
+        return sum(line.num_tokens for line in self._lines.values())
+
+    def line(self, client: str, priority: int) -> Line | None:
+        return self._lines.get((client, priority))
 
     def add(self, sequence: Sequence) -> None:
         self._by_client.setdefault(sequence.client, ServiceQueue()).add(sequence)
@@ -99,11 +113,14 @@ class FairQueue:
     def _count(self, sequence: Sequence, sign: int) -> None:
         self._len += sign
         key = sequence.client, sequence.priority
-        num_tokens = self._num_prompt_tokens.get(key, 0) + sign * sequence.num_prompt_tokens
-        if num_tokens:
-            self._num_prompt_tokens[key] = num_tokens
-        else:
-            del self._num_prompt_tokens[key]
+        line = self._lines.setdefault(key, Line())
+        line.num_tokens += sign * sequence.num_prompt_tokens
+        if not line.num_tokens:
+            del self._lines[key]
+
+    def note_start(self, sequence: Sequence) -> None:
+        """It is about to be removed because it comes to run."""
+        self._lines[sequence.client, sequence.priority].num_started_tokens += sequence.num_prompt_tokens
 
     def walk(self) -> Iterator[Sequence]:
         """Each in its turn, by the counters as they are when it is asked for. Between two, the caller may let
@@ -128,13 +145,14 @@ class FairQueue:
     def num_tokens_ahead(self, client: str, priority: int, num_prompt_tokens: int) -> int:
         """Prompt tokens that will be served before a sequence that comes now: those of lower priority number,
         those of the same client, and of each other client as many as are served while those are."""
-        own = self._num_prompt_tokens.get((client, priority), 0)
+        line = self.line(client, priority)
+        own = line.num_tokens if line is not None else 0
         ahead = 0
-        for (other, other_priority), num_tokens in self._num_prompt_tokens.items():
+        for (other, other_priority), line in self._lines.items():
             if other_priority < priority or (other == client and other_priority == priority):
-                ahead += num_tokens
+                ahead += line.num_tokens
             elif other_priority == priority:
-                ahead += min(num_tokens, own + num_prompt_tokens)
+                ahead += min(line.num_tokens, own + num_prompt_tokens)
         return ahead
 
     def num_clients_with(self, client: str) -> int:
@@ -143,7 +161,7 @@ class FairQueue:
 
     def num_waiting_of(self, client: str) -> tuple[int, int]:
         """Sequences of `client`, and their prompt tokens."""
-        num_tokens = sum(num for (other, _), num in self._num_prompt_tokens.items() if other == client)
+        num_tokens = sum(line.num_tokens for (other, _), line in self._lines.items() if other == client)
         return len(self._by_client.get(client, ())), num_tokens
 
     def check(self) -> None:
@@ -156,4 +174,6 @@ class FairQueue:
         for sequence in self:
             key = sequence.client, sequence.priority
             counted[key] = counted.get(key, 0) + sequence.num_prompt_tokens
-        assert counted == self._num_prompt_tokens, "the count of waiting tokens is wrong"
+        assert counted == {key: line.num_tokens for key, line in self._lines.items()}, (
+            "the count of waiting tokens is wrong"
+        )

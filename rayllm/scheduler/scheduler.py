@@ -338,12 +338,12 @@ class Scheduler:
         return True
 
     def _start(self, sequence: Sequence, draft: Draft) -> None:
+        self._note_start(sequence)
         self.waiting.remove(sequence)
         self._running.add(sequence)
         sequence.status = Status.RUNNING
         sequence.row = row = self._free_rows.pop()
         self._cache.announce(sequence)
-        self._note_start(sequence)
         draft.starts.append(
             RowStart(
                 row=row,
@@ -383,6 +383,7 @@ class Scheduler:
         if not sequence.charged:
             sequence.charged = True
             self._counters.charge(sequence.client, PROMPT_WEIGHT * (len(sequence.tokens) - sequence.num_computed))
+            self.waiting.note_start(sequence)
             self.num_started_tokens += sequence.num_prompt_tokens
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs.clear()  # computed anew, from the first position

@@ -129,3 +129,4 @@ def test_a_client_that_asks_for_its_share_gets_it_beside_one_that_asks_for_seven
     run = _Run(4 * CAPACITY, client_weights={"greedy": 8, "modest": 1})
     wanted = 4 / 9 * full_load.goodput
     assert run.good_tokens["modest"] / (run.seconds - 10) >= 0.95 * wanted
+    assert run.goodput >= 0.9 * full_load.goodput, "the greedy one is told how slowly its own line moves"
