@@ -120,7 +120,8 @@ def _max_model_len(config: EngineConfig, model_max: int) -> int:
 
 
 def _eos_token_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """generation_config.json first (as `transformers` does), then config.json."""
+    """generation_config.json first (as `transformers` does), then config.json; nonsense is refused in either."""
+    found: list[tuple[int, ...]] = []
     for name in ("generation_config.json", "config.json"):
         file = path / name
         if not file.is_file():
@@ -134,5 +135,5 @@ def _eos_token_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
             raise ConfigError(f"{file}: eos_token_id={value!r} must be token ids below vocab_size={vocab_size}")
-        return tuple(ids)
-    return ()
+        found.append(tuple(ids))
+    return found[0] if found else ()

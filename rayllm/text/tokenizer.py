@@ -377,7 +377,8 @@ def _load_with_transformers(folder: Path) -> tuple[_Backend, dict[str, str]]:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # from OSError to KeyError, by the way in which the files are wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"tokenizer: cannot load one from {folder}: {reason}") from None
+        missing = "" if (folder / "tokenizer.json").is_file() else "it holds no tokenizer.json, and "
+        raise ConfigError(f"tokenizer: cannot load one from {folder}: {missing}{reason}") from None
     named = {name: str(token) for name in _NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
     pipeline = getattr(tokenizer, "backend_tokenizer", None)
     return (_PythonTokenizer(tokenizer) if pipeline is None else _Pipeline(pipeline)), named

@@ -76,6 +76,8 @@ class Checkpoint:
                 raise ConfigError(
                     f"{index}: weight_map names {file_name!r}; it must be a .safetensors file in the same folder"
                 )
+            if not (self.folder / file_name).exists():
+                raise ConfigError(f"{index}: its file {file_name} cannot be read: it does not exist")
             self._open_file(self.folder / file_name)
         for name, file_name in weight_map.items():
             path = self.folder / file_name
