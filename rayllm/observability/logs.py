@@ -64,9 +64,7 @@ def setup_logging(
     May be called again; the last call counts.
     """
     handler: logging.Handler
-    handler = (
-        logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(stream or sys.stderr)
-    )
+    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     for old in [old for old in root.handlers if isinstance(old.formatter, (TextFormatter, JsonFormatter))]:

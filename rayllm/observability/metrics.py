@@ -54,9 +54,7 @@ class _EngineMetric:
 
 
 _ENGINE_METRICS = (
-    _EngineMetric(
-        "vllm:num_requests_running", "gauge", "Sequences that are in the running batch.", ("num_running",)
-    ),
+    _EngineMetric("vllm:num_requests_running", "gauge", "Sequences that are in the running batch.", ("num_running",)),
     _EngineMetric("vllm:num_requests_waiting", "gauge", "Sequences that wait to be run.", ("num_waiting",)),
     _EngineMetric(
         "vllm:kv_cache_usage_perc",
@@ -73,9 +71,7 @@ _ENGINE_METRICS = (
         "Prompt tokens looked up in the prefix cache.",
         ("prefix_queries",),
     ),
-    _EngineMetric(
-        "vllm:prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache.", ("prefix_hits",)
-    ),
+    _EngineMetric("vllm:prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache.", ("prefix_hits",)),
     _EngineMetric("rayllm:engine_healthy", "gauge", "1 while the engine makes progress.", ("healthy",)),
     _EngineMetric("rayllm:kv_blocks", "gauge", "KV blocks in all.", ("num_blocks",)),
     _EngineMetric(
@@ -114,13 +110,9 @@ class Metrics:
         self._model_name = model_name
         self._engine = _EngineCollector(model_name)
         self.registry.register(self._engine)
-        self._finished = self._counter(
-            "vllm:request_success", "Choices that ended, by reason.", "finished_reason"
-        )
+        self._finished = self._counter("vllm:request_success", "Choices that ended, by reason.", "finished_reason")
         self._refused = self._counter("rayllm:requests_refused", "Requests answered with an error.", "code")
-        opened = Gauge(
-            "rayllm:requests_open", "Requests that are open.", ("model_name",), registry=self.registry
-        )
+        opened = Gauge("rayllm:requests_open", "Requests that are open.", ("model_name",), registry=self.registry)
         self._open_gauge = opened.labels(model_name)
         self.num_open = 0
         self._first_token = self._histogram(
@@ -139,9 +131,7 @@ class Metrics:
         self._whole = self._histogram(
             "vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", _REQUEST_SECONDS
         )
-        self._prompt_tokens = self._histogram(
-            "vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS
-        )
+        self._prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._generated = self._histogram("vllm:request_generation_tokens", "Tokens of a choice.", _TOKENS)
 
     def request_opened(self, num_prompt_tokens: int) -> None:
