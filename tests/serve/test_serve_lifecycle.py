@@ -89,7 +89,7 @@ def test_health_tells_the_stage_of_a_server_that_is_not_ready() -> None:
 # ------------------------------------------------------------------------------------------- with real processes
 
 _RAYS_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
-"""Ray's own two agents may outlive a raylet whose parent was killed with SIGKILL; they hold no port of ours."""
+"""Ray's own two agents outlive a killed serve by about a minute; no port of ours is theirs."""
 
 
 def _serve(*argv: str, log_dir: Path) -> "subprocess.Popen[str]":
