@@ -61,7 +61,7 @@ class EngineConfig(_Config):
     max_model_len: int | None = Field(None, ge=1, description="Context length in tokens; default: the model's.")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences that run at once, at most.")
     max_num_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one step, at most.")
-    block_size: int | None = Field(None, description="Tokens in a KV block; default: 16 on CPU, 64 on GPU.")
+    block_size: int | None = Field(None, description="Tokens in a KV block; default: 8 on CPU, 64 on GPU.")
     num_kv_blocks: int | None = Field(None, ge=2, description="KV blocks of each worker; default: what memory allows.")
     gpu_memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of a GPU's memory the engine may use.")
     kv_cache_memory_bytes: int | None = Field(
