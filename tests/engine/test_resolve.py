@@ -42,7 +42,7 @@ def test_two_workers_are_ray_actors_and_share_the_cores(llama_path: Path) -> Non
     ("fields", "words"),
     [
         ({"tensor_parallel_size": 4}, ["tensor_parallel_size=4", "this machine has 2", "at most 2"]),
-        ({"tensor_parallel_size": 2, "distributed_executor_backend": "inproc"}, ["inproc", "'ray'"]),
+        ({"tensor_parallel_size": 2, "distributed_executor_backend": "inproc"}, ["tensor_parallel_size=2", "'ray'"]),
         ({"max_model_len": 513}, ["513", "512"]),
         ({"num_kv_blocks": 10}, ["num_kv_blocks=10", "512"]),
         ({"device": "cuda"}, ["cuda", "no NVIDIA GPU"]),
