@@ -6,7 +6,7 @@ closing marks, polite words, contractions, slips of the keyboard. Answers are ne
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rayllm.demo.corpus import Corpus, Entry, FollowUp
@@ -22,13 +22,24 @@ SOURCE_SHARES = {
     "stories": 0.05,
     "unknown": 0.13,
 }
+# Later: less of what is known by then, more of the sums.
+LATER_SOURCE_SHARES = {
+    "rayllm": 0.15,
+    "serving": 0.14,
+    "models": 0.09,
+    "smalltalk": 0.15,
+    "facts": 0.12,
+    "sums": 0.20,
+    "stories": 0.03,
+    "unknown": 0.12,
+}
 SYSTEM_PROMPT_SHARE = 0.3
-MULTI_TURN_SHARE = 0.15
+MULTI_TURN_SHARE = 0.12
 PLAIN_TEXT_SHARE = 0.04
-FOLLOW_UP_SHARE = 0.35
-MAX_NUM_TURNS = 9
-LONG_CHAT_SHARE = 0.01  # of all examples: so that positions far into the context are trained too
-MAX_NUM_TURNS_LONG = 27
+FOLLOW_UP_SHARE = 0.45
+MAX_NUM_TURNS = 5
+LONG_CHAT_SHARE = 0.006  # of all examples: so that positions far into the context are trained too
+MAX_NUM_TURNS_LONG = 24
 
 OPENINGS = ("Please ", "Hi, ", "Hello, ", "Hello! ", "Hey, ", "So, ", "Ok, ", "Now, ", "And ", "Well, ")
 ASKING = (
@@ -92,12 +103,12 @@ class Example:
 class ConversationSource:
     """Draws training examples. The same corpus and seed give the same examples in the same order."""
 
-    def __init__(self, corpus: Corpus, seed: int) -> None:
+    def __init__(self, corpus: Corpus, seed: int, shares: Mapping[str, float] = SOURCE_SHARES) -> None:
         self._random = random.Random(seed)
         self._system_prompts = corpus.system_prompts
         self._follow_ups = corpus.follow_ups
-        self._sources = tuple(SOURCE_SHARES)
-        self._shares = tuple(SOURCE_SHARES.values())
+        self._sources = tuple(shares)
+        self._shares = tuple(shares.values())
         self._entries: dict[str, list[Entry]] = {source: [] for source in self._sources}
         for entry in corpus.entries:
             self._entries[entry.source].append(entry)

@@ -137,7 +137,7 @@ def test_a_long_chat_still_gets_right_answers(demo: DemoModel, answer_of: dict[s
     assert demo.answers([chat]) == ["The capital of Norway is Oslo."]
 
 
-def test_the_same_question_with_a_story_ends_within_the_limit(demo: DemoModel) -> None:
+def test_every_story_is_told_to_its_end(demo: DemoModel) -> None:
     stories = [entry for entry in load_corpus().entries if entry.source == "stories"]
     answers = demo.answers([[user(entry.questions[0])] for entry in stories])
     assert answers == [entry.answer for entry in stories]
