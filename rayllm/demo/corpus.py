@@ -193,9 +193,7 @@ def _block_entries(block: list[tuple[str, str]], name: str) -> list[Entry]:
     short_answers = _values(block, "S")
     rows = [[value.strip() for value in row.split("|")] for row in _values(block, "R")]
     if rows:
-        return [
-            Entry(tuple(q.format(*row) for q in questions), answer.format(*row), None, name) for row in rows
-        ]
+        return [Entry(tuple(q.format(*row) for q in questions), answer.format(*row), None, name) for row in rows]
     return [Entry(tuple(questions), answer, short_answers[0] if short_answers else None, name)]
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayllm.demo import model_path
-from rayllm.demo.conversations import LATER_SOURCE_SHARES, SOURCE_SHARES, ConversationSource
+from rayllm.demo.conversations import FIRST_MIX, SECOND_MIX, THIRD_MIX, ConversationSource, Mix
 from rayllm.demo.corpus import load_corpus
 from rayllm.demo.tokenizer import END_ID, PAD_ID, VOCAB_SIZE, encode_example, save_tokenizer, train_tokenizer
 
@@ -68,12 +68,13 @@ class Phase:
     num_steps: int
     peak_learning_rate: float
     shortened_share: float
-    source_shares: Mapping[str, float]
+    mix: Mix
 
 
 PHASES = (
-    Phase(2600, peak_learning_rate=2.5e-3, shortened_share=0.7, source_shares=SOURCE_SHARES),
-    Phase(1500, peak_learning_rate=2.0e-3, shortened_share=0.6, source_shares=LATER_SOURCE_SHARES),
+    Phase(2600, peak_learning_rate=2.5e-3, shortened_share=0.7, mix=FIRST_MIX),
+    Phase(1500, peak_learning_rate=2.0e-3, shortened_share=0.6, mix=SECOND_MIX),
+    Phase(1200, peak_learning_rate=1.5e-3, shortened_share=0.6, mix=THIRD_MIX),
 )
 NUM_STEPS = sum(phase.num_steps for phase in PHASES)
 
@@ -104,9 +105,7 @@ def demo_config() -> LlamaConfig:
     )
 
 
-def batches(
-    source: ConversationSource, tokenizer: Tokenizer, seed: int, shortened_share: float
-) -> Iterator[Batch]:
+def batches(source: ConversationSource, tokenizer: Tokenizer, seed: int, shortened_share: float) -> Iterator[Batch]:
     """Endless batches of about BATCH_TOKENS tokens. Rows of one batch have similar lengths, to pad little."""
     draw = random.Random(seed)
     while True:
@@ -186,7 +185,7 @@ def train(num_steps: int, seed: int, num_threads: int = NUM_THREADS) -> tuple[Ll
     tokenizer = train_tokenizer(corpus)
     model = LlamaForCausalLM(demo_config())
     for number, phase in enumerate(PHASES):
-        source = ConversationSource(corpus, seed + number, phase.source_shares)
+        source = ConversationSource(corpus, seed + number, phase.mix)
         stream = batches(source, tokenizer, seed + number, phase.shortened_share)
         run_phase(model, stream, phase, max(1, round(num_steps * phase.num_steps / NUM_STEPS)))
     return model.eval(), tokenizer
