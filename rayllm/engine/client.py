@@ -11,7 +11,7 @@ import itertools
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -133,8 +133,7 @@ class _Wire(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are none by inheritance
 
     def get_buffer(self, sizehint: int) -> Any:  # typeshed asks for a bytearray; any writable buffer serves
         return self._reader.space()

@@ -12,11 +12,11 @@ import time
 from typing import Any
 
 from rayllm.config import EngineConfig, ResolvedConfig
+from rayllm.engine.client import connect_by_name
 from rayllm.engine.driver import RunningEngine, create_driver, known_engines
 from rayllm.engine.resolve import resolve
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.placement import cluster_devices
-from rayllm.serve.connection import connect_from_replica
 
 logger = logging.getLogger("ray.serve")
 
@@ -103,7 +103,7 @@ class EngineReplica:
     async def _wait_idle(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(EngineUnreachableError, EngineError):
-            connection = await connect_from_replica(self._config.name, "engine replica, stopping")
+            connection = await connect_by_name(self._config.name, name="engine replica, stopping")
             try:
                 while time.monotonic() < deadline:
                     stats = await connection.stats()

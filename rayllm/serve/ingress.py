@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
-from rayllm.engine.client import EngineConnection
+from rayllm.engine.client import EngineConnection, connect_by_name
 from rayllm.engine.driver import find_driver
 from rayllm.errors import EngineError, EngineUnreachableError
-from rayllm.serve.connection import connect_from_replica
 from rayllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ async def keep_connected(service: ModelService, tokenizer: Tokenizer, engine_nam
 async def _connect(engine_name: str) -> tuple[ResolvedConfig, EngineConnection]:
     import ray
 
-    connection = await connect_from_replica(engine_name, "ingress")
+    connection = await connect_by_name(engine_name, name="ingress")
     try:
         description = await asyncio.wait_for(find_driver(engine_name).describe.remote(), _CALL_TIMEOUT_S)
         return ResolvedConfig.model_validate_json(description.config), connection
