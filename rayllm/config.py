@@ -195,6 +195,11 @@ class Environment:
         return os.environ.get("RLLM_LOG_DIR")
 
     @staticmethod
+    def ray_is_loopback_only() -> bool:
+        """Whether Ray was told to listen on loopback alone, as a cluster of our own is."""
+        return os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0"
+
+    @staticmethod
     def ray_address() -> str | None:
         return os.environ.get("RAY_ADDRESS")
 

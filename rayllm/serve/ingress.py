@@ -17,6 +17,7 @@ from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
 from rayllm.engine.client import EngineConnection, connect_by_name
 from rayllm.engine.driver import find_driver
 from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.serve.loopback import keep_replica_on_loopback
 from rayllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Ingress:
     """
 
     def __init__(self, engine: Any):
+        keep_replica_on_loopback()
         self._engine = engine
 
     def place(self) -> WorkerPlace:
