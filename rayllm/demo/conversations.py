@@ -27,6 +27,7 @@ class Mix:
     follow_up_share: float = 0.45  # of the turns that come after an answered question
     reference_weight: int = 1  # of follow-ups that refer to the turn before, against one of the others
     in_short_share: float = 0.0  # of single questions, asked for their short answer
+    written_share: float = 0.0  # of questions drawn from the written ones alone, which forms outnumber
 
 
 # The stories are long and few; the sums are many and short.
@@ -63,6 +64,21 @@ THIRD_MIX = replace(
     follow_up_share=0.7,
     reference_weight=4,
     in_short_share=0.15,
+)
+# Last: the questions in their own words, wherever forms outnumber them.
+FOURTH_MIX = replace(
+    THIRD_MIX,
+    written_share=0.5,
+    source_shares={
+        "rayllm": 0.17,
+        "serving": 0.20,
+        "models": 0.11,
+        "smalltalk": 0.16,
+        "facts": 0.10,
+        "sums": 0.12,
+        "stories": 0.03,
+        "unknown": 0.11,
+    },
 )
 
 IN_SHORT = ("In short: ", "Briefly: ", "In one sentence: ", "Short answer please: ")
@@ -160,7 +176,7 @@ class ConversationSource:
             answered = self._draw_follow_up(last)
             if answered is None:
                 last = self._draw_entry()
-                messages += self._turn(last.questions, last.answer)
+                messages += self._turn(self._questions(last), last.answer)
             else:
                 last = None
                 messages += self._turn(*answered)
@@ -177,7 +193,7 @@ class ConversationSource:
         entry = self._draw_entry()
         while entry.short_answer is None:
             entry = self._draw_entry()
-        question, answer = self._turn(entry.questions, entry.short_answer)
+        question, answer = self._turn(self._questions(entry), entry.short_answer)
         return [replace(question, content=self._random.choice(IN_SHORT) + question.content), answer]
 
     def _draw_follow_up(self, last: Entry | None) -> tuple[Sequence[str], str] | None:
@@ -192,6 +208,12 @@ class ConversationSource:
         (source,) = self._random.choices(self._sources, self._shares)
         (entry,) = self._random.choices(self._entries[source], self._weights[source])
         return entry
+
+    def _questions(self, entry: Entry) -> Sequence[str]:
+        written_share = self._mix.written_share
+        if written_share and entry.num_written and self._random.random() < written_share:
+            return entry.questions[: entry.num_written]
+        return entry.questions
 
     def _turn(self, questions: Sequence[str], answer: str) -> list[Message]:
         question = vary_question(self._random.choice(questions), self._random)

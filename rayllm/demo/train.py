@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayllm.demo import model_path
-from rayllm.demo.conversations import FIRST_MIX, SECOND_MIX, THIRD_MIX, ConversationSource, Mix
+from rayllm.demo.conversations import FIRST_MIX, FOURTH_MIX, SECOND_MIX, THIRD_MIX, ConversationSource, Mix
 from rayllm.demo.corpus import load_corpus
 from rayllm.demo.tokenizer import END_ID, PAD_ID, VOCAB_SIZE, encode_example, save_tokenizer, train_tokenizer
 
@@ -75,6 +75,7 @@ PHASES = (
     Phase(2600, peak_learning_rate=2.5e-3, shortened_share=0.7, mix=FIRST_MIX),
     Phase(1500, peak_learning_rate=2.0e-3, shortened_share=0.6, mix=SECOND_MIX),
     Phase(1200, peak_learning_rate=1.5e-3, shortened_share=0.6, mix=THIRD_MIX),
+    Phase(1500, peak_learning_rate=1.5e-3, shortened_share=0.6, mix=FOURTH_MIX),
 )
 NUM_STEPS = sum(phase.num_steps for phase in PHASES)
 
