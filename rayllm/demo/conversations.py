@@ -26,6 +26,7 @@ class Mix:
     max_num_turns: int = 5
     follow_up_share: float = 0.45  # of the turns that come after an answered question
     reference_weight: int = 1  # of follow-ups that refer to the turn before, against one of the others
+    small_talk_weight: int = 0  # of SECOND_TURN_SMALL_TALK among the follow-ups
     in_short_share: float = 0.0  # of single questions, asked for their short answer
     written_share: float = 0.0  # of questions drawn from the written ones alone, which forms outnumber
 
@@ -65,7 +66,7 @@ THIRD_MIX = replace(
     reference_weight=4,
     in_short_share=0.15,
 )
-# Last: the questions in their own words, wherever forms outnumber them.
+# Then: the questions in their own words, wherever forms outnumber them.
 FOURTH_MIX = replace(
     THIRD_MIX,
     written_share=0.5,
@@ -80,7 +81,11 @@ FOURTH_MIX = replace(
         "unknown": 0.11,
     },
 )
+# Last: thanks and the like as second turns.
+FIFTH_MIX = replace(FOURTH_MIX, small_talk_weight=2)
 
+# The first questions of the small talk that mostly follows an answer.
+SECOND_TURN_SMALL_TALK = ("Thanks", "Great", "Yes", "No", "Bye", "Why?", "You are wrong")
 IN_SHORT = ("In short: ", "Briefly: ", "In one sentence: ", "Short answer please: ")
 OPENINGS = ("Please ", "Hi, ", "Hello, ", "Hello! ", "Hey, ", "So, ", "Ok, ", "Now, ", "And ", "Well, ")
 ASKING = (
@@ -151,6 +156,10 @@ class ConversationSource:
         self._follow_ups: list[FollowUp] = []
         for follow_up in corpus.follow_ups:
             self._follow_ups += [follow_up] * (mix.reference_weight if follow_up.refers_to else 1)
+        for entry in corpus.entries:
+            if entry.questions[0] in SECOND_TURN_SMALL_TALK:
+                small_talk = FollowUp(entry.questions, entry.answer, None)
+                self._follow_ups += [small_talk] * mix.small_talk_weight
         self._sources = tuple(mix.source_shares)
         self._shares = tuple(mix.source_shares.values())
         self._entries: dict[str, list[Entry]] = {source: [] for source in self._sources}

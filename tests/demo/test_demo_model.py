@@ -16,7 +16,7 @@ MAX_NEW_TOKENS = 200
 END_ID = 2
 QUESTIONS = json.loads((model_path().parent / "questions.json").read_text(encoding="utf-8"))
 # Of the questions in words that the model never saw; it is tiny, so not all can be right.
-MIN_HELD_OUT_RIGHT = 0.8
+MIN_HELD_OUT_RIGHT = 0.75
 
 Chat = list[dict[str, str]]
 
