@@ -68,7 +68,7 @@ class EngineConfig(_Config):
     max_queued_tokens: int | None = Field(
         2**20, ge=1, description="Prompt tokens that wait for a place, at most; more are refused. LLM: no limit."
     )
-    block_size: int | None = Field(None, description="Tokens in a KV block; default: 16 on CPU, 64 on GPU.")
+    block_size: int | None = Field(None, description="Tokens in a KV block; default: 8 on CPU, 64 on GPU.")
     num_kv_blocks: int | None = Field(None, ge=2, description="KV blocks of each worker; default: what memory allows.")
     gpu_memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of a GPU's memory the engine may use.")
     kv_cache_memory_bytes: int | None = Field(
@@ -210,6 +210,11 @@ class Environment:
     @staticmethod
     def log_dir() -> str | None:
         return os.environ.get("RLLM_LOG_DIR")
+
+    @staticmethod
+    def ray_is_loopback_only() -> bool:
+        """Whether Ray was told to listen on loopback alone, as a cluster of our own is."""
+        return os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0"
 
     @staticmethod
     def ray_address() -> str | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -135,5 +136,7 @@ def test_greedy_tokens_are_those_of_transformers(llama_path: Path) -> None:
     with LLM(str(llama_path), device="cpu", num_kv_blocks=64) as llm:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     for prompt, output in zip(prompts, outputs, strict=True):
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         assert output.outputs[0].token_ids == ids[0, len(prompt) :].tolist()

@@ -6,11 +6,12 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.config import EngineConfig, Environment, ResolvedConfig, ServerConfig, parse_settings, read_settings_file
-from rayllm.errors import EngineError
+from rayllm.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from rayllm.cli.terminal import Screen
@@ -53,9 +54,17 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
 
     server.read_api_keys()
     if Environment.ray_address() is None:  # else the cluster decides what there is room for
-        resolve(engine, backend="ray")
+        _check_weights(engine, resolve(engine, backend="ray").model_path)
     if server.port:
         check_port(server.host, server.port)
+
+
+def _check_weights(engine: EngineConfig, model_path: str) -> None:
+    if engine.load_format != "dummy" and not any(Path(model_path).glob("*.safetensors")):
+        raise ConfigError(
+            f"{model_path} holds no *.safetensors: give the folder of a whole checkpoint, "
+            "or --load-format dummy for random weights"
+        )
 
 
 def run(argv: Sequence[str]) -> int:

@@ -6,30 +6,87 @@ closing marks, polite words, contractions, slips of the keyboard. Answers are ne
 
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rayllm.demo.corpus import Corpus, Entry, FollowUp
 
-# Share of single questions that each file gets. The stories are long and few; the sums are many and short.
-SOURCE_SHARES = {
-    "rayllm": 0.16,
-    "serving": 0.18,
-    "models": 0.12,
-    "smalltalk": 0.13,
-    "facts": 0.15,
-    "sums": 0.08,
-    "stories": 0.05,
-    "unknown": 0.13,
-}
 SYSTEM_PROMPT_SHARE = 0.3
-MULTI_TURN_SHARE = 0.15
 PLAIN_TEXT_SHARE = 0.04
-FOLLOW_UP_SHARE = 0.35
-MAX_NUM_TURNS = 9
-LONG_CHAT_SHARE = 0.01  # of all examples: so that positions far into the context are trained too
-MAX_NUM_TURNS_LONG = 27
+LONG_CHAT_SHARE = 0.006  # so that positions far into the context are trained too
+MAX_NUM_TURNS_LONG = 24
 
+
+@dataclass(frozen=True)
+class Mix:
+    """How often each kind of example is drawn. The shares of the sources (the files) add up to one."""
+
+    source_shares: Mapping[str, float]
+    multi_turn_share: float = 0.12
+    max_num_turns: int = 5
+    follow_up_share: float = 0.45  # of the turns that come after an answered question
+    reference_weight: int = 1  # of follow-ups that refer to the turn before, against one of the others
+    small_talk_weight: int = 0  # of SECOND_TURN_SMALL_TALK among the follow-ups
+    in_short_share: float = 0.0  # of single questions, asked for their short answer
+    written_share: float = 0.0  # of questions drawn from the written ones alone, which forms outnumber
+
+
+# The stories are long and few; the sums are many and short.
+FIRST_MIX = Mix(
+    source_shares={
+        "rayllm": 0.16,
+        "serving": 0.18,
+        "models": 0.12,
+        "smalltalk": 0.13,
+        "facts": 0.15,
+        "sums": 0.08,
+        "stories": 0.05,
+        "unknown": 0.13,
+    }
+)
+# Later: less of what is known by then, more of the sums.
+SECOND_MIX = Mix(
+    source_shares={
+        "rayllm": 0.15,
+        "serving": 0.14,
+        "models": 0.09,
+        "smalltalk": 0.15,
+        "facts": 0.12,
+        "sums": 0.20,
+        "stories": 0.03,
+        "unknown": 0.12,
+    }
+)
+# In the end: more second questions.
+THIRD_MIX = replace(
+    SECOND_MIX,
+    multi_turn_share=0.25,
+    max_num_turns=3,
+    follow_up_share=0.7,
+    reference_weight=4,
+    in_short_share=0.15,
+)
+# Then: the questions in their own words, wherever forms outnumber them.
+FOURTH_MIX = replace(
+    THIRD_MIX,
+    written_share=0.5,
+    source_shares={
+        "rayllm": 0.17,
+        "serving": 0.20,
+        "models": 0.11,
+        "smalltalk": 0.16,
+        "facts": 0.10,
+        "sums": 0.12,
+        "stories": 0.03,
+        "unknown": 0.11,
+    },
+)
+# Last: thanks and the like as second turns.
+FIFTH_MIX = replace(FOURTH_MIX, small_talk_weight=2)
+
+# The first questions of the small talk that mostly follows an answer.
+SECOND_TURN_SMALL_TALK = ("Thanks", "Great", "Yes", "No", "Bye", "Why?", "You are wrong")
+IN_SHORT = ("In short: ", "Briefly: ", "In one sentence: ", "Short answer please: ")
 OPENINGS = ("Please ", "Hi, ", "Hello, ", "Hello! ", "Hey, ", "So, ", "Ok, ", "Now, ", "And ", "Well, ")
 ASKING = (
     "Can you tell me ",
@@ -92,12 +149,19 @@ class Example:
 class ConversationSource:
     """Draws training examples. The same corpus and seed give the same examples in the same order."""
 
-    def __init__(self, corpus: Corpus, seed: int) -> None:
+    def __init__(self, corpus: Corpus, seed: int, mix: Mix = FIRST_MIX) -> None:
         self._random = random.Random(seed)
+        self._mix = mix
         self._system_prompts = corpus.system_prompts
-        self._follow_ups = corpus.follow_ups
-        self._sources = tuple(SOURCE_SHARES)
-        self._shares = tuple(SOURCE_SHARES.values())
+        self._follow_ups: list[FollowUp] = []
+        for follow_up in corpus.follow_ups:
+            self._follow_ups += [follow_up] * (mix.reference_weight if follow_up.refers_to else 1)
+        for entry in corpus.entries:
+            if entry.questions[0] in SECOND_TURN_SMALL_TALK:
+                small_talk = FollowUp(entry.questions, entry.answer, None)
+                self._follow_ups += [small_talk] * mix.small_talk_weight
+        self._sources = tuple(mix.source_shares)
+        self._shares = tuple(mix.source_shares.values())
         self._entries: dict[str, list[Entry]] = {source: [] for source in self._sources}
         for entry in corpus.entries:
             self._entries[entry.source].append(entry)
@@ -114,12 +178,14 @@ class ConversationSource:
         messages = []
         if self._random.random() < SYSTEM_PROMPT_SHARE:
             messages.append(Message("system", self._random.choice(self._system_prompts)))
+        if chance < PLAIN_TEXT_SHARE + self._mix.in_short_share:
+            return Example(messages=(*messages, *self._turn_in_short()))
         last: Entry | None = None
         for _ in range(self._num_turns(chance)):
             answered = self._draw_follow_up(last)
             if answered is None:
                 last = self._draw_entry()
-                messages += self._turn(last.questions, last.answer)
+                messages += self._turn(self._questions(last), last.answer)
             else:
                 last = None
                 messages += self._turn(*answered)
@@ -127,14 +193,21 @@ class ConversationSource:
 
     def _num_turns(self, chance: float) -> int:
         if chance > 1 - LONG_CHAT_SHARE:
-            return self._random.randint(MAX_NUM_TURNS, MAX_NUM_TURNS_LONG)
-        if chance > 1 - MULTI_TURN_SHARE:
-            return self._random.randint(2, MAX_NUM_TURNS)
+            return self._random.randint(self._mix.max_num_turns, MAX_NUM_TURNS_LONG)
+        if chance > 1 - self._mix.multi_turn_share:
+            return self._random.randint(2, self._mix.max_num_turns)
         return 1
+
+    def _turn_in_short(self) -> list[Message]:
+        entry = self._draw_entry()
+        while entry.short_answer is None:
+            entry = self._draw_entry()
+        question, answer = self._turn(self._questions(entry), entry.short_answer)
+        return [replace(question, content=self._random.choice(IN_SHORT) + question.content), answer]
 
     def _draw_follow_up(self, last: Entry | None) -> tuple[Sequence[str], str] | None:
         """Questions that follow `last`, with their answer; None when the next turn shall be a new topic."""
-        if last is None or self._random.random() > FOLLOW_UP_SHARE:
+        if last is None or self._random.random() > self._mix.follow_up_share:
             return None
         follow_up = self._random.choice(self._follow_ups)
         answer = _answer_to(follow_up, last)
@@ -144,6 +217,12 @@ class ConversationSource:
         (source,) = self._random.choices(self._sources, self._shares)
         (entry,) = self._random.choices(self._entries[source], self._weights[source])
         return entry
+
+    def _questions(self, entry: Entry) -> Sequence[str]:
+        written_share = self._mix.written_share
+        if written_share and entry.num_written and self._random.random() < written_share:
+            return entry.questions[: entry.num_written]
+        return entry.questions
 
     def _turn(self, questions: Sequence[str], answer: str) -> list[Message]:
         question = vary_question(self._random.choice(questions), self._random)

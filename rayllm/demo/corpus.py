@@ -80,12 +80,16 @@ NUM_TOO_HARD_SUMS = 400
 
 @dataclass(frozen=True)
 class Entry:
-    """Ways to ask one thing, and its answer. `source` is the file it came from, without the suffix."""
+    """Ways to ask one thing, and its answer. `source` is the file it came from, without the suffix.
+
+    The first `num_written` questions were written for this answer; the others are forms filled in.
+    """
 
     questions: tuple[str, ...]
     answer: str
     short_answer: str | None
     source: str
+    num_written: int
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def sum_entries() -> list[Entry]:
             for b in range(a + 1 if sign == "-" else 11):
                 entries.append(_sum_entry(a, b, sign, word))
     hard = next(e for e in _read_entries("unknown") if TOO_HARD_SUM in e.questions)
-    entries.append(replace(hard, questions=_too_hard_sums()))
+    entries.append(replace(hard, questions=_too_hard_sums(), num_written=0))
     return entries
 
 
@@ -139,7 +143,7 @@ def _sum_entry(a: int, b: int, sign: str, word: str) -> Entry:
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     questions = [form.format(a, b, sign=sign, word=word) for form in SUM_FORMS]
     questions.append(f"What is {NUMBER_WORDS[a]} {word} {NUMBER_WORDS[b]}?")
-    return Entry(tuple(questions), f"{a} {word} {b} is {result}.", None, "sums")
+    return Entry(tuple(questions), f"{a} {word} {b} is {result}.", None, "sums", len(questions))
 
 
 def _too_hard_sums() -> tuple[str, ...]:
@@ -184,7 +188,8 @@ def _read_entries(name: str) -> list[Entry]:
 
 
 def _block_entries(block: list[tuple[str, str]], name: str) -> list[Entry]:
-    questions = list(_values(block, "Q"))
+    questions = _values(block, "Q")
+    num_written = len(questions)
     for topic in _values(block, "T"):
         questions += _topic_questions(topic)
     for noun in _values(block, "N"):
@@ -194,9 +199,11 @@ def _block_entries(block: list[tuple[str, str]], name: str) -> list[Entry]:
     rows = [[value.strip() for value in row.split("|")] for row in _values(block, "R")]
     if rows:
         return [
-            Entry(tuple(q.format(*row) for q in questions), answer.format(*row), None, name) for row in rows
+            Entry(tuple(q.format(*row) for q in questions), answer.format(*row), None, name, num_written)
+            for row in rows
         ]
-    return [Entry(tuple(questions), answer, short_answers[0] if short_answers else None, name)]
+    short_answer = short_answers[0] if short_answers else None
+    return [Entry(tuple(questions), answer, short_answer, name, num_written)]
 
 
 def _topic_questions(topic: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Train the built-in model: `python -m rayllm.demo.train [--output DIR] [--steps N] [--seed 0]`.
 
-From random weights to the committed checkpoint in about twenty minutes on one CPU core. The same seed,
+From random weights to the committed checkpoint in about half an hour of one CPU core. The same seed,
 number of threads and machine give the same weights, bit for bit.
 Shapes: B rows, T tokens of a row, L tokens to be learned, D width, V vocabulary.
 """
@@ -22,19 +22,17 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayllm.demo import model_path
-from rayllm.demo.conversations import ConversationSource
+from rayllm.demo.conversations import FIFTH_MIX, FIRST_MIX, FOURTH_MIX, SECOND_MIX, THIRD_MIX, ConversationSource, Mix
 from rayllm.demo.corpus import load_corpus
 from rayllm.demo.tokenizer import END_ID, PAD_ID, VOCAB_SIZE, encode_example, save_tokenizer, train_tokenizer
 
-NUM_STEPS = 3000
 BATCH_TOKENS = 2048
 MAX_ROW_TOKENS = 2000
 EXAMPLES_PER_ROUND = 384
-# The text of an answer is soon known by heart; which answer to give is what takes practice. So most examples
-# stop after the first tokens of their last answer: several times as many questions in the same time.
-SHORTENED_SHARE = 0.7
+# The text of an answer is soon known by heart; which answer to give is what takes practice. So many examples
+# (`shortened_share`) stop after the first tokens of their last answer, which gives time for more questions.
 NUM_LEADING_TOKENS = 10
-PEAK_LEARNING_RATE = 2.5e-3
+MAX_EAGER_TOKENS = 300  # up to here, plain attention is the faster one on a CPU
 NUM_WARMUP_STEPS = 100
 NUM_THREADS = 1
 LOG_EVERY = 100
@@ -64,6 +62,26 @@ SAVED_CONFIG_FIELDS = (
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of the training, with its own warm-up and its own cosine."""
+
+    num_steps: int
+    peak_learning_rate: float
+    shortened_share: float
+    mix: Mix
+
+
+PHASES = (
+    Phase(2600, peak_learning_rate=2.5e-3, shortened_share=0.7, mix=FIRST_MIX),
+    Phase(1500, peak_learning_rate=2.0e-3, shortened_share=0.6, mix=SECOND_MIX),
+    Phase(1200, peak_learning_rate=1.5e-3, shortened_share=0.6, mix=THIRD_MIX),
+    Phase(1500, peak_learning_rate=1.5e-3, shortened_share=0.6, mix=FOURTH_MIX),
+    Phase(900, peak_learning_rate=1.2e-3, shortened_share=0.4, mix=FIFTH_MIX),
+)
+NUM_STEPS = sum(phase.num_steps for phase in PHASES)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of token ids, padded on the right, and which of them are to be predicted."""
 
@@ -89,12 +107,12 @@ def demo_config() -> LlamaConfig:
     )
 
 
-def batches(source: ConversationSource, tokenizer: Tokenizer, seed: int) -> Iterator[Batch]:
+def batches(source: ConversationSource, tokenizer: Tokenizer, seed: int, shortened_share: float) -> Iterator[Batch]:
     """Endless batches of about BATCH_TOKENS tokens. Rows of one batch have similar lengths, to pad little."""
     draw = random.Random(seed)
     while True:
         examples = [encode_example(source.draw(), tokenizer) for _ in range(EXAMPLES_PER_ROUND)]
-        examples = [_shorten(*e) if draw.random() < SHORTENED_SHARE else e for e in examples]
+        examples = [_shorten(*e) if draw.random() < shortened_share else e for e in examples]
         examples = sorted((e for e in examples if len(e[0]) <= MAX_ROW_TOKENS), key=lambda e: len(e[0]))
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for example in examples:
@@ -130,6 +148,8 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
 
     Padding stands on the right, where causal attention never sees it.
     """
+    short = batch.tokens_BT.shape[1] <= MAX_EAGER_TOKENS
+    model.set_attn_implementation("eager" if short else "sdpa")
     with torch.autocast("cpu", torch.bfloat16):
         hidden_BTD = model.model(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
         hidden_LD = hidden_BTD[:, :-1][batch.learned_BT[:, 1:]]
@@ -138,13 +158,13 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(logits_LV.float(), targets_L)
 
 
-def learning_rate(step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine down to zero."""
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
+    """Linear warm-up to the peak, then a cosine down to zero."""
     warmup = min(NUM_WARMUP_STEPS, max(1, num_steps // 10))
     if step < warmup:
-        return PEAK_LEARNING_RATE * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
-    return PEAK_LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
@@ -152,23 +172,34 @@ def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def train(num_steps: int, seed: int, num_threads: int = NUM_THREADS) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """Train from random weights; sets torch's threads, seed and deterministic mode for the process."""
+    """Train from random weights for `num_steps` steps, divided among the phases as in PHASES.
+
+    Sets torch's threads, seed and deterministic mode for the process.
+    """
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     corpus = load_corpus()
     tokenizer = train_tokenizer(corpus)
     model = LlamaForCausalLM(demo_config())
+    for number, phase in enumerate(PHASES):
+        source = ConversationSource(corpus, seed + number, phase.mix)
+        stream = batches(source, tokenizer, seed + number, phase.shortened_share)
+        run_phase(model, stream, phase, max(1, round(num_steps * phase.num_steps / NUM_STEPS)))
+    return model.eval(), tokenizer
+
+
+def run_phase(model: LlamaForCausalLM, stream: Iterator[Batch], phase: Phase, num_steps: int) -> None:
+    """Train in place. The phase leaves the weights as a checkpoint holds them, rounded to bfloat16."""
     optimizer = make_optimizer(model)
-    stream = batches(ConversationSource(corpus, seed), tokenizer, seed)
     started_s, mean_loss = time.monotonic(), 0.0
     for step in range(num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps)
+            group["lr"] = learning_rate(step, num_steps, phase.peak_learning_rate)
         loss = loss_of(model, next(stream))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -179,7 +210,9 @@ def train(num_steps: int, seed: int, num_threads: int = NUM_THREADS) -> tuple[Ll
             elapsed_s = time.monotonic() - started_s
             print(f"step {step + 1}/{num_steps}  loss {mean_loss:.4f}  {elapsed_s:.0f} s", flush=True)
             mean_loss = 0.0
-    return model.eval(), tokenizer
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:

@@ -50,6 +50,8 @@ def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
         return PreparedPrompt(prompt.get("prompt"), ids)
     if isinstance(prompt, str):
         return PreparedPrompt(prompt, tokenizer.encode(prompt))
+    if not isinstance(prompt, Sequence):
+        raise RequestError(f"a prompt is text or a list of token ids, got {prompt!r}", param="prompt")
     ids = list(prompt)
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
         raise RequestError("a prompt is text or a list of token ids", param="prompt")

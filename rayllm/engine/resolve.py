@@ -16,7 +16,7 @@ from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.errors import ConfigError
 from rayllm.models.registry import read_spec
 
-_CPU_BLOCK_SIZE = 16
+_CPU_BLOCK_SIZE = 8
 _GPU_BLOCK_SIZE = 64
 
 

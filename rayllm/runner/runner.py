@@ -35,9 +35,7 @@ class Runner:
     def __init__(self, config: ResolvedConfig, tp: TensorParallel, device: torch.device | None = None):
         self._config = config
         self._tp = tp
-        self._device = device or torch.device(
-            config.device, torch.cuda.current_device() if config.device == "cuda" else None
-        )
+        self._device = device or _own_device(config)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         spec = read_spec(config.model_path)
         self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
@@ -155,3 +153,7 @@ class Runner:
             part = slice(begin, begin + _LOGPROB_SLICE)
             found += token_logprobs(self._decoder.logits(hidden_ND[part]), next_ids_N[part], span.num_top)
         return found
+
+
+def _own_device(config: ResolvedConfig) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")

@@ -17,6 +17,7 @@ from rayllm.engine.driver import RunningEngine, create_driver, known_engines
 from rayllm.engine.resolve import resolve
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.placement import cluster_devices
+from rayllm.serve.loopback import keep_replica_on_loopback
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,6 +55,7 @@ class EngineReplica:
     """
 
     async def __init__(self, config: EngineConfig, shutdown_timeout_s: float):  # type: ignore[misc]  # Serve awaits it
+        keep_replica_on_loopback()
         self._config = config
         self._shutdown_timeout_s = shutdown_timeout_s
         self._failure: str | None = None

@@ -19,6 +19,7 @@ from rayllm.engine.client import EngineConnection, connect_by_name
 from rayllm.engine.driver import find_driver
 from rayllm.engine.journal import JournaledEngine
 from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.serve.loopback import keep_replica_on_loopback
 from rayllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Ingress:
     """
 
     def __init__(self, engine: Any):
+        keep_replica_on_loopback()
         self._engine = engine
 
     async def drain(self, end: bool = False) -> tuple[int, int]:

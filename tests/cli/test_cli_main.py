@@ -86,6 +86,15 @@ def test_folder_without_config_json_is_named_before_anything_starts(
     assert "config.json" in one_line(capsys.readouterr().err)
 
 
+def test_folder_without_weights_is_named_before_anything_starts(
+    llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in llama_path.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "no *.safetensors" in one_line(capsys.readouterr().err)
+
+
 def test_unknown_architecture_is_named_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

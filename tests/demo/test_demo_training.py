@@ -54,13 +54,11 @@ def test_no_text_holds_a_special_token(corpus: Corpus) -> None:
 
 
 def test_the_corpus_is_as_rich_as_it_claims(corpus: Corpus) -> None:
-    asked = [
-        entry for entry in corpus.entries if entry.source in ("rayllm", "serving", "models", "smalltalk")
-    ]
+    asked = [entry for entry in corpus.entries if entry.source in ("rayllm", "serving", "models", "smalltalk")]
     stories = [entry for entry in corpus.entries if entry.source == "stories"]
     assert len(asked) >= 200
     assert all(len(entry.questions) >= 2 for entry in asked)
-    assert all(len(entry.answer.split()) <= 80 for entry in asked)
+    assert all(len(entry.answer.split()) <= 100 for entry in asked)  # counting to one hundred is the longest
     assert len(stories) >= 20
     assert all(60 <= len(entry.answer.split()) <= 150 for entry in stories)
 
@@ -100,7 +98,7 @@ def test_questions_are_varied_in_case_and_closing_marks() -> None:
 
 
 def test_batches_repeat_from_their_seed(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    first, second, other = (batches(ConversationSource(corpus, seed), tokenizer, seed) for seed in (0, 0, 1))
+    first, second, other = (batches(ConversationSource(corpus, seed), tokenizer, seed, 0.5) for seed in (0, 0, 1))
     for _ in range(3):
         expected = next(first)
         assert torch.equal(expected.tokens_BT, next(second).tokens_BT)
@@ -118,8 +116,6 @@ def test_two_trainings_from_one_seed_give_the_same_weights(tmp_path: Path) -> No
 
 
 def test_importing_the_package_is_light() -> None:
-    code = (
-        "import sys, rayllm.demo; print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
-    )
+    code = "import sys, rayllm.demo; print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -34,7 +34,9 @@ def test_no_more_blocks_than_all_sequences_could_use(monkeypatch: pytest.MonkeyP
 
 def test_a_context_that_does_not_fit_is_refused_with_the_one_that_does() -> None:
     config = fake_config(engine={"kv_cache_memory_bytes": 20_000})
-    with pytest.raises(ConfigError, match=r"max_model_len=128 .* lower max_model_len to 80, or raise kv_cache_memory_bytes"):
+    with pytest.raises(
+        ConfigError, match=r"max_model_len=128 .* lower max_model_len to 80, or raise kv_cache_memory_bytes"
+    ):
         plan_num_blocks(config, 1000, CPU, 0)
 
 

@@ -47,7 +47,9 @@ def _start(row: int, blocks: list[int], **params: object) -> RowStart:
     return RowStart(row, pack_ids(PROMPT), len(PROMPT), 0, pack_ids(blocks), sampling, 0, 0)
 
 
-def _plan(step: int, counts: dict[int, int], new: list[RowStart] | None = None, finished: tuple[int, ...] = ()) -> StepPlan:
+def _plan(
+    step: int, counts: dict[int, int], new: list[RowStart] | None = None, finished: tuple[int, ...] = ()
+) -> StepPlan:
     rows, lengths = pack_ids(counts), pack_ids(counts.values())
     return StepPlan(step, 3, pack_ids(finished), new or [], b"", b"", rows, lengths)
 
@@ -58,7 +60,9 @@ def _tokens(result: StepResult) -> dict[int, int]:
 
 def test_tokens_and_logprobs_are_those_of_transformers(runner: Runner, reference: list[torch.Tensor]) -> None:
     for step, expected in enumerate(reference):
-        plan = _plan(step, {1: len(PROMPT)}, [_start(1, [8, 2, 5, 1], logprobs=2)]) if step == 0 else _plan(step, {1: 1})
+        plan = (
+            _plan(step, {1: len(PROMPT)}, [_start(1, [8, 2, 5, 1], logprobs=2)]) if step == 0 else _plan(step, {1: 1})
+        )
         result = runner.execute(plan)
         assert (result.step, result.epoch) == (step, 3)
         assert _tokens(result) == {1: int(expected.argmax())}

@@ -1,0 +1,170 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayllm.config import EngineConfig, ServerConfig
+from rayllm.errors import ConfigError
+from rayllm.serve.lifecycle import RunningServer, check_port, failure_reason, num_logical_cpus
+from rayllm.serve.processes import Process, descendants, end_all
+
+ENGINE = EngineConfig()
+SERVER = ServerConfig()
+
+
+def test_a_taken_port_is_refused_with_the_mend() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="--port 0"):
+        check_port("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_port_used_a_moment_ago_is_free_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            accepted, _ = listener.accept()
+            accepted.close()  # this side closes first and keeps the port in TIME_WAIT
+    check_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="not an address of this machine"):
+        check_port(host, 0)
+
+
+def test_the_cause_is_found_in_a_remote_traceback() -> None:
+    message = (
+        "The deployment failed to start 1 times in a row.\nTraceback (most recent call last):\n"
+        '  File "replica.py", line 1, in initialize\n    raise Error: not this\n'
+        "rayllm.errors.ConfigError: engine 'x' asks for at least 2 GPUs\n\nSee logs."
+    )
+    assert failure_reason(message) == "engine 'x' asks for at least 2 GPUs"
+    assert (
+        failure_reason("Traceback:\n  x = 1\nRuntimeError: CUDA out of memory\n") == "RuntimeError: CUDA out of memory"
+    )
+    assert failure_reason("") == "the engine could not start"
+
+
+def test_own_ray_counts_enough_cpus_for_every_process() -> None:
+    engine = EngineConfig.parse({"tensor_parallel_size": 64})
+    assert num_logical_cpus(engine, ServerConfig.parse({"num_ingress_replicas": 3})) == 1 + 64 + 3
+    assert num_logical_cpus(ENGINE, SERVER) >= 3
+
+
+class _Unready(BaseHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        body = json.dumps({"error": {"message": "not healthy"}, "stage": "loading weights"}).encode()
+        self.send_response(503)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_health_tells_the_stage_of_a_server_that_is_not_ready() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Unready) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        running = RunningServer(ENGINE, SERVER, f"http://127.0.0.1:{server.server_address[1]}", False)
+        assert running.health() == (False, "loading weights")
+        server.shutdown()
+        thread.join()
+    ready, stage = running.health()
+    assert not ready
+    assert stage.startswith("not reachable")
+
+
+# ------------------------------------------------------------------------------------------- with real processes
+
+_RAYS_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
+"""Ray's own two agents outlive a killed serve by about a minute; no port of ours is theirs."""
+
+
+def _serve(*argv: str, log_dir: Path) -> "subprocess.Popen[str]":
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rayllm", "serve", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "RLLM_LOG_DIR": str(log_dir)},
+    )
+
+
+def _read_until(process: "subprocess.Popen[str]", word: str) -> list[str]:
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if word in line:
+            return lines
+    raise AssertionError(f"{word!r} never came: {lines}, {process.stderr.read() if process.stderr else ''}")
+
+
+def _family(process: "subprocess.Popen[str]") -> set[Process]:
+    found: set[Process] = set()
+    for each in descendants(process.pid):
+        found |= {each, *descendants(each.pid)}
+    return found
+
+
+@pytest.mark.cluster
+def test_serve_answers_and_a_signal_ends_it_with_every_process(llama_path: Path, tmp_path: Path) -> None:
+    process = _serve(str(llama_path), "--device", "cpu", "--port", "0", "--num-kv-blocks", "64", log_dir=tmp_path)
+    family: set[Process] = set()
+    try:
+        said = _read_until(process, "Ctrl-C stops it")
+        family = _family(process)
+        url = next(line.split()[1] for line in said if line.startswith("url"))
+        with urllib.request.urlopen(f"{url}/models", timeout=30) as answer:
+            assert json.load(answer)["data"][0]["id"] == llama_path.name
+        commands = {each.command() for each in family}
+        assert {"raylet", "gcs_server"} <= commands
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0, (out, err)
+        assert out.splitlines()[-1] == "stopped"
+        assert err == ""
+        assert not [each for each in family if each.is_alive()]
+        assert not any("ray" in line.lower().replace("rayllm", "") for line in said if "Ray ..." not in line)
+    finally:
+        process.kill()
+        process.wait()
+        end_all(family, grace_s=2)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+@pytest.mark.cluster
+def test_a_killed_serve_takes_its_engine_along(llama_path: Path, tmp_path: Path) -> None:
+    process = _serve(str(llama_path), "--device", "cpu", "--port", "0", "--num-kv-blocks", "64", log_dir=tmp_path)
+    family: set[Process] = set()
+    try:
+        _read_until(process, "Ctrl-C stops it")
+        family = _family(process)
+        engine = {each for each in family if not each.command().startswith(_RAYS_AGENTS)}
+        assert len(engine) >= 5
+        process.kill()
+        process.communicate(timeout=30)
+        deadline = time.monotonic() + 60
+        while any(each.is_alive() for each in engine) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [each for each in engine if each.is_alive()]
+    finally:
+        end_all(family, grace_s=2)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
