@@ -32,7 +32,12 @@ PARAMS = [
     SamplingParams(temperature=1.0, seed=2**63 - 1, max_tokens=25, logprobs=3),
     SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=2),
 ]
-AMPLE: dict[str, Any] = {"block_size": 16, "num_kv_blocks": 400, "max_num_batched_tokens": 512, "enable_prefix_caching": False}
+AMPLE: dict[str, Any] = {
+    "block_size": 16,
+    "num_kv_blocks": 400,
+    "max_num_batched_tokens": 512,
+    "enable_prefix_caching": False,
+}
 CUTS: dict[str, dict[str, Any]] = {
     "starved pool": {"num_kv_blocks": 14},
     "starved pool with prefix cache": {"num_kv_blocks": 14, "enable_prefix_caching": True},

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.admission import check_request, resolve_max_tokens
@@ -52,7 +52,7 @@ def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
         return PreparedPrompt(prompt, tokenizer.encode(prompt))
     if not isinstance(prompt, Sequence):
         raise RequestError(f"a prompt is text or a list of token ids, got {prompt!r}", param="prompt")
-    ids = list(prompt)
+    ids = list(cast(Sequence[int], prompt))
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
         raise RequestError("a prompt is text or a list of token ids", param="prompt")
     return PreparedPrompt(None, ids)
