@@ -104,6 +104,14 @@ class Engine:
                 outcome.good_tokens += sent.num_tokens
                 outcome.latencies_s.append(now - sent.due_s)
 
+    def clear(self) -> None:
+        """Leaves what is under way, and forgets what came of the rest."""
+        self.loop.client_gone("bench")
+        self._open.clear()
+        while self.loop.step():
+            pass
+        self.outcome = Outcome()
+
     def capacity(self, seconds: float) -> float:
         """Requests a second with a queue that never empties."""
         began_s = time.time()
@@ -161,16 +169,13 @@ def random_checkpoint(folder: str) -> Path:
 
 def measure(config: ResolvedConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     executor = InprocExecutor.load(config)
-    vocab_size = config.shape.vocab_size
-    capacity = Engine(config, executor, vocab_size, 0).capacity(arguments.seconds)
-    executor.close()
+    engine = Engine(config, executor, config.shape.vocab_size, seed=0)
+    capacity = engine.capacity(arguments.seconds)
     report: dict[str, Any] = {"capacity_requests_per_s": round(capacity, 2), "runs": {}}
     print(f"{'load':>5} {'goodput tok/s':>14} {'in time':>8} {'refused':>8} {'expired':>8} {'refusal p50/p99 ms':>20}")
     for factor in arguments.factors:
-        executor = InprocExecutor.load(config)
-        engine = Engine(config, executor, vocab_size, 1)
+        engine.clear()
         engine.overload(factor * capacity, arguments.seconds, arguments.timeout)
-        executor.close()
         outcome = engine.outcome
         p50, p99 = percentile(outcome.refusals_s, 0.5), percentile(outcome.refusals_s, 0.99)
         run = {
@@ -191,6 +196,7 @@ def measure(config: ResolvedConfig, arguments: argparse.Namespace) -> dict[str, 
             f"{factor:>4g}x {run['goodput_tokens_per_s']:>14} {outcome.num_good:>8} {len(outcome.refusals_s):>8} "
             f"{outcome.num_expired:>8} {f'{p50} / {p99}':>20}"
         )
+    executor.close()
     return report
 
 
