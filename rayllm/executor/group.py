@@ -30,6 +30,7 @@ from rayllm.executor.worker import (
     WorkerPlace,
     await_ends,
     death_reason,
+    is_stopped,
     kill_process,
     log_tail,
     worker_environment,
@@ -41,10 +42,12 @@ log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 1.0
 """For a rank in its steps to say that it lives."""
+_BUSY_ANSWER_TIMEOUT_S = 4.0
+"""More of the same where its process is not seen to be stopped: the machine may be overloaded."""
 _QUIET_S = 5.0
 _START_ANSWER_TIMEOUT_S = 15.0
 """The same for a rank that starts, asked after `_QUIET_S`: loading a library can hold up all of a process's threads."""
-_SETTLE_S = 2.0
+_SETTLE_S = 5.0
 """For survivors to notice that their peer or the driver has left them."""
 _MAX_ATTEMPTS = 3
 _HEALTH = "health"
@@ -135,7 +138,13 @@ class WorkerGroup:
         return f"{text}; its log ends:\n{tail}" if tail else text
 
     def silent_ranks(self) -> list[int]:
-        return self._silent(self.ranks, _ANSWER_TIMEOUT_S)
+        silent = self._silent(self.ranks, _ANSWER_TIMEOUT_S)
+        stopped = [rank for rank in silent if self._is_stopped(rank)]
+        return stopped or (self._silent(silent, _BUSY_ANSWER_TIMEOUT_S) if silent else [])
+
+    def _is_stopped(self, rank: int) -> bool:
+        place = self._places[rank]
+        return place.node_id == self._own_node and is_stopped(place)
 
     def recover(self, lost: Sequence[int]) -> None:
         missing = {*lost, *self._connected().dead_ranks()}

@@ -287,6 +287,14 @@ def kill_process(place: WorkerPlace) -> None:
             os.kill(place.pid, signal.SIGKILL)
 
 
+def is_stopped(place: WorkerPlace) -> bool:
+    """Whether a process of this node is seen to be stopped by a signal, or gone."""
+    try:
+        return Path(f"/proc/{place.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "TtZX"
+    except OSError:
+        return Path("/proc/self/stat").exists()  # without /proc nothing is known
+
+
 def log_tail(place: WorkerPlace, num_bytes: int = 1000) -> str:
     """The last lines that a process of this node wrote; empty where there are none to be read."""
     try:
