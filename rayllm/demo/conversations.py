@@ -81,8 +81,23 @@ FOURTH_MIX = replace(
         "unknown": 0.11,
     },
 )
-# Last: thanks and the like as second turns.
+# Then: thanks and the like as second turns.
 FIFTH_MIX = replace(FOURTH_MIX, small_talk_weight=2)
+# Last: what people type first, such as a bare "hi".
+SIXTH_MIX = replace(
+    FIFTH_MIX,
+    written_share=0.7,
+    source_shares={
+        "rayllm": 0.18,
+        "serving": 0.16,
+        "models": 0.08,
+        "smalltalk": 0.30,
+        "facts": 0.08,
+        "sums": 0.08,
+        "stories": 0.03,
+        "unknown": 0.09,
+    },
+)
 
 # The first questions of the small talk that mostly follows an answer.
 SECOND_TURN_SMALL_TALK = ("Thanks", "Great", "Yes", "No", "Bye", "Why?", "You are wrong")

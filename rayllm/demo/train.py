@@ -1,6 +1,6 @@
 """Train the built-in model: `python -m rayllm.demo.train [--output DIR] [--steps N] [--seed 0]`.
 
-From random weights to the committed checkpoint in about half an hour of one CPU core. The same seed,
+From random weights to the committed checkpoint in a little over half an hour of one CPU core. The same seed,
 number of threads and machine give the same weights, bit for bit.
 Shapes: B rows, T tokens of a row, L tokens to be learned, D width, V vocabulary.
 """
@@ -22,7 +22,16 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayllm.demo import model_path
-from rayllm.demo.conversations import FIFTH_MIX, FIRST_MIX, FOURTH_MIX, SECOND_MIX, THIRD_MIX, ConversationSource, Mix
+from rayllm.demo.conversations import (
+    FIFTH_MIX,
+    FIRST_MIX,
+    FOURTH_MIX,
+    SECOND_MIX,
+    SIXTH_MIX,
+    THIRD_MIX,
+    ConversationSource,
+    Mix,
+)
 from rayllm.demo.corpus import load_corpus
 from rayllm.demo.tokenizer import END_ID, PAD_ID, VOCAB_SIZE, encode_example, save_tokenizer, train_tokenizer
 
@@ -77,6 +86,7 @@ PHASES = (
     Phase(1200, peak_learning_rate=1.5e-3, shortened_share=0.6, mix=THIRD_MIX),
     Phase(1500, peak_learning_rate=1.5e-3, shortened_share=0.6, mix=FOURTH_MIX),
     Phase(900, peak_learning_rate=1.2e-3, shortened_share=0.4, mix=FIFTH_MIX),
+    Phase(500, peak_learning_rate=8e-4, shortened_share=0.6, mix=SIXTH_MIX),
 )
 NUM_STEPS = sum(phase.num_steps for phase in PHASES)
 
