@@ -11,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Rank `rank` of `size`, joined by `group`. With size 1 every collective is the identity and group is None."""
+    """Rank `rank` of `size`, joined by `group`; None is the process's default group, which is another one after a peer
+    was replaced. With size 1 every collective is the identity."""
 
     rank: int = 0
     size: int = 1

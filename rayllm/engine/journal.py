@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import anyio
 import msgspec
 
 from rayllm.engine.client import READER_PAUSED
@@ -160,8 +161,9 @@ class JournaledEngine:
         if deadline_s is not None:
             wait_s = min(wait_s, max(0.0, deadline_s - time.time()))
         try:
-            return await asyncio.wait_for(self._other_than(after), wait_s)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(wait_s):  # asyncio.wait_for may swallow a cancellation, before Python 3.12
+                return await self._other_than(after)
+        except TimeoutError:
             if deadline_s is not None and deadline_s <= time.time():
                 message = "the request's deadline passed before it was finished"
                 raise EngineError(message, code="deadline_exceeded") from None
