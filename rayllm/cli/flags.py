@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from rayllm.errors import did_you_mean
 
-ALIASES = {"tensor_parallel_size": ("-tp",)}
+ALIASES = {"tensor_parallel_size": ("-tp",), "shutdown_timeout_s": ("--shutdown-timeout",)}
 
 
 class UsageError(Exception):

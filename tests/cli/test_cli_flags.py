@@ -34,6 +34,7 @@ FLAGS = [
     "--port",
     "--seed",
     "--served-model-name",
+    "--shutdown-timeout",
     "--shutdown-timeout-s",
     "--standby",
     "--tensor-parallel-size",
@@ -41,6 +42,7 @@ FLAGS = [
     "-h",
     "-tp",
 ]
+NOT_FIELDS = {"--help", "--config", "--no-enable-prefix-caching", "--shutdown-timeout"}
 
 
 def test_the_flags_of_serve_are_these() -> None:
@@ -48,7 +50,7 @@ def test_the_flags_of_serve_are_these() -> None:
 
 
 def test_flags_and_config_fields_are_one() -> None:
-    long = {flag for flag in FLAGS if flag.startswith("--")} - {"--help", "--config", "--no-enable-prefix-caching"}
+    long = {flag for flag in FLAGS if flag.startswith("--")} - NOT_FIELDS
     fields = {*EngineConfig.model_fields, *ServerConfig.model_fields}
     assert long == {"--" + field.replace("_", "-") for field in fields}
 
