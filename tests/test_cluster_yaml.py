@@ -37,11 +37,11 @@ READY_TIMEOUT_S = 90.0
 # Runs a command, and owns all that comes of it: daemons too, whose own parents are gone. When its standard input
 # closes, because the test is over or died, it ends every one of them and then itself.
 KEEPER = """
-import os, subprocess, sys, time
+import os, subprocess, sys, threading, time
 from rayllm.serve.processes import adopt_orphans, descendants, end_all
 adopt_orphans()
-status = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr)
-print(status, flush=True)
+command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr)
+threading.Thread(target=lambda: print(command.wait(), flush=True), daemon=True).start()
 sys.stdin.read()
 while left := descendants():
     end_all(left, grace_s=0)
