@@ -60,9 +60,9 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
 
 
 def _check_weights(engine: EngineConfig, model_path: str) -> None:
-    if engine.load_format != "dummy" and not any(Path(model_path).glob("*.safetensors")):
+    if engine.load_format != "dummy" and not any(Path(model_path).glob("*.safetensors*")):
         raise ConfigError(
-            f"{model_path} holds no *.safetensors: give the folder of a whole checkpoint, "
+            f"{model_path} holds no model.safetensors: give the folder of a whole checkpoint, "
             "or --load-format dummy for random weights"
         )
 

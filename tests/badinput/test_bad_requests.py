@@ -185,7 +185,7 @@ def _wait_ready(served: Served) -> None:
 
 def _marked(case: dict[str, Any]) -> Any:
     slow = {"slow", "heavy"}.intersection(case.get("tags", ()))
-    return pytest.param(case, id=case["id"], marks=[pytest.mark.slow] if slow else [])
+    return pytest.param(case, id=case["id"], marks=[pytest.mark.slow if slow else pytest.mark.catalogue])
 
 
 @pytest.mark.parametrize("case", [_marked(case) for case in REQUEST_CASES])

@@ -92,7 +92,7 @@ def test_folder_without_weights_is_named_before_anything_starts(
     for file in llama_path.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert cli.main(["serve", str(tmp_path)]) == 2
-    assert "no *.safetensors" in one_line(capsys.readouterr().err)
+    assert "no model.safetensors" in one_line(capsys.readouterr().err)
 
 
 def test_unknown_architecture_is_named_before_anything_starts(

@@ -29,6 +29,7 @@ class RecordingService:
     def __init__(self) -> None:
         self.stages: list[tuple[str, str]] = []
         self.engine: Any = None
+        self.num_drivers_lost = 0
 
     def set_stage(self, stage: str, reason: str = "") -> None:
         self.engine = None
@@ -37,6 +38,12 @@ class RecordingService:
 
     def set_ready(self, config: Any, tokenizer: Any, engine: Any) -> None:
         self.engine = engine
+
+    def note_driver_lost(self) -> None:
+        self.num_drivers_lost += 1
+
+    def note_replay(self, gap_s: float, num_tokens: int) -> None:
+        raise AssertionError("no request is open in these tests")
 
 
 class Driver:
@@ -101,7 +108,8 @@ async def test_the_next_driver_is_found_when_one_is_lost(driver: Driver) -> None
         driver.connections[0].lost.set_result("it died")
         await _until(lambda: service.engine is not None and len(driver.connections) == 2)
         assert service.stages == [("restarting the engine", "it died")]
-        assert service.engine is driver.connections[1]
+        assert service.engine.driver is driver.connections[1]
+        assert service.num_drivers_lost == 1
         assert driver.connections[0].closed
 
 
@@ -116,5 +124,5 @@ async def test_a_driver_that_is_ready_but_does_not_take_us_is_not_called_ready(d
 
 
 def test_service_has_what_keep_connected_calls() -> None:
-    for name in ("set_stage", "set_ready"):
+    for name in ("set_stage", "set_ready", "note_driver_lost", "note_replay"):
         assert callable(getattr(ModelService, name))
