@@ -7,6 +7,7 @@ are read in this file alone.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -229,3 +230,17 @@ class Environment:
     def api_key() -> str | None:
         """The key that `rayllm chat` and `rayllm complete` send."""
         return os.environ.get("RLLM_API_KEY")
+
+
+def count_gpus() -> int:
+    """CUDA devices that this process may use, without importing torch."""
+    devices = [path for path in glob.glob("/dev/nvidia[0-9]*") if path.removeprefix("/dev/nvidia").isdigit()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(devices)
+    return min(len(devices), len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -162,7 +162,8 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from rayllm.engine.resolve import count_cores, resolve
+    from rayllm.config import count_cores
+    from rayllm.engine.resolve import resolve
 
     transformers_logging.disable_progress_bar()
     config = resolve(engine, backend="inproc")

@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
 def demo_configs(size: str | int | None) -> tuple[EngineConfig, ServerConfig]:
     """The built-in model on as many workers as asked for, by default two where the machine has two cores. GPUs are
     used where there is one a worker."""
-    from rayllm.engine.resolve import count_cores, count_gpus
+    from rayllm.config import count_cores, count_gpus
 
     engine, server = parse_settings({"tensor_parallel_size": size or min(2, count_cores()), "port": 0})
     device = "cuda" if count_gpus() >= engine.tensor_parallel_size else "cpu"

@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
 def examine() -> list[Finding]:
     """Looks at everything; nothing heavy is imported, nothing is started."""
     from rayllm.cli.version import library_versions
-    from rayllm.engine.resolve import count_cores, count_gpus
+    from rayllm.config import count_cores, count_gpus
 
     found = [
         Finding("python", sys.version_info >= (3, 10), sys.version.split()[0], "use Python 3.10 or newer"),

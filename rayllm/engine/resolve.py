@@ -5,33 +5,17 @@ No torch here: the command line calls this to refuse a bad setting within a seco
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
-from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig
+from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig, count_cores, count_gpus
 from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.errors import ConfigError
 from rayllm.models.registry import read_spec
 
 _CPU_BLOCK_SIZE = 8
 _GPU_BLOCK_SIZE = 64
-
-
-def count_gpus() -> int:
-    """CUDA devices that this process may use, without importing torch."""
-    devices = [path for path in glob.glob("/dev/nvidia[0-9]*") if path.removeprefix("/dev/nvidia").isdigit()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return len(devices)
-    return min(len(devices), len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
-
-
-def count_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve(

@@ -4,13 +4,12 @@ room.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayllm.config import ResolvedConfig
+from rayllm.config import ResolvedConfig, count_cores
 from rayllm.errors import ConfigError
 
 _SMALL_CPU_SHARE = 0.01
@@ -127,7 +126,7 @@ def cluster_devices() -> tuple[int, int]:
     nodes = cluster_nodes()
     num_cores = int(max((node.total.get("CPU", 0.0) for node in nodes), default=0.0))
     if len(nodes) == 1:
-        num_cores = min(num_cores, len(os.sched_getaffinity(0)))
+        num_cores = min(num_cores, count_cores())
     return int(_sum(nodes, "total", "GPU")), max(1, num_cores)
 
 

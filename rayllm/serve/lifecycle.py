@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import signal
 import socket
 import threading
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayllm.config import EngineConfig, Environment, ServerConfig
+from rayllm.config import EngineConfig, Environment, ServerConfig, count_cores
 from rayllm.errors import ConfigError, EngineError
 from rayllm.executor.ray_cluster import connected_ray, free_port, ray_is_initialized
 from rayllm.serve.death_watch import cleared_up_after_death, remove_dead_sockets
@@ -271,8 +270,7 @@ def _watched(owns_ray: bool) -> Iterator[None]:
 
 def num_logical_cpus(engine: EngineConfig, server: ServerConfig) -> int:
     """CPUs to tell our own Ray of: the real ones, or as many as the driver, workers and ingresses are counted for."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(num_cores, 1 + engine.tensor_parallel_size + server.num_ingress_replicas)
+    return max(count_cores(), 1 + engine.tensor_parallel_size + server.num_ingress_replicas)
 
 
 # ----------------------------------------------------------------------------------------------------------- Serve
