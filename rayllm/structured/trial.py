@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -38,6 +40,10 @@ MAX_COMPILE_S = 0.15
 MAX_MEMORY_BYTES = 512 * 2**20
 """Beyond what the child holds when it is ready."""
 _START_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 1.0
+_NUM_TRIES = 2
+_SIGNALS_FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""The first is also what the kernel sends where memory is short. Beyond its own limit the child aborts."""
 _MAX_KNOWN = 4096
 _MAX_QUEUED = 64
 _LENGTH = struct.Struct("<I")
@@ -77,7 +83,7 @@ class GrammarTrials:
 
     async def check(self, params: StructuredOutputsParams) -> StructuredOutputsParams:
         """The same, with a grammar in Lark's form, where it can be followed. Raises `RequestError` with the reason
-        where not."""
+        where not, `OverloadedError` where that could not be found out."""
         digest = hashlib.blake2b(msgspec.msgpack.encode(params), digest_size=16).digest()
         verdict = self._known.get(digest)
         if verdict is None:
@@ -113,25 +119,42 @@ class GrammarTrials:
         return self._child
 
     def _run(self, params: StructuredOutputsParams) -> Verdict:
-        child = self._warm_child()
-        try:
-            return child.ask(params)
-        except TimeoutError:
-            log.warning("a grammar (%s) took longer than %g s to compile", params.kind, TIMEOUT_S)
-            child.end()
-            self.warm_up()
-            return Verdict(f"{params.kind} takes longer than {TIMEOUT_S:g} s to compile; simplify it")
-        except OSError:
-            log.warning("the process that tries grammars died over one (%s)", params.kind)
-            child.end()
-            self.warm_up()
-            limit = MAX_MEMORY_BYTES // 2**20
-            return Verdict(f"{params.kind} takes more than {limit} MiB to compile, or cannot be compiled; simplify it")
+        """Raises `OverloadedError` where the grammar could not be tried, which says nothing of it."""
+        reason: Exception | None = None
+        for _ in range(_NUM_TRIES):
+            try:
+                return self._warm_child().ask(params)
+            except _NotTriedError as error:
+                log.warning("a grammar (%s) was not tried: %s", params.kind, error)
+                self._end_child()
+                reason = error
+            except TimeoutError:
+                log.warning("a grammar (%s) took longer than %g s to compile", params.kind, TIMEOUT_S)
+                self._end_child()
+                self.warm_up()
+                return Verdict(f"{params.kind} takes longer than {TIMEOUT_S:g} s to compile; simplify it")
+            except OSError:
+                log.warning("the process that tries grammars died over one (%s)", params.kind)
+                self._end_child()
+                self.warm_up()
+                limit = MAX_MEMORY_BYTES // 2**20
+                return Verdict(
+                    f"{params.kind} takes more than {limit} MiB to compile, or cannot be compiled; simplify it"
+                )
+        raise OverloadedError(f"the {params.kind} could not be tried ({reason}); come back later", TIMEOUT_S)
+
+    def _end_child(self) -> None:
+        if self._child is not None:
+            self._child.end()
+
+
+class _NotTriedError(Exception):
+    """The child ended, or came to nothing, and the grammar is not to blame."""
 
 
 class _Child:
-    """The process, from its start until `end`. Raises `ConfigError` from `ask` where the model's tokenizer allows no
-    structured outputs."""
+    """The process, from its start until `end`. Where it is killed from outside or gets no time, `_NotTriedError`; where
+    it dies of a grammar or takes too long over one, `OSError` and `TimeoutError`."""
 
     def __init__(self, setup: TrialSetup):
         self._process = subprocess.Popen(
@@ -141,8 +164,12 @@ class _Child:
             stderr=subprocess.DEVNULL,
         )
         self._end = weakref.finalize(self, _end_process, self._process)
-        self._send(msgspec.msgpack.encode(setup))
-        self._fault = self._receive(_START_TIMEOUT_S).error
+        try:
+            self._send(msgspec.msgpack.encode(setup))
+            self._fault = self._receive(_START_TIMEOUT_S).error
+        except OSError as error:  # a TimeoutError is one
+            self.end()
+            raise _NotTriedError(f"the process that tries grammars did not start: {error}") from None
 
     @property
     def is_alive(self) -> bool:
@@ -151,8 +178,33 @@ class _Child:
     def ask(self, params: StructuredOutputsParams) -> Verdict:
         if self._fault:
             return Verdict(self._fault)
-        self._send(msgspec.msgpack.encode(params))
-        return self._receive(TIMEOUT_S)
+        cpu_s = self._cpu_s()
+        try:
+            self._send(msgspec.msgpack.encode(params))
+            return self._receive(TIMEOUT_S)
+        except TimeoutError:
+            if self._cpu_s() - cpu_s < TIMEOUT_S / 2:
+                raise _NotTriedError(f"too little time was left for it within {TIMEOUT_S:g} s") from None
+            raise
+        except OSError:
+            if self._was_killed():
+                raise _NotTriedError("the process that tries grammars was killed, for want of memory perhaps") from None
+            raise
+
+    def _cpu_s(self) -> float:
+        """CPU time that the child has taken."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _was_killed(self) -> bool:
+        """By somebody else: what a grammar does to the child ends it in other ways."""
+        try:
+            return -self._process.wait(_END_TIMEOUT_S) in _SIGNALS_FROM_OUTSIDE
+        except subprocess.TimeoutExpired:
+            return False
 
     def end(self) -> None:
         self._end()

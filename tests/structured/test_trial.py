@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import END_ID
 
-from rayllm.errors import RequestError
+from rayllm.errors import OverloadedError, RequestError
 from rayllm.request import StructuredOutputsParams as Structured
 from rayllm.structured import trial
 from rayllm.structured.grammar import MAX_CHARACTERS, MAX_DEPTH
@@ -106,32 +108,84 @@ async def test_a_grammar_that_was_tried_is_not_tried_again(trials: GrammarTrials
         await asyncio.wait_for(trials.check(unknown), 0.5)
 
 
-async def test_a_child_that_takes_too_long_or_too_much_is_ended_and_the_next_answers(
-    llama_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import os
-    import signal
-
+@pytest.fixture
+async def own_trials(llama_path: Path) -> AsyncIterator[GrammarTrials]:
+    """With a child that is ready."""
     trials = GrammarTrials(str(llama_path), 288, (END_ID,))
-    try:
-        await trials.check(Structured(regex="warm"))
-        child = trials._child
-        assert child is not None
-        os.kill(child._process.pid, signal.SIGSTOP)
-        monkeypatch.setattr(trial, "TIMEOUT_S", 0.05)
-        ticks = asyncio.create_task(asyncio.sleep(0.01))
-        with pytest.raises(RequestError, match=r"regex takes longer than 0\.05 s"):
-            await trials.check(Structured(regex="slow"))
-        assert ticks.done(), "the loop went on meanwhile"
-        assert child._process.returncode == -signal.SIGKILL
-        monkeypatch.setattr(trial, "TIMEOUT_S", 20.0)
-        await trials.check(Structured(regex="next"))
-        assert trials._child is not None
-        trials._child._process.kill()
-        trials._child._process.wait()
-        await trials.check(Structured(regex="after"))
-    finally:
-        trials.close()
+    await trials.check(Structured(regex="warm"))
+    yield trials
+    trials.close()
+
+
+async def test_a_grammar_that_takes_too_long_is_ended_and_the_next_is_answered(
+    own_trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = own_trials._child
+    assert child is not None
+
+    def nothing_comes(timeout_s: float) -> None:
+        time.sleep(timeout_s)
+        child._cpu_s = lambda: 1e9  # type: ignore[method-assign, union-attr]  # as if it computed all the time
+        raise TimeoutError
+
+    monkeypatch.setattr(trial, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(child, "_receive", nothing_comes)
+    ticks = asyncio.create_task(asyncio.sleep(0.01))
+    with pytest.raises(RequestError, match=r"regex takes longer than 0\.05 s"):
+        await own_trials.check(Structured(regex="slow"))
+    assert ticks.done(), "the loop went on meanwhile"
+    assert child._process.returncode == -signal.SIGKILL
+    monkeypatch.undo()
+    await own_trials.check(Structured(regex="next"))
+
+
+async def test_a_child_that_is_killed_while_nothing_is_tried_is_replaced(own_trials: GrammarTrials) -> None:
+    assert own_trials._child is not None
+    own_trials._child._process.kill()
+    own_trials._child._process.wait()
+    await own_trials.check(Structured(regex="after"))
+
+
+async def test_a_child_that_is_killed_over_a_grammar_is_replaced_and_asked_again(own_trials: GrammarTrials) -> None:
+    child = own_trials._child
+    assert child is not None
+    os.kill(child._process.pid, signal.SIGSTOP)  # so that it is surely killed before it has answered
+    asyncio.get_running_loop().call_later(0.2, child._process.send_signal, signal.SIGKILL)
+    structured = Structured(regex="sound")
+    assert await own_trials.check(structured) == structured
+    assert child._process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+async def test_what_cannot_be_tried_is_not_held_against_the_grammar(
+    own_trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    ask = trial._Child.ask
+
+    def ask_after_signal(child: Any, params: Structured) -> Any:
+        child._process.send_signal(number)
+        return ask(child, params)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trial._Child, "ask", ask_after_signal)
+        patched.setattr(trial, "TIMEOUT_S", 0.3)
+        with pytest.raises(OverloadedError, match="could not be tried"):
+            await own_trials.check(Structured(regex="sound"))
+    assert await own_trials.check(Structured(regex="sound")) == Structured(regex="sound")
+
+
+async def test_a_child_that_dies_of_a_grammar_makes_it_refused(
+    own_trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = own_trials._child
+    assert child is not None
+    os.kill(child._process.pid, signal.SIGABRT)
+    with monkeypatch.context() as patched:
+        patched.setattr(trial._Child, "is_alive", True)
+        with pytest.raises(RequestError, match="takes more than 512 MiB to compile, or cannot be compiled"):
+            await own_trials.check(Structured(regex="deadly"))
+    with pytest.raises(RequestError, match="cannot be compiled"):
+        await own_trials.check(Structured(regex="deadly"))
 
 
 async def test_a_tokenizer_that_cannot_be_followed_is_said(tmp_path: Path) -> None:
