@@ -31,6 +31,9 @@ _NUM_WATCHED = 16
 _FREE_S = 0.005
 _CREDIT_S = 0.5
 """CPU time that a row's masks may take beyond `_FREE_S` each, over its life."""
+_FREE_STEP_S = 0.1
+_STEP_CREDIT_S = 2.0
+"""CPU time that the masks of all rows may take beyond `_FREE_STEP_S` a step; steps that take less win it back."""
 
 
 @dataclass(slots=True)
@@ -44,8 +47,15 @@ class _Row:
     ended: bool = False
     """Nothing may follow: what is sampled for it is worth nothing."""
     credit_s: float = _CREDIT_S
-    is_costly: bool = False
-    """Each rank times its own masks, so this must not change what is drawn: rank 0's word ends the row."""
+    spent_s: float = 0.0
+    num_timed: int = 0
+    too_costly: str = ""
+    """Why it should end. Each rank times its own masks, so this must not change what is drawn: rank 0's word ends the
+    row."""
+
+    @property
+    def mean_s(self) -> float:
+        return self.spent_s / max(1, self.num_timed)
 
 
 class StructuredRows:
@@ -62,6 +72,7 @@ class StructuredRows:
         self._executor: LLExecutor | None = None
         self._prototypes: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
         self._num_watched = 0
+        self._credit_s = _STEP_CREDIT_S
 
     def prepare(self) -> None:
         """Begins to load what the first row will need. What goes wrong is said of that row."""
@@ -115,10 +126,8 @@ class StructuredRows:
             finish = self._finish_with(state, token_id)
             if finish is None:
                 going.append(state)
-                if state.is_costly:
-                    finishes[row] = _error(
-                        f"the grammar takes more than {_FREE_S * 1000:g} ms of computing for each token; simplify it"
-                    )
+                if state.too_costly:
+                    finishes[row] = _error(state.too_costly)
             else:
                 state.ended = True
                 finishes[row] = finish
@@ -169,7 +178,8 @@ class StructuredRows:
         if not state.matcher.consume_tokens(emitted):
             state.failure = f"what was emitted does not follow the grammar: {first_line(state.matcher.get_error())}"
         else:
-            self._fill([state])
+            _fill_alone(state)
+            self._check_mask(state)
 
     def _new_matcher(self, params: SamplingParams) -> LLMatcher:
         """A copy of one that was made before, where there is one. Raises `RequestError`."""
@@ -189,23 +199,33 @@ class StructuredRows:
         if self._executor is None:
             self._executor = LLExecutor(self._num_threads)
         began = time.perf_counter()
-        if self._num_watched or len(states) == 1:
+        if is_timed := self._num_watched > 0 or len(states) == 1:
             self._num_watched = max(0, self._num_watched - 1)
-            for state in states:
-                self._fill_alone(state)
+            spent_s = sum(map(_fill_alone, states))
         else:
             _fill_together(self._executor, states)
-        if time.perf_counter() - began > _SLOW_BATCH_S and len(states) > 1:
+        elapsed_s = time.perf_counter() - began
+        if elapsed_s > _SLOW_BATCH_S and len(states) > 1:
             self._num_watched = _NUM_WATCHED
+        self._charge(states, spent_s if is_timed else elapsed_s)
         for state in states:
             self._check_mask(state)
 
-    def _fill_alone(self, state: _Row) -> None:
-        assert state.matcher is not None
-        began = time.thread_time()
-        state.matcher.unsafe_compute_mask_ptr(state.mask.ctypes.data, state.mask.nbytes)
-        state.credit_s -= max(0.0, time.thread_time() - began - _FREE_S)
-        state.is_costly = state.credit_s < 0
+    def _charge(self, states: list[_Row], spent_s: float) -> None:
+        """Where the rows together take too much for too long, the slowest must go, until the others fit."""
+        self._credit_s = min(_STEP_CREDIT_S, self._credit_s + _FREE_STEP_S - spent_s)
+        if self._credit_s >= 0:
+            return
+        self._credit_s = _STEP_CREDIT_S / 2  # those that go need a step or two
+        left_s = sum(state.mean_s for state in states)
+        for state in sorted(states, key=lambda state: state.mean_s, reverse=True):
+            if left_s <= _FREE_STEP_S:
+                return
+            left_s -= state.mean_s
+            state.too_costly = state.too_costly or (
+                f"the grammars of all requests take {spent_s * 1000:.0f} ms of computing for each token, at most "
+                f"{_FREE_STEP_S * 1000:g} are allowed, and this is one of the slowest; simplify it"
+            )
 
     def _check_mask(self, state: _Row) -> None:
         """Ends of text leave the mask where the sequence ignores them, unless nothing else is left."""
@@ -229,6 +249,24 @@ class StructuredRows:
 
 def _error(reason: str) -> Finish:
     return Finish("error", code=STRUCTURED_OUTPUTS_FAILED, message=f"structured output: {reason}")
+
+
+def _fill_alone(state: _Row) -> float:
+    """The mask of one row; returns its CPU time in seconds."""
+    spent_s = _compute_mask(state)
+    state.spent_s += spent_s
+    state.num_timed += 1
+    state.credit_s -= max(0.0, spent_s - _FREE_S)
+    if state.credit_s < 0:
+        state.too_costly = f"the grammar takes more than {_FREE_S * 1000:g} ms of computing for each token; simplify it"
+    return spent_s
+
+
+def _compute_mask(state: _Row) -> float:
+    assert state.matcher is not None
+    began = time.thread_time()
+    state.matcher.unsafe_compute_mask_ptr(state.mask.ctypes.data, state.mask.nbytes)
+    return time.thread_time() - began
 
 
 def _fill_together(executor: LLExecutor, states: list[_Row]) -> None:

@@ -200,6 +200,38 @@ def test_a_grammar_whose_masks_cost_too_much_is_ended_but_bound_to_the_last(
     assert allowed(rows, 0) == bound
 
 
+@pytest.mark.parametrize(("num_slow", "num_left"), [(15, 15), (100, 20)])
+def test_the_slowest_of_many_rows_are_ended_where_all_together_cost_too_much(
+    rows: StructuredRows,
+    token_bytes: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    num_slow: int,
+    num_left: int,
+) -> None:
+    """Each is below its own limit."""
+    slow, quick = Structured(regex="[ab]*"), Structured(regex="[ac]*")
+    compute = rows_module._compute_mask
+
+    def timed(state: rows_module._Row) -> float:
+        compute(state)
+        return 0.0049 if state.params.structured_outputs == slow else 0.0001
+
+    monkeypatch.setattr(rows_module, "_compute_mask", timed)
+    monkeypatch.setattr(rows_module, "_SLOW_BATCH_S", 0.0)  # so that rows are timed one by one
+    for row in range(num_slow + 5):
+        rows.begin(row, params(slow if row < num_slow else quick), [])
+    letter, going = token_bytes.index(b"a"), list(range(num_slow + 5))
+    for _ in range(40):
+        finishes = rows.advance(going, [letter] * len(going))
+        assert all(letter in allowed(rows, row) for row in finishes), "they are bound to the last"
+        for row, finish in finishes.items():
+            assert "the grammars of all requests take" in (finish.message or "")
+            rows.end(row)
+        going = [row for row in going if row not in finishes]
+    assert len([row for row in going if row < num_slow]) == num_left
+    assert len(going) == num_left + 5
+
+
 @pytest.mark.parametrize("end_ids", [(), (END_ID,)])
 def test_ignored_and_absent_ends_leave_the_mask_while_text_remains(llama_path: Path, end_ids: tuple[int, ...]) -> None:
     rows = StructuredRows(lambda: Vocabulary.load(str(llama_path), VOCAB_SIZE, end_ids), VOCAB_SIZE, 1)
