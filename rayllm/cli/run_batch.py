@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import httpx
 
 _LINE_START = b'{"id": "batch_req_'
+_CONNECTION_ERROR = "connection_error"
+_STATUSES_OF_THE_MOMENT = frozenset({401, 403, 408, 425, 429})
+"""Of those below 500: a wrong key and overload say nothing of the request."""
 _NUM_TRIES = 6
 _LONGEST_WAIT_S = 60.0
 _PROGRESS_PERIOD_S = 1.0
@@ -54,7 +58,11 @@ def parser() -> Parser:
     made = Parser(prog="rayllm run-batch", description="Answer a file of requests in OpenAI's batch format.")
     made.add_argument("--input-file", "-i", required=True, metavar="FILE", help="JSON lines: custom_id, url, body")
     made.add_argument(
-        "--output-file", "-o", required=True, metavar="FILE", help="one line an answer; lines that are there are kept"
+        "--output-file",
+        "-o",
+        required=True,
+        metavar="FILE",
+        help="a line an answer; what is there is kept, what a server failed at asked again",
     )
     made.add_argument("--model", metavar="MODEL", help="start it for this run, instead of asking a running server")
     made.add_argument("--max-concurrency", type=int, default=64, metavar="N", help="open requests (default: 64)")
@@ -64,8 +72,13 @@ def parser() -> Parser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """0 when every line was answered, 1 when some line of the output says an error. Lines whose custom_id the output
-    has already are skipped, so that a run that was broken off goes on."""
+    """0 when every line was answered, 1 when some line of this run says an error. Lines whose custom_id the output
+    has already are skipped, so that a run that was broken off goes on; but for those that failed for want of a server
+    that could answer (5xx, 429, no connection) or of the right key: they are asked again.
+
+    A new line is appended as soon as it is known, and counts instead of an earlier one with its custom_id; the earlier
+    one is dropped at the end of a run.
+    """
     given = parser().parse(argv)
     if given["max_concurrency"] < 1:
         raise UsageError(f"--max-concurrency {given['max_concurrency']} must be at least 1")
@@ -78,9 +91,11 @@ def run(argv: Sequence[str]) -> int:
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} lines are answered in {output} already", file=sys.stderr)
     if not left:
+        drop_replaced(output)
         return 0
     with _server(given) as url:
         tally = asyncio.run(_answer_all(url, given, left, output))
+    drop_replaced(output)
     print(
         f"{tally.num_done} lines: {tally.num_done - tally.num_failed} answered, {tally.num_failed} failed -> {output}"
     )
@@ -91,7 +106,7 @@ def read_jobs(path: Path) -> list[Job]:
     """The input's lines. `UsageError` for a file that cannot be read or whose lines cannot be told apart; a line that
     cannot be sent is a job with a fault."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"input file {str(path)!r} cannot be read: {error}") from None
     jobs = [_job(line, number) for number, line in enumerate(lines, 1) if line.strip()]
@@ -125,21 +140,68 @@ def _job(line: str, number: int) -> Job:
 
 
 def finished_ids(output: Path) -> set[str]:
-    """The ids that an earlier run has written; a last line that was torn is cut off, so that it is done again.
-    `UsageError`, and the file as it was, for one that is no output of ours."""
+    """The ids that an earlier run has written and that need not be asked again: all but those whose line tells of a
+    fault that was not theirs. A last line that was torn is cut off, so that it is done again. Of several lines with
+    one id the last counts. `UsageError`, and the file as it was, for one that is no output of ours."""
     if not output.exists():
         return set()
-    content = output.read_bytes()
-    whole, torn = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    try:
-        ids = {json.loads(line)["custom_id"] for line in whole.splitlines() if line.strip()}
-    except (ValueError, KeyError, TypeError):
-        raise _no_output(output) from None
+    is_final: dict[str, bool] = {}
+    num_whole, torn = 0, b""
+    with output.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                torn = line
+                break
+            num_whole += len(line)
+            if line.strip():
+                found = _output_line(line, output)
+                is_final[found["custom_id"]] = not _may_do_better(found)
     if torn[: len(_LINE_START)] != _LINE_START[: len(torn)]:
         raise _no_output(output)
     if torn:
-        os.truncate(output, len(whole))
-    return ids
+        os.truncate(output, num_whole)
+    return {custom_id for custom_id, final in is_final.items() if final}
+
+
+def _output_line(line: bytes, output: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+        return {"custom_id": str(found["custom_id"]), "response": found.get("response"), "error": found.get("error")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _no_output(output) from None
+
+
+def _may_do_better(line: dict[str, Any]) -> bool:
+    """Whether the same request may have another answer next time: it was not answered, or with a status that is none
+    of the request's own."""
+    response, error = line["response"], line["error"]
+    if isinstance(response, dict):
+        status = response.get("status_code")
+        return isinstance(status, int) and (status >= 500 or status in _STATUSES_OF_THE_MOMENT)
+    return isinstance(error, dict) and error.get("code") == _CONNECTION_ERROR
+
+
+def drop_replaced(output: Path) -> None:
+    """Leaves the last line of each id, where there are several. The file is whole at any time."""
+    last: dict[str, int] = {}
+    with output.open("rb") as lines:
+        num_lines = 0
+        for num_lines, line in enumerate(lines, 1):
+            last[_output_line(line, output)["custom_id"]] = num_lines
+    if len(last) == num_lines:
+        return
+    kept = set(last.values())
+    target = output.resolve()  # a link stays one
+    clean = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with output.open("rb") as lines, clean.open("wb") as out:
+            shutil.copymode(target, clean)
+            out.writelines(line for number, line in enumerate(lines, 1) if number in kept)
+            out.flush()
+            os.fsync(out.fileno())
+        clean.replace(target)
+    finally:
+        clean.unlink(missing_ok=True)
 
 
 def _no_output(output: Path) -> UsageError:
@@ -230,7 +292,7 @@ async def _answer(http: httpx.AsyncClient, job: Job) -> dict[str, Any]:
             wait_s = _retry_after_s(answer, wait_s)
         if attempt < _NUM_TRIES - 1:
             await asyncio.sleep(wait_s)
-    return _line(job, error={"code": "connection_error", "message": fault})
+    return _line(job, error={"code": _CONNECTION_ERROR, "message": fault})
 
 
 def _retry_after_s(answer: httpx.Response, otherwise_s: float) -> float:

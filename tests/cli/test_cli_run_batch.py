@@ -11,10 +11,12 @@ from rayllm.cli.main import main
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Echoes prompts; the first try of `busy` is refused for overload, `bad` always."""
+    """Echoes prompts; the first try of `busy` is refused for overload, `bad` always. What stands in `statuses` is
+    answered so."""
 
     protocol_version = "HTTP/1.1"
     asked: list[str]
+    statuses: dict[str, int]
     lock: threading.Lock
     num_open: int
     most_open: int
@@ -36,12 +38,14 @@ class _Handler(BaseHTTPRequestHandler):
         threading.Event().wait(0.02)
         with kind.lock:
             kind.num_open -= 1
-        if prompt == "bad":
+        if prompt in kind.statuses:
+            self._send(kind.statuses[prompt], {"error": {"message": "not now"}})
+        elif prompt == "bad":
             self._send(400, {"error": {"message": "no such thing"}})
         elif prompt == "busy" and tries == 1:
             self._send(429, {"error": {"message": "later"}}, {"retry-after": "0"})
         else:
-            self._send(200, {"echo": prompt, "usage": {"completion_tokens": 1}}, {"x-request-id": f"id-{prompt}"})
+            self._send(200, {"echo": prompt, "usage": {"completion_tokens": 1}}, {"x-request-id": f"id-{prompt!a}"})
 
     def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(body).encode()
@@ -54,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[tuple[type[_Handler], str]]:
-    state = {"asked": [], "lock": threading.Lock(), "num_open": 0, "most_open": 0}
+    state = {"asked": [], "statuses": {}, "lock": threading.Lock(), "num_open": 0, "most_open": 0}
     handler = type("_OneHandler", (_Handler,), state)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -74,7 +78,7 @@ def batch(url: str, folder: Path, *flags: str) -> int:
 
 
 def outputs(folder: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (folder / "out").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "out").read_text().split("\n") if line]
     assert len({line["custom_id"] for line in lines}) == len(lines)
     return {line["custom_id"]: line for line in lines}
 
@@ -85,13 +89,19 @@ def test_every_line_is_answered_in_openais_form(server: tuple[type[_Handler], st
     found = outputs(tmp_path)
     assert found["a"]["response"] == {
         "status_code": 200,
-        "request_id": "id-one",
+        "request_id": "id-'one'",
         "body": {"echo": "one", "usage": {"completion_tokens": 1}},
     }
     assert found["a"]["error"] is None
     assert found["a"]["id"].startswith("batch_req_")
     assert found["b"]["response"]["status_code"] == 200
     assert server[0].asked.count("busy") == 2
+
+
+def test_a_line_ends_at_its_newline_only(server: tuple[type[_Handler], str], tmp_path: Path) -> None:
+    (tmp_path / "in").write_text(line("a", "x").replace('"x"', '"one\u2028two"'))
+    assert batch(server[1], tmp_path) == 0
+    assert outputs(tmp_path)["a"]["response"]["body"]["echo"] == "one\u2028two"
 
 
 def test_a_line_that_fails_says_so_and_the_others_go_on(
@@ -121,6 +131,47 @@ def test_a_run_that_was_broken_off_goes_on(server: tuple[type[_Handler], str], t
     server[0].asked.clear()
     assert batch(server[1], tmp_path) == 0
     assert server[0].asked == []
+
+
+def test_what_failed_for_want_of_a_server_is_asked_again_and_replaced(
+    server: tuple[type[_Handler], str], tmp_path: Path
+) -> None:
+    handler, url = server
+    handler.statuses = {"p0": 500, "p1": 404, "p2": 401}
+    (tmp_path / "in").write_text("".join(line(str(number), f"p{number}") for number in range(4)))
+    assert batch(url, tmp_path) == 1
+    refused = {"id": "batch_req_0", "custom_id": "gone", "response": None, "error": {"code": "connection_error"}}
+    with (tmp_path / "out").open("a") as out:
+        out.write(json.dumps(refused) + "\n")
+    with (tmp_path / "in").open("a") as lines:
+        lines.write(line("gone", "p4"))
+    before = outputs(tmp_path)
+
+    handler.asked.clear()
+    handler.statuses = {"p2": 502}
+    assert batch(url, tmp_path) == 1  # one of them fails again
+    found = outputs(tmp_path)  # each id once
+    assert sorted(handler.asked) == ["p0", "p2", "p4"]
+    assert {number: (found[number]["response"] or {}).get("status_code") for number in found} == {
+        "0": 200, "1": 404, "2": 502, "3": 200, "gone": 200,
+    }  # fmt: skip
+    assert (found["1"], found["3"]) == (before["1"], before["3"])
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name not in ("in", "out")] == []
+
+
+def test_of_two_lines_with_one_id_the_last_counts(server: tuple[type[_Handler], str], tmp_path: Path) -> None:
+    """A run that was broken off before it dropped what it had replaced."""
+    handler, url = server
+    (tmp_path / "in").write_text(line("a", "one") + line("b", "two"))
+    assert batch(url, tmp_path) == 0
+    answered = (tmp_path / "out").read_text()
+    failed = json.dumps({"id": "batch_req_0", "custom_id": "a", "response": {"status_code": 503}, "error": None}) + "\n"
+    for content, asked in ((failed + answered, []), (answered + failed, ["one"])):
+        handler.asked.clear()
+        (tmp_path / "out").write_text(content)
+        assert batch(url, tmp_path) == 0
+        assert handler.asked == asked
+        assert outputs(tmp_path)["a"]["response"]["status_code"] == 200
 
 
 def test_open_requests_are_bounded(server: tuple[type[_Handler], str], tmp_path: Path) -> None:
