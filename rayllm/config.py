@@ -37,6 +37,9 @@ ToolCallParser = Literal[
     "deepseek_v31",
     "qwen3_coder",
     "granite",
+    "kimi_k2",
+    "llama4_pythonic",
+    "pythonic",
 ]
 ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "glm45", "mistral", "granite"]
 

@@ -106,7 +106,7 @@ class ChatFormat:
     ) -> tuple[list[_Message], list[dict[str, Any]] | None]:
         """Messages (as `read_messages` gives them) and tools for the template, all text in them marked as written by
         the client (`Tokenizer.mark`)."""
-        marked = [self._with_reasoning(self._marked(message)) for message in messages]
+        marked = [self._with_reasoning(self._marked(message)) for message in self._renumbered(messages)]
         shown = [self._marked(tool.shown()) for tool in tools]
         if self.takes_tools:
             return [self._template_message(message) for message in marked], shown or None
@@ -118,6 +118,26 @@ class ChatFormat:
             first = {**written[0], "content": f"{written[0]['content']}\n\n{words}"}
             return [first, *written[1:]], None
         return [{"role": "system", "content": words}, *written], None
+
+    def _renumbered(self, messages: Sequence[Mapping[str, Any]]) -> list[_Message]:
+        """With ids of calls as the model itself writes them."""
+        if not self.tool_format.shown_id:
+            return [dict(message) for message in messages]
+        shown: dict[str, str] = {}
+        found: list[_Message] = []
+        number = 0
+        for message in messages:
+            if "tool_calls" in message:
+                calls = []
+                for call in message["tool_calls"]:
+                    shown[call["id"]] = self.tool_format.shown_id.format(name=call["name"], number=number)
+                    calls.append({**call, "id": shown[call["id"]]})
+                    number += 1
+                message = {**message, "tool_calls": calls}
+            elif "tool_call_id" in message:
+                message = {**message, "tool_call_id": shown.get(message["tool_call_id"], message["tool_call_id"])}
+            found.append(dict(message))
+        return found
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -210,8 +230,7 @@ def _probe(tokenizer: Tokenizer, form: ToolFormat) -> tuple[bool, str | None]:
 
 
 def _instructions(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
-    before, between, after = form.written.each
-    example = f"{form.written.all[0]}{before}NAME{between}ARGUMENTS{after}{form.written.all[1]}"
+    example = form.written.text([("NAME", "ARGUMENTS")])
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (
         "You can call functions to help with the user's request. These are there, each with the JSON schema of its "
@@ -226,9 +245,8 @@ def _in_words(message: _Message, form: ToolFormat) -> _Message:
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
     if "tool_calls" in message:
-        before, between, after = form.written.each
-        calls = [f"{before}{call['name']}{between}{call['arguments']}{after}" for call in message["tool_calls"]]
-        written = form.written.all[0] + (form.written.joint or "\n").join(calls) + form.written.all[1]
+        calls = [(call["name"], call["arguments"]) for call in message["tool_calls"]]
+        written = form.written.text(calls, joint="\n")
         found["content"] = f"{found['content']}\n{written}" if found["content"] else written
     return found
 

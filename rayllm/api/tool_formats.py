@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -15,6 +16,8 @@ class Payload(Enum):
     """The name, `name_end`, the arguments as a JSON object; or, at a `[` or `{`, as with OBJECT."""
     PAIRS = auto()
     """The name, `name_end`, then for each argument its key and its value between markers of their own."""
+    PYTHON = auto()
+    """A list of calls as Python has them, `[name(key=value, ...), ...]`; or, at a `{`, as with OBJECT."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,21 @@ class Written:
     """Before the first call and after the last."""
     joint: str | None = ""
     """Between calls; None: there is only ever one."""
+    number_mark: str = ""
+    """After the name, before a number that counts the calls; empty where none does."""
+
+    def text(self, calls: Sequence[tuple[str, str]], joint: str = "") -> str:
+        """Calls (names and arguments); `joint` stands between where there is only ever one."""
+        before, between, after = self.each
+        numbers = [f"{self.number_mark}{i}" if self.number_mark else "" for i in range(len(calls))]
+        texts = [f"{before}{name}{n}{between}{arguments}{after}" for n, (name, arguments) in zip(numbers, calls)]
+        return self.all[0] + (joint if self.joint is None else self.joint).join(texts) + self.all[1]
 
 
 _HERMES_WRITTEN = Written(('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"), joint="\n")
 _LISTED = ('{"name": "', '", "arguments": ', "}")
+_LLAMA_OBJECT = ('{"name": "', '", "parameters": ', "}")
+_PYTHON_WRITTEN = Written(_LLAMA_OBJECT, ("[", "]"), ", ")
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class ToolFormat:
     written: Written = field(default_factory=lambda: _HERMES_WRITTEN)
     call_id_length: int | None = None
     """Characters of call ids, where the template insists."""
+    shown_id: str = ""
+    """Call ids as the template shows them to its model: `{name}` is the call's, `{number}` counts those of a chat."""
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -79,6 +95,7 @@ class ToolFormat:
 
 _CALL = ("<tool_call>", "</tool_call>")
 _DEEPSEEK_CALL = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
+_KIMI_NOISE = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
 _DEEPSEEK_NOISE = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
@@ -158,6 +175,40 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
             signs=("<|tool_call|>",),
             written=Written(_LISTED, ("<|tool_call|>[", "]"), ", "),
         ),
+        ToolFormat(
+            "kimi_k2",
+            Payload.NAMED,
+            "<|tool_call_begin|>",
+            "<|tool_call_end|>",
+            signs=("<|tool_calls_section_begin|>",),
+            noise=_KIMI_NOISE,
+            name_begin="functions.",
+            name_end=("<|tool_call_argument_begin|>",),
+            id_mark=":",
+            written=Written(
+                ("<|tool_call_begin|>functions.", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+                _KIMI_NOISE,
+                number_mark=":",
+            ),
+            shown_id="functions.{name}:{number}",
+        ),
+        ToolFormat(
+            "llama4_pythonic",
+            Payload.PYTHON,
+            "<|python_start|>",
+            "<|python_end|>",
+            signs=("<|header_start|>",),
+            bare=True,
+            written=_PYTHON_WRITTEN,
+        ),
+        ToolFormat(
+            "pythonic",
+            Payload.PYTHON,
+            "",
+            signs=("func_name1(params_name1=params_value1",),
+            bare=True,
+            written=_PYTHON_WRITTEN,
+        ),
         ToolFormat("hermes", Payload.OBJECT, *_CALL, signs=("<tool_call>",)),
         ToolFormat(
             "glm4",
@@ -174,7 +225,7 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
             "<|python_tag|>",
             signs=("<|start_header_id|>",),
             bare=True,
-            written=Written(('{"name": "', '", "parameters": ', "}"), joint="; "),
+            written=Written(_LLAMA_OBJECT, joint="; "),
         ),
     )
 }

@@ -13,10 +13,12 @@ from enum import Enum, auto
 from typing import Any
 
 from rayllm.api.reasoning import ReasoningFormat
-from rayllm.api.tool_formats import ToolFormat
+from rayllm.api.tool_formats import Payload, ToolFormat
 from rayllm.api.tools import Tool, ToolPlan
 
 _ANY_TEXT = r"/(.|\n)*/"
+_BLANK = r"[ \t\r\n]*"
+"""What the parser skips."""
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _CLOSABLE = frozenset({"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema"})
 """Where a schema says no more than this, other members may be left out without changing what it means."""
@@ -51,13 +53,15 @@ class GrammarWriter:
     def free(
         self, plan: ToolPlan, form: ToolFormat, reasoning: ReasoningFormat | None, thinking: Thinking
     ) -> str | None:
-        """Any text, and calls in which the arguments of strict tools follow their schemas. None where a notation has no
-        beginning that could be told from text."""
+        """Any text, and calls in which the arguments of strict tools follow their schemas. None where a model writes
+        calls as Python, which no schema says anything of."""
+        if form.payload is Payload.PYTHON:
+            return None
         opening = form.written.all[0] or form.written.each[0]
         first = self._atom.match(opening)
         mark = form.begin if form.begin and opening.startswith(form.begin) else opening
         if not mark:
-            return None
+            return self._free_unmarked(plan, form, reasoning, thinking)
         prefix = self._prefix(reasoning, thinking)
         repeat = "*" if plan.parallel else "?"
         if first:
@@ -68,6 +72,26 @@ class GrammarWriter:
             lead = [f"lead[suffix={_quoted(mark)}]: {_ANY_TEXT}"]
         rules = [f"text: {_ANY_TEXT}", *lead, *self._thought(reasoning, thinking)]
         return self._grammar([start, *rules, *self._calls(plan, form, told="" if first else mark, free=True)])
+
+    def _free_unmarked(
+        self, plan: ToolPlan, form: ToolFormat, reasoning: ReasoningFormat | None, thinking: Thinking
+    ) -> str:
+        """Where only the name of a known tool, first in the answer, begins a call: that, or a text that begins with
+        none, and with no reasoning either."""
+        names = [_escaped(tool.name + form.written.each[1]) for tool in plan.allowed]
+        schemas = [_schema(tool, any_object=not tool.strict) for tool in plan.allowed]
+        begins = names
+        if reasoning is not None and thinking is Thinking.POSSIBLE:
+            begins = names + [_escaped(mark) for mark in reasoning.begin if mark not in self._atoms]
+        # One terminal up to the arguments: of several that match, the longest counts.
+        calls = [f"/{_BLANK}{name}/ %json {schema}" for name, schema in zip(names, schemas)]
+        return self._grammar(
+            [
+                f"start: {self._prefix(reasoning, thinking)}({' | '.join(calls)} | OTHER)",
+                f"OTHER: {_ANY_TEXT} & ~/{_BLANK}({'|'.join(begins)})(.|\\n)*/",
+                *self._thought(reasoning, thinking),
+            ]
+        )
 
     def either(
         self, plan: ToolPlan, form: ToolFormat, body: str, reasoning: ReasoningFormat | None, thinking: Thinking
@@ -113,7 +137,7 @@ class GrammarWriter:
         if all(end in self._atoms for end in reasoning.end):
             ends = " | ".join(map(self.literal, reasoning.end))
             return [f"thought: {begin}thinking ({ends}) /\\s*/", f"thinking: {_ANY_TEXT}"]
-        ends = "|".join(re.escape(end).replace("/", "\\/") for end in reasoning.end)
+        ends = "|".join(map(_escaped, reasoning.end))
         return [f"thought: {begin}thinking /\\s*/", f"thinking[suffix=/{ends}/]: {_ANY_TEXT}"]
 
     # ------------------------------------------------------------------------------------------------------ calls
@@ -137,9 +161,16 @@ class GrammarWriter:
         ]
         for i, tool in enumerate(plan.allowed):
             schema = _schema(tool, any_object=free and not tool.strict)
-            head, tail = self.literal(before + tool.name + between), self.literal(after)
+            head, tail = self.literal(before + tool.name + (written.number_mark or between)), self.literal(after)
+            if written.number_mark:
+                head += f" /[0-9]{{1,4}}/ {self.literal(between)}"
             rules.append(f"call_{i}: {head} %json {schema} {tail}".rstrip())
         return rules
+
+
+def _escaped(text: str) -> str:
+    """The text inside a regex of the grammar."""
+    return re.escape(text).replace("\n", "n").replace("/", "\\/")
 
 
 def _quoted(text: str) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -238,6 +239,33 @@ async def test_a_template_with_tools_gets_them_and_arguments_as_it_wants_them(se
         assert f"[assistant]<tool_call>{shown}[tool]sunny" in prompt
         assert 'weather={"type": "function"' in prompt
         assert "now={" in prompt
+
+
+async def test_ids_of_calls_are_shown_as_the_model_writes_them(serve: Serve) -> None:
+    template = (
+        "{% if tools %}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{{ m.tool_call_id or '' }}"
+        "{% for c in m.tool_calls or [] %}<|tool_calls_section_begin|>{{ c.id }}{{ c.function.arguments | tojson }}"
+        "{% endfor %}{% endfor %}"
+    )
+
+    def calls(*ids: str) -> dict[str, Any]:
+        function = {"name": "weather", "arguments": '{"city": "Ulm"}'}
+        return {
+            "role": "assistant",
+            "tool_calls": [{"id": call_id, "type": "function", "function": function} for call_id in ids],
+        }
+
+    def result(call_id: str) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": call_id, "content": "sunny"}
+
+    service = serve("<|tool_call_begin|>functions.now:2<|tool_call_argument_begin|>{}", template=template)
+    messages = [*MESSAGES, calls("a", "b"), result("b"), result("a"), calls("a"), result("a"), result("lost")]
+    answer = await whole(service, messages=messages, tools=TOOLS)
+
+    prompt = prompt_of(service)
+    assert re.findall(r"functions\.weather:(\d)\{", prompt) == ["0", "1", "2"]
+    assert re.findall(r"sunny(?:functions\.weather:)?(\w+)", prompt) == ["1", "0", "2", "lost"]
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
 
 
 async def test_what_tools_and_calls_say_is_text_not_special_tokens(serve: Serve) -> None:

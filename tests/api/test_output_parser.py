@@ -25,6 +25,9 @@ _DEEPSEEK = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
 _V3 = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
 _V31 = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
 _HERMES = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+_KIMI = "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>"
+_K2 = "<|tool_call_begin|>{}<|tool_call_argument_begin|>{}<|tool_call_end|>"
+_PYTHON = "[weather(city='Zürich \"</tool_call>\" {[', days=3), now()]"
 
 # format, text with the calls weather(ARGUMENTS) and now({})
 TWO_CALLS = [
@@ -47,6 +50,15 @@ TWO_CALLS = [
         "granite",
         f'<|tool_call|>[{{"name": "weather", "arguments": {ARGUMENTS}}}, {{"name": "now", "arguments": {{}}}}]',
     ),
+    (
+        "kimi_k2",
+        _KIMI.format(_K2.format("functions.weather:0", ARGUMENTS) + _K2.format("functions.now:1", "{}")),
+    ),
+    ("kimi_k2", _KIMI.format(_K2.format("weather", ARGUMENTS) + _K2.format("functions.now:12 ", " {}"))),
+    ("llama4_pythonic", f"<|python_start|>{_PYTHON}<|python_end|>"),
+    ("llama4_pythonic", _PYTHON),
+    ("llama4_pythonic", f'[{{"name": "weather", "parameters": {ARGUMENTS}}}, {{"name": "now", "parameters": {{}}}}]'),
+    ("pythonic", '[ weather( city = "Zürich \\"</tool_call>\\" {[" ,days=3, ),\nnow( ) , ]'),
 ]
 
 
@@ -85,7 +97,9 @@ def test_calls_are_read_in_the_notation_of_each_family(name: str, text: str) -> 
     assert text_of(events) == ""
 
 
-@pytest.mark.parametrize(("name", "text"), [case for case in TWO_CALLS if not case[1].startswith("{")])
+@pytest.mark.parametrize(
+    ("name", "text"), [case for case in TWO_CALLS if not case[1].startswith(("{", "[ w", "[w", "[{"))]
+)
 def test_text_before_calls_is_kept_without_the_space_between(name: str, text: str) -> None:
     events = parse(name, f"I look it up.\n\n{text}\n")
 
@@ -125,6 +139,81 @@ def test_what_a_model_writes_is_read_and_never_run() -> None:
     assert calls_of(parse("qwen3_coder", text)) == [("weather", json.dumps({"days": attack}))]
 
 
+def test_expressions_of_python_are_read_and_never_run() -> None:
+    events = parse("pythonic", "[weather(city=__import__('os').system('touch /tmp/never'))]")
+
+    assert calls_of(events) == [("weather", json.dumps({"city": "__import__('os'"}))]
+    assert text_of(events) == ".system('touch /tmp/never'))]"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("True, unit=None", True),
+        ("-1_000", -1000),
+        (".5", 0.5),
+        ("0x10", 16),
+        ("007", "007"),
+        ("1e5", 1e5),
+        ("nan", "nan"),
+        ("'a' \"b\"\n 'c'", "abc"),
+        (r"'\x41\u00e9\U0001F389\101\q\ud83c\udf89'", "Aé🎉A\\q🎉"),
+        ("'it\\'s \"\ttab'", "it's \"\ttab"),
+        ("(1, 'a',)", [1, "a"]),
+        ("{'a': [True, {}], 5: (), }", {"a": [True, {}], "5": []}),
+    ],
+)
+def test_literals_of_python_become_json(written: str, value: Any) -> None:
+    [(_, arguments)] = calls_of(parse("pythonic", f"[weather(city={written})]"))
+    assert json.loads(arguments)["city"] == value
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=_JSON, size=st.integers(1, 9))
+def test_what_python_writes_of_a_value_becomes_its_json(value: Any, size: int) -> None:
+    text = f"[weather(city={value!r}, days=3)]"
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+
+    [(_, arguments)] = calls_of(events_of(OutputParser(TOOL_FORMATS["pythonic"], tools=TOOLS), pieces))
+
+    assert json.loads(arguments) == {"city": value, "days": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "rest"),
+    [
+        ("[weather(city='Zü", '{"city": "Zü', ""),
+        ("[weather(city='Ulm', da", '{"city": "Ulm"', ""),
+        ("[weather(city='Ulm' and more)]", '{"city": "Ulm"', "and more)]"),
+        ("[weather(city='Ulm'), 5] ok", '{"city": "Ulm"}', ", 5] ok"),
+        (f"[weather(city={'[' * 200}", '{"city": ' + "[" * 100, "[" * 100),
+    ],
+)
+def test_what_cannot_be_read_of_a_python_call_ends_it(text: str, arguments: str, rest: str) -> None:
+    events = parse("pythonic", text)
+
+    assert calls_of(events) == [("weather", arguments)]
+    assert text_of(events) == rest
+
+
+def test_arguments_of_a_python_call_are_told_while_they_are_written() -> None:
+    parser = OutputParser(TOOL_FORMATS["llama4_pythonic"], tools=TOOLS)
+
+    assert parser.push("<|python_start|>[weather(city") == []
+    assert parser.push("='Zü") == [ToolCallBegin(0, "call_0", "weather"), ToolCallArguments(0, '{"city": "Zü')]
+    assert parser.push("rich") == [ToolCallArguments(0, "rich")]
+    assert parser.push('"\\') == [ToolCallArguments(0, '\\"')]
+    assert parser.push("n', days=3)") == [ToolCallArguments(0, '\\n", "days": 3}'), ToolCallEnd(0)]
+    assert parser.finish() == []
+
+
 def test_glm4_calls_begin_with_the_name_of_a_known_tool() -> None:
     assert calls_of(parse("glm4", f"\nweather\n{ARGUMENTS}")) == [("weather", ARGUMENTS)]
     assert parse("glm4", "weather is fine\n{}") == [Text("weather is fine\n{}")]
@@ -144,6 +233,14 @@ def test_glm4_calls_begin_with_the_name_of_a_known_tool() -> None:
         ("hermes", "<tool_call>"),
         ("mistral", "[TOOL_CALLS]" + "x" * 300 + "[ARGS]{}"),
         ("glm45", "<tool_call>two words\n</tool_call>"),
+        ("pythonic", "[1, 2, 3]"),
+        ("pythonic", "[weather]"),
+        ("pythonic", "[weather(see below)]"),
+        ("pythonic", "[weather('Ulm')]"),
+        ("pythonic", "[other(city='Ulm')]"),
+        ("pythonic", "weather(city='Ulm')"),
+        ("pythonic", "[weather(ci"),
+        ("pythonic", '[{"city": "Ulm"}]'),
     ],
 )
 def test_what_is_no_call_stays_text(name: str, text: str) -> None:
@@ -234,7 +331,9 @@ _PIECES = [
     "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>a\nb</arg_value>\n</tool_call>",
     "<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "weather", ', '"arguments": {"a": "\\', '"}}',
     "[TOOL_CALLS]", "[ARGS]", "weather\n", "<arg_key>", "<function=now>", "\n ", "🎉", "{", "}", "[", "]",
-    '"', "\\", ";", "Hello <", "`", "```json\n",
+    '"', "\\", ";", "Hello <", "`", "```json\n", "<|python_start|>", "[weather(", "city='a\\",
+    "n', days=", "3)", "now()]", "<|tool_call_begin|>", "functions.now:1", "<|tool_call_argument_begin|>",
+    "(", ")", "=", ", ", "'", "x41", "u00",
 ]  # fmt: skip
 _FORMATS = [None, *TOOL_FORMATS]
 
