@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 STRUCTURED_OUTPUTS_FAILED = "structured_outputs_failed"
 """Code of the error that ends a choice whose grammar could not be followed any further."""
+NO_TOKEN_LEFT = "no_token_left"
+"""Code of the error that ends a choice which its bad words, with its other limits, leave nothing to write."""
 
 
 class RayLLMError(Exception):

@@ -17,12 +17,16 @@ from rayllm.engine.driver import Driver, find_address, find_driver
 from rayllm.engine.journal import JournaledEngine
 from rayllm.engine.local import BlockingEngine, LocalEngine
 from rayllm.engine.outputs import (
+    Conversation,
     OutputBuilder,
     PreparedPrompt,
     Prompt,
     build_request,
     derived_seed,
+    prepare_chat,
     prepare_prompt,
+    raise_failed,
+    settle,
 )
 from rayllm.engine.owner import OwnedEngine
 from rayllm.engine.resolve import resolve
@@ -34,9 +38,6 @@ from rayllm.messages import EngineStats
 from rayllm.request import CompletionOutput, Request, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.weights.hub import bring_here
-
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
 
 
 def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
@@ -93,7 +94,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt; outputs in the order of the prompts.
 
-        Raises `RequestError` (nothing is started) when a prompt does not fit, `EngineError` when the engine is lost.
+        An answer that the engine gives up (its logits are no numbers, its grammar leaves no token, ...) has the
+        `finish_reason` `"error"`, says why in `error`, and costs the others nothing. Raises `RequestError` (nothing is
+        started) when a prompt does not fit, `EngineError` when the engine is lost, or gave every answer up.
         """
         return self._run([prepare_prompt(p, self._tokenizer) for p in _as_prompts(prompts)], sampling_params, use_tqdm)
 
@@ -106,11 +109,11 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or several, rendered by the model's chat template."""
+        """Answers one conversation or several, rendered by the model's chat template. Errors are as in `generate`."""
         conversations: Any = [messages] if _is_conversation(messages) else messages
         return self._run(
             [
-                _render(self._tokenizer, conversation, add_generation_prompt, chat_template_kwargs)
+                prepare_chat(self._tokenizer, conversation, add_generation_prompt, chat_template_kwargs)
                 for conversation in conversations
             ],
             sampling_params,
@@ -119,7 +122,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionOutput]:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`). Leaving the loop
-        ends the request."""
+        ends the request. Raises `EngineError` when the engine is lost or gives a choice up."""
         [builder], first = self._submit(
             [prepare_prompt(prompt, self._tokenizer)], [sampling_params or SamplingParams()]
         )
@@ -127,6 +130,7 @@ class LLM:
             while not builder.finished:
                 for delta in self._engine.receive():
                     added, ended_by_text = builder.push(delta.stream - first, delta)
+                    raise_failed(added)
                     if ended_by_text:
                         self._engine.abort(delta.stream)
                     if added.token_ids or added.text or added.finish_reason:
@@ -161,7 +165,9 @@ class LLM:
             progress.close()
             if num_open:
                 self._abort(range(first, first + len(owners)))
-        return [builder.output() for builder in builders]
+        outputs = [builder.output() for builder in builders]
+        settle(outputs)
+        return outputs
 
     def _submit(
         self, prompts: list[PreparedPrompt], params: Sequence[SamplingParams]
@@ -180,7 +186,7 @@ class LLM:
         if params.seed is None and not params.greedy:
             seed = derived_seed(self.config.engine.seed, self._num_unseeded)
             self._num_unseeded += 1
-        return build_request(uuid.uuid4().hex, prompt.token_ids, params, self.config, seed)
+        return build_request(uuid.uuid4().hex, prompt.token_ids, params, self.config, self._tokenizer, seed)
 
     def _abort(self, streams: range) -> None:
         for stream in streams:
@@ -224,24 +230,6 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, num_pr
     if len(params) != num_prompts:
         raise RequestError(f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each")
     return params
-
-
-def _render(
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    add_generation_prompt: bool,
-    kwargs: dict[str, Any] | None,
-) -> PreparedPrompt:
-    messages = [_marked(message, tokenizer) for message in conversation]
-    text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **(kwargs or {}))
-    token_ids = tokenizer.encode_marked(text)
-    return PreparedPrompt(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
-
-
-def _marked(message: Message, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a message says can hold no special token."""
-    content = message.get("content")
-    return {**message, "content": tokenizer.mark(content)} if isinstance(content, str) else dict(message)
 
 
 def _progress(total: int, shown: bool) -> Any:
@@ -302,7 +290,8 @@ class AsyncEngine:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
         """One prompt's output as it grows: each item holds everything so far, the last is `finished`. Leaving the loop
-        ends the request. Raises `RequestError` when it does not fit, `EngineError` when the engine is lost."""
+        ends the request. Raises `RequestError` when it does not fit, `EngineError` when the engine is lost or gives a
+        choice up."""
         prepared = await asyncio.to_thread(prepare_prompt, prompt, self.get_tokenizer())
         async for builder, _ in self._run(prepared, sampling_params or SamplingParams(), request_id):
             yield builder.output()
@@ -317,7 +306,7 @@ class AsyncEngine:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """One conversation's answer as it grows; see `generate`."""
-        prepared = _render(self.get_tokenizer(), messages, add_generation_prompt, chat_template_kwargs)
+        prepared = prepare_chat(self.get_tokenizer(), messages, add_generation_prompt, chat_template_kwargs)
         async for builder, _ in self._run(prepared, sampling_params or SamplingParams(), request_id):
             yield builder.output()
 
@@ -337,14 +326,16 @@ class AsyncEngine:
         if params.seed is None and not params.greedy:
             seed = derived_seed(self.config.engine.seed, self._num_unseeded)
             self._num_unseeded += 1
-        request = build_request(request_id or uuid.uuid4().hex, prompt.token_ids, params, self.config, seed)
-        builder = OutputBuilder(request, prompt, self.get_tokenizer())
+        tokenizer, request_id = self.get_tokenizer(), request_id or uuid.uuid4().hex
+        request = build_request(request_id, prompt.token_ids, params, self.config, tokenizer, seed)
+        builder = OutputBuilder(request, prompt, tokenizer)
         deltas = self._attached().submit(request)
         try:
             async for batch in deltas:
                 parts = []
                 for delta in batch:
                     added, ended_by_text = builder.push(delta.stream, delta)
+                    raise_failed(added)
                     if ended_by_text:
                         deltas.abort_choice(delta.stream)
                     if added.token_ids or added.text or added.finish_reason:

@@ -15,6 +15,7 @@ MAX_SEED = 2**63 - 1
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
+MAX_BAD_WORDS = 1024
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
@@ -155,6 +156,11 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    bad_words: tuple[str, ...] = ()
+    """Words that are not written: of the tokens that a word becomes, with a space before it and without, the last is
+    not drawn where the others end the answer so far. A request holds them as `bad_words_token_ids` only."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """The same as token ids, for callers that have no text."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # frozen: normal forms are written once, here
@@ -163,6 +169,10 @@ class SamplingParams:
         stop = self.stop
         set_field(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
         set_field(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if isinstance(self.bad_words, list) or self.bad_words is None:
+            set_field(self, "bad_words", tuple(self.bad_words or ()))
+        if self.bad_words_token_ids or self.bad_words_token_ids is None:
+            set_field(self, "bad_words_token_ids", tuple(map(tuple, self.bad_words_token_ids or ())))
         if self.allowed_token_ids is not None:
             set_field(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         set_field(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
@@ -190,6 +200,7 @@ class SamplingParams:
                 raise ValueError(f"stop must hold non-empty strings, got {text!r}")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need text: leave detokenize on, or use stop_token_ids")
+        self._check_bad_words()
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(self, name) or ():
                 _check_int(f"{name}: token id", token_id, 0, _MAX_INT32)
@@ -206,6 +217,20 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _check_int(name, value, 0, MAX_LOGPROBS)
+
+    def _check_bad_words(self) -> None:
+        if not isinstance(self.bad_words, tuple):
+            raise ValueError(f"bad_words must be a list of words, got {self.bad_words!r}")
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise ValueError(f"bad_words has {len(self.bad_words)} words, at most {MAX_BAD_WORDS} are allowed")
+        for word in self.bad_words:
+            if not isinstance(word, str) or not word:
+                raise ValueError(f"bad_words must hold non-empty strings, got {word!r}")
+        for ids in self.bad_words_token_ids:
+            if not ids:
+                raise ValueError("bad_words_token_ids must hold words of at least one token id")
+            for token_id in ids:
+                _check_int("bad_words_token_ids: token id", token_id, 0, _MAX_INT32)
 
     @property
     def greedy(self) -> bool:
@@ -260,6 +285,14 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class OutputError:
+    """Why the engine gave a choice up, in words and as a machine-readable word (`invalid_logits`, ...)."""
+
+    message: str
+    code: str
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One choice of a request, as far as it has come."""
@@ -270,9 +303,11 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """`"stop"`, `"length"`, `"abort"` or None while it runs."""
+    """`"stop"`, `"length"`, `"abort"`, `"error"`, or None while it runs."""
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it; None for the end-of-sequence token."""
+    error: OutputError | None = None
+    """Why it ended, where `finish_reason` is `"error"`; text and ids are what came before."""
 
 
 @dataclass(slots=True)

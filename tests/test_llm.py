@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayllm import LLM, SamplingParams
-from rayllm.errors import ContextLengthError, RequestError
+from rayllm.errors import ContextLengthError, EngineError, RequestError
+from rayllm.request import OutputError
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,42 @@ def test_a_stop_string_ends_the_answer_and_the_work(llm: LLM) -> None:
     assert stopped.outputs[0].text == text[: text.index(stop)]
     assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
     assert len(stopped.outputs[0].token_ids) < len(free.outputs[0].token_ids)
+    assert llm.stats().num_running == 0
+
+
+@pytest.mark.parametrize("drawn", [{"temperature": 0}, {"seed": 3, "n": 3}], ids=str)
+def test_bad_words_are_not_written(llm: LLM, drawn: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True, **drawn)
+    [free] = llm.generate("What is RayLLM?", params)
+    words = sorted({word for choice in free.outputs for word in choice.text.split() if word.isalpha()})
+    [bound] = llm.generate("What is RayLLM?", params.with_(bad_words=words))
+    assert len(words) > 3
+    for choice in bound.outputs:
+        assert len(choice.token_ids) == 40
+        assert not set(words) & set(choice.text.split())
+
+
+def test_an_answer_that_is_given_up_costs_the_others_nothing(llm: LLM) -> None:
+    sound = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    stuck = sound.with_(allowed_token_ids=(5,), bad_words_token_ids=((5, 5, 5),))
+    expected, _ = llm.generate(["Hello", "One two"], sound)
+    first, failed, last = llm.generate(["Hello", "Hello", "Hello"], [sound, stuck, sound])
+    assert first.outputs == last.outputs == expected.outputs
+    assert failed.finished
+    assert (failed.outputs[0].finish_reason, failed.outputs[0].token_ids) == ("error", [5, 5])
+    assert failed.outputs[0].error == OutputError(
+        "bad_words, with the other limits, leave no token to draw", "no_token_left"
+    )
+    assert expected.outputs[0].error is None
+
+
+def test_a_call_whose_every_answer_is_given_up_raises(llm: LLM) -> None:
+    stuck = SamplingParams(allowed_token_ids=(5,), bad_words_token_ids=((5,),), n=2)
+    with pytest.raises(EngineError, match="leave no token to draw") as caught:
+        llm.generate(["Hello", "Hello"], stuck)
+    assert caught.value.code == "no_token_left"
+    with pytest.raises(EngineError, match="leave no token to draw"):
+        list(llm.stream("Hello", stuck))
     assert llm.stats().num_running == 0
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from rayllm import LLM, SamplingParams, StructuredOutputsParams
-from rayllm.request import RequestOutput
+from rayllm.engine.outputs import PreparedPrompt
+from rayllm.request import RequestOutput, pack_ids, unpack_ids
 
 SHARED = list(range(10, 74))
 PROMPTS: list[list[int]] = [
@@ -23,7 +26,9 @@ PROMPTS: list[list[int]] = [
     [*SHARED, 100],
     [*SHARED[:40], 111],
     [7, 8, 9],
+    [*SHARED[:20], 9],
 ]
+BAD_WORDS = tuple((i,) for i in range(0, 256, 2)) + tuple((i, j) for i in range(1, 256, 8) for j in range(1, 256, 8))
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
     SamplingParams(temperature=0.9, seed=1, max_tokens=30),
@@ -48,6 +53,7 @@ PARAMS = [
         presence_penalty=1,
         structured_outputs=StructuredOutputsParams(regex="([a-z]{3,9} ){4}[0-9]{5}"),
     ),
+    SamplingParams(temperature=1.5, seed=4, n=2, max_tokens=24, bad_words_token_ids=BAD_WORDS),
 ]
 AMPLE: dict[str, Any] = {
     "block_size": 16,
@@ -90,6 +96,7 @@ def test_every_request_alone_is_not_trivial(alone: list[list[list[int]]]) -> Non
     assert all(len(set(choice)) > 3 for choices in alone for choice in choices)
     assert alone[2][0] != alone[2][1]
     assert alone[8][0] != alone[8][1]
+    assert not any(word in BAD_WORDS for choice in alone[10] for word in [*zip(choice), *pairwise(choice)])
 
 
 def test_among_others(llama_path: Path, alone: list[list[list[int]]]) -> None:
@@ -113,6 +120,21 @@ def test_however_the_work_is_cut(llama_path: Path, alone: list[list[list[int]]],
 def test_order_of_arrival_does_not_matter(llama_path: Path, alone: list[list[list[int]]]) -> None:
     with _llm(llama_path, enable_prefix_caching=True) as llm:
         assert _tokens(llm.generate(PROMPTS[::-1], PARAMS[::-1])) == alone[::-1]
+
+
+def test_continued_with_what_was_emitted(llama_path: Path, alone: list[list[list[int]]]) -> None:
+    """As after a fault: the request comes again, with what its client has."""
+    with _llm(llama_path) as llm:
+        for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
+            kept = [choice[: len(choice) // 2 + n] for n, choice in enumerate(alone[i])]
+            request = llm._request(PreparedPrompt(None, prompt), params)
+            llm._engine.submit(100 * i, msgspec.structs.replace(request, emitted=tuple(map(pack_ids, kept))))
+            num_open = params.n
+            while num_open:
+                for delta in llm._engine.receive():
+                    kept[delta.stream - 100 * i] += unpack_ids(delta.token_ids)
+                    num_open -= delta.finish is not None
+            assert kept == alone[i], params
 
 
 @pytest.mark.cluster

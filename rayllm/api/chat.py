@@ -17,7 +17,7 @@ from rayllm.api.generation import Choice
 from rayllm.api.logprobs import chat_logprobs, prompt_logprobs
 from rayllm.api.output_parser import OutputParser
 from rayllm.api.protocol import ChatBody, TokenizeBody, read_body
-from rayllm.api.sampling import build_request, named_as, sampling_params, truncate_ids
+from rayllm.api.sampling import build_request, named_as, num_further_characters, sampling_params, truncate_ids
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.structured import structured_field, structured_outputs, tried
 from rayllm.api.tool_grammar import Thinking
@@ -78,7 +78,8 @@ async def prepare_chat(
 ) -> PreparedChat:
     """The request of a chat, whichever endpoint it came to; rendered in a thread where that takes long.
     `default_max_tokens` holds where the body gives no number, as far as there is room."""
-    is_short = model.prepares_inline(_num_characters(body.messages, body.tools), is_chat=True)
+    num_characters = _num_characters(body.messages, body.tools) + num_further_characters(body)
+    is_short = model.prepares_inline(num_characters, is_chat=True)
     if is_short and body.chat_template is None:
         chat = _prepare(body, model, client_key, id_prefix, default_max_tokens)
     else:
@@ -116,7 +117,7 @@ def _prepare(
         wanted = structured_outputs(body)
         constraint = _constraint(form, plan, thinking, wanted)
         settled["structured_outputs"] = constraint or _after_reasoning(wanted, form, thinking)
-        params = sampling_params(body, model.vocab_size, **settled)
+        params = sampling_params(body, model, **settled)
         token_ids = model.tokenize(text, add_special_tokens=bool(body.add_special_tokens), param="messages")
         token_ids = truncate_ids(token_ids, body.truncate_prompt_tokens, model.config.max_model_len)
         request = build_request(

@@ -11,7 +11,7 @@ from rayllm.api.errors import shorten
 from rayllm.api.generation import Choice, Prompt
 from rayllm.api.logprobs import completion_logprobs, own_logprob, prompt_logprobs
 from rayllm.api.protocol import MAX_CHOICES_IN_ALL, MAX_PROMPTS, CompletionBody, GenerationBody, read_body
-from rayllm.api.sampling import build_request, sampling_params, truncate_ids
+from rayllm.api.sampling import build_request, num_further_characters, sampling_params, truncate_ids
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.structured import structured_field, tried
 from rayllm.errors import RequestError
@@ -27,7 +27,7 @@ async def open_completion(fields: dict[str, Any], service: ModelService, client_
     model = service.named(body.model)
     check_stream_options(body)
     raw_prompts = _prompt_list(body.prompt)
-    num_characters = sum(len(prompt) for prompt in raw_prompts)
+    num_characters = sum(len(prompt) for prompt in raw_prompts) + num_further_characters(body)
     if model.prepares_inline(num_characters, is_chat=False):
         prompts, requests = _prepare(body, raw_prompts, model, client_key)
     else:
@@ -57,7 +57,7 @@ def _is_ids(value: Any) -> bool:
 def _prepare(
     body: CompletionBody, raw_prompts: Sequence[str | list[int]], model: ServedModel, client_key: str
 ) -> tuple[list[Prompt], list[Request]]:
-    params = sampling_params(body, model.vocab_size, **_settled(body))
+    params = sampling_params(body, model, **_settled(body))
     if len(raw_prompts) * params.n > MAX_CHOICES_IN_ALL:
         raise RequestError(
             f"{len(raw_prompts)} prompts with {params.n} choices each are more than {MAX_CHOICES_IN_ALL} in all",

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rayllm.errors import (
+    NO_TOKEN_LEFT,
     STRUCTURED_OUTPUTS_FAILED,
     ContextLengthError,
     EngineError,
@@ -125,6 +126,8 @@ def error_of(finish: Finish) -> RayLLMError:
         return OverloadedError(message, retry_after_s=finish.retry_after_s or _RETRY_AFTER_S)
     if finish.code == STRUCTURED_OUTPUTS_FAILED:
         return RequestError(message, param="structured_outputs", code=finish.code)
+    if finish.code == NO_TOKEN_LEFT:
+        return RequestError(message, param="bad_words", code=finish.code)
     return EngineError(message, code=finish.code)
 
 

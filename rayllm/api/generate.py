@@ -13,7 +13,7 @@ from rayllm.api.completions import DEFAULT_MAX_TOKENS, read_prompt
 from rayllm.api.errors import answer_for, shorten
 from rayllm.api.generation import Prompt
 from rayllm.api.protocol import GenerateBody, read_body
-from rayllm.api.sampling import build_request, sampling_params
+from rayllm.api.sampling import build_request, num_further_characters, sampling_params
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.sse import DONE, error_event, log_fault
 from rayllm.api.structured import structured_field, tried
@@ -44,7 +44,7 @@ async def _read(fields: dict[str, Any], service: ModelService, client_key: str) 
         raise RequestError(f"prompt must be text or token ids, got {shorten(body.prompt)}", param="prompt")
     if isinstance(body.prompt, list) and not all(type(token_id) is int for token_id in body.prompt):
         raise RequestError("prompt must be one text or the token ids of one", param="prompt")
-    if model.prepares_inline(len(body.prompt), is_chat=False):
+    if model.prepares_inline(len(body.prompt) + num_further_characters(body), is_chat=False):
         prompt, request = _prepare(body, model, client_key)
     else:
         prompt, request = await asyncio.to_thread(_prepare, body, model, client_key)
@@ -52,7 +52,7 @@ async def _read(fields: dict[str, Any], service: ModelService, client_key: str) 
 
 
 def _prepare(body: GenerateBody, model: ServedModel, client_key: str) -> tuple[Prompt, Request]:
-    params = sampling_params(body, model.vocab_size, max_tokens=body.max_tokens)
+    params = sampling_params(body, model, max_tokens=body.max_tokens)
     prompt = read_prompt(body, body.prompt, model)
     request = build_request(
         new_id("gen-"), prompt.token_ids, params, body, model.config, DEFAULT_MAX_TOKENS, client_key

@@ -17,6 +17,8 @@ from rayllm.errors import RequestError, did_you_mean
 MAX_PROMPTS = 2048
 MAX_CHOICES_IN_ALL = 4096
 MAX_STOP_CHARACTERS = 1024
+MAX_BAD_WORD_CHARACTERS = 16 * 1024
+"""Of all words together: each is tokenized twice."""
 MAX_TOKEN_ID_LIST = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_CACHE_SALT_CHARACTERS = 1024
@@ -51,7 +53,6 @@ NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_embeds": ((), "is not supported; send text or token ids"),
     "logits_processors": ((), "is not supported: requests run no code"),
     "chat_template": ((), "is for chats"),
-    "bad_words": (([],), _LATER),
     "spaces_between_special_tokens": ((True,), "can only be true"),
     "use_beam_search": ((False,), _LATER),
     "length_penalty": ((1, 1.0), "is not supported: it is of beam search"),
@@ -138,6 +139,7 @@ class SamplingFields(Body):
     frequency_penalty: FiniteFloat | None = None
     seed: int | None = None
     stop_token_ids: TokenIds = None
+    bad_words: Texts = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     priority: int | None = None
@@ -183,6 +185,7 @@ class GenerationBody(Body):
     min_p: FiniteFloat | None = None
     repetition_penalty: FiniteFloat | None = None
     stop_token_ids: TokenIds = None
+    bad_words: Texts = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None

@@ -7,10 +7,11 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayllm.api.errors import shorten
 from rayllm.api.protocol import (
+    MAX_BAD_WORD_CHARACTERS,
     MAX_CACHE_SALT_CHARACTERS,
     MAX_LOGIT_BIASES,
     MAX_STOP_CHARACTERS,
@@ -22,6 +23,10 @@ from rayllm.config import ResolvedConfig
 from rayllm.engine.admission import check_request, resolve_max_tokens
 from rayllm.errors import RequestError
 from rayllm.request import MAX_SEED, Request, SamplingParams, pack_ids
+from rayllm.text.bad_words import with_bad_word_ids
+
+if TYPE_CHECKING:
+    from rayllm.api.service import ServedModel
 
 _PLAIN_FIELDS = (
     "n",
@@ -35,6 +40,7 @@ _PLAIN_FIELDS = (
     "seed",
     "stop",
     "stop_token_ids",
+    "bad_words",
     "include_stop_str_in_output",
     "ignore_eos",
     "min_tokens",
@@ -51,11 +57,13 @@ _MAX_PRIORITY = 2**31 - 1
 MAX_TIMEOUT_S = 7 * 24 * 3600
 
 
-def sampling_params(body: GenerationBody, vocab_size: int, **settled: Any) -> SamplingParams:
-    """The body's parameters; `settled` are those that its endpoint worked out (`max_tokens`, `logprobs`,
-    ...)."""
+def sampling_params(body: GenerationBody, model: ServedModel, **settled: Any) -> SamplingParams:
+    """The body's parameters, in the model's tokens; `settled` are those that its endpoint worked out (`max_tokens`,
+    `logprobs`, ...)."""
+    vocab_size = model.vocab_size
     fields = {name: value for name in _PLAIN_FIELDS if (value := getattr(body, name)) is not None}
     _check_stop(body.stop)
+    _check_bad_words(body.bad_words or ())
     for name in ("stop_token_ids", "allowed_token_ids"):
         limit = MAX_TOKEN_ID_LIST if name == "stop_token_ids" else vocab_size
         _check_ids(name, getattr(body, name) or (), vocab_size, limit)
@@ -74,9 +82,16 @@ def sampling_params(body: GenerationBody, vocab_size: int, **settled: Any) -> Sa
     if "structured_outputs" not in settled:
         fields["structured_outputs"] = structured_outputs(body)
     try:
-        return SamplingParams(**{**fields, **settled})
+        params = SamplingParams(**{**fields, **settled})
     except ValueError as error:
         raise RequestError(str(error), param=_field_named(str(error))) from None
+    with named_as({"prompt": "bad_words"}):
+        return with_bad_word_ids(params, model.tokenizer, vocab_size)
+
+
+def num_further_characters(body: GenerationBody) -> int:
+    """About as many characters of a prompt as the body's bad words take to tokenize."""
+    return sum(2 * len(word) + 64 for word in body.bad_words or ())
 
 
 def _field_named(message: str) -> str | None:
@@ -91,6 +106,15 @@ def _check_stop(stop: str | Sequence[str] | None) -> None:
             raise RequestError(
                 f"stop: a string of {len(text)} characters is longer than {MAX_STOP_CHARACTERS}", param="stop"
             )
+
+
+def _check_bad_words(words: Sequence[str]) -> None:
+    num_characters = sum(map(len, words))
+    if num_characters > MAX_BAD_WORD_CHARACTERS:
+        raise RequestError(
+            f"bad_words has {num_characters} characters in all, at most {MAX_BAD_WORD_CHARACTERS} are allowed",
+            param="bad_words",
+        )
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int, limit: int) -> None:

@@ -34,6 +34,12 @@ def check_request(request: Request, config: ResolvedConfig) -> None:
         for token_id in getattr(params, name) or ():
             if token_id >= vocab_size:
                 raise RequestError(f"{name} holds {token_id}, outside the vocabulary of {vocab_size}", param=name)
+    if params.bad_words:
+        raise RequestError("bad_words must have become bad_words_token_ids where the tokenizer is", param="bad_words")
+    if any(token_id >= vocab_size for word in params.bad_words_token_ids for token_id in word):
+        raise RequestError(
+            f"bad_words_token_ids holds an id outside the vocabulary of {vocab_size}", param="bad_words_token_ids"
+        )
     if request.max_tokens < 1:
         raise RequestError(f"max_tokens={request.max_tokens} leaves no answer: give at least 1", param="max_tokens")
     resolve_max_tokens(len(prompt), request.max_tokens, config.max_model_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from rayllm.messages import Finish, TokenDelta, TokenLogprobs
 from rayllm.request import (
     CompletionOutput,
     Logprob,
+    OutputError,
     Request,
     RequestMetrics,
     RequestOutput,
@@ -26,11 +28,16 @@ from rayllm.request import (
     unpack_ids,
 )
 from rayllm.structured.grammar import check_grammar
+from rayllm.text.bad_words import with_bad_word_ids
 from rayllm.text.detokenizer import ChoiceText
 from rayllm.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's `{"prompt": text}` / `{"prompt_token_ids": ids}`."""
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +68,35 @@ def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
     return PreparedPrompt(None, ids)
 
 
+def prepare_chat(
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    add_generation_prompt: bool,
+    template_kwargs: dict[str, Any] | None,
+) -> PreparedPrompt:
+    """Renders a conversation by the model's chat template and tokenizes it. What a message says can hold no special
+    token."""
+    messages = [_marked(message, tokenizer) for message in conversation]
+    text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **(template_kwargs or {}))
+    token_ids = tokenizer.encode_marked(text)
+    return PreparedPrompt(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
+
+
+def _marked(message: Message, tokenizer: Tokenizer) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": tokenizer.mark(content)} if isinstance(content, str) else dict(message)
+
+
 def build_request(
     request_id: str,
     token_ids: Sequence[int],
     params: SamplingParams,
     config: ResolvedConfig,
+    tokenizer: Tokenizer,
     default_seed: int,
-    **extra: Any,
 ) -> Request:
     """A complete `Request`; raises `RequestError` when it does not fit the model."""
+    params = with_bad_word_ids(params, tokenizer, config.shape.vocab_size)
     try:
         prompt = pack_ids(token_ids)
     except OverflowError:
@@ -80,7 +107,6 @@ def build_request(
         params=params,
         seed=default_seed if params.seed is None else params.seed,
         max_tokens=resolve_max_tokens(len(token_ids), params.max_tokens, config.max_model_len),
-        **extra,
     )
     check_request(request, config)
     if params.structured_outputs is not None:
@@ -109,6 +135,26 @@ def read_logprobs(packed: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[in
         text = tokenizer.token_text(token_id) if tokenizer else None
         found.setdefault(token_id, Logprob(value, rank, text))
     return found
+
+
+def raise_failed(output: CompletionOutput) -> None:
+    """Raises `EngineError` where the engine gave the choice up."""
+    if output.error is not None:
+        raise EngineError(output.error.message, code=output.error.code)
+
+
+def settle(outputs: Sequence[RequestOutput]) -> None:
+    """Raises `EngineError` where the engine gave every choice of a call up; warns of those where it was some."""
+    choices = [choice for output in outputs for choice in output.outputs]
+    failed = [choice for choice in choices if choice.error is not None]
+    if failed and len(failed) == len(choices):
+        raise_failed(failed[0])
+    if failed:
+        assert failed[0].error is not None
+        log.warning(
+            "%d of %d answers ended with finish_reason 'error'; the first: %s",
+            len(failed), len(choices), failed[0].error.message,
+        )  # fmt: skip
 
 
 @dataclass
@@ -146,7 +192,7 @@ class OutputBuilder:
 
     def push(self, choice_index: int, delta: TokenDelta) -> tuple[CompletionOutput, bool]:
         """Adds a delta. Returns what it added (text, ids, logprobs, finish) and whether a stop string ended the choice,
-        so that the engine must be told. Raises `EngineError` when the engine gave the choice up."""
+        so that the engine must be told. Where the engine gave the choice up, its finish reason is `error`."""
         choice, params = self._choices[choice_index], self.request.params
         added = CompletionOutput(index=choice_index, text="", token_ids=[])
         if choice.done:
@@ -182,9 +228,10 @@ class OutputBuilder:
             self._prompt_logprobs = [None, *(read_logprobs(packed, self.tokenizer) for packed in delta.prompt_logprobs)]
 
     def _finish(self, choice: _Choice, finish: Finish, added: CompletionOutput) -> None:
-        if finish.reason == "error":
-            raise EngineError(finish.message or "the engine gave the request up", code=finish.code or "engine_error")
         added.finish_reason, added.stop_reason = finish.reason, finish.stop_reason
+        if finish.reason == "error":
+            message, code = finish.message or "the engine gave the request up", finish.code or "engine_error"
+            added.error = OutputError(message, code)
         if choice.text is not None:
             added.text += choice.text.finish()
 
@@ -197,6 +244,7 @@ class OutputBuilder:
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + (added.cumulative_logprob or 0.0)
         if added.finish_reason is not None:
             output.finish_reason, output.stop_reason = added.finish_reason, added.stop_reason
+            output.error = added.error
             choice.done = True
 
     def output(self) -> RequestOutput:

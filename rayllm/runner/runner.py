@@ -14,6 +14,7 @@ import torch
 
 from rayllm.config import ResolvedConfig, count_cores
 from rayllm.distributed.groups import TensorParallel
+from rayllm.errors import NO_TOKEN_LEFT
 from rayllm.layers.batch import LayerKV, allocate_kv
 from rayllm.messages import Finish, RowStart, StepPlan, StepResult, TokenLogprobs
 from rayllm.models import load_decoder
@@ -30,6 +31,7 @@ from rayllm.structured.vocabulary import Vocabulary
 
 _WARM_UP_TOKENS = 16
 _MAX_MASK_THREADS = 8
+_NO_TOKEN_LEFT = Finish("error", code=NO_TOKEN_LEFT, message="bad_words, with the other limits, leave no token to draw")
 _LOGPROB_SLICE = 256
 """Prompt positions whose logits are held at once."""
 
@@ -185,9 +187,12 @@ class Runner:
         logprobs, invalid_rows = sampled.by_row(), sampled.invalid_rows()
         invalid_rows |= {row for row, entry in logprobs.items() if entry is None}
         token_ids = sampled.token_ids_N.to(torch.int32).cpu().numpy()
-        for row in sampled.stuck_rows():
+        stuck_rows = sampled.stuck_rows()
+        for row in stuck_rows:
             self._structured.fail(row, "the grammar and the request's other limits together leave no token")
         ends = self._structured.advance(rows, token_ids.tolist())
+        for row in stuck_rows:
+            ends.setdefault(row, _NO_TOKEN_LEFT)
         return _Drawn(token_ids.tobytes(), logprobs, invalid_rows, ends)
 
     def _prompt_logprobs(self, step: StepInput, hidden_ND: torch.Tensor) -> dict[int, list[TokenLogprobs | None]]:

@@ -1,8 +1,8 @@
 """From logits to tokens: a pure function of (logits, params, history, seed, choice, position).
 
 Shapes: N lines of a batch (one row each), G lines of a group that draw the same way, V vocabulary ids.
-Order: masks, allowed ids, bias, min_tokens; penalties; temperature; min-p; top-k; top-p; draw. What min-p, top-k and
-top-p keep, ties included, is defined in `rayllm_kernels.sampling.reference`. With top_k=1 a row is greedy.
+Order: masks, bad words, allowed ids, bias, min_tokens; penalties; temperature; min-p; top-k; top-p; draw. What min-p,
+top-k and top-p keep, ties included, is defined in `rayllm_kernels.sampling.reference`. With top_k=1 a row is greedy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from rayllm.errors import RequestError
 from rayllm.messages import TokenLogprobs
 from rayllm.request import SamplingParams
+from rayllm.sampling.bad_words import BadWordTable
 from rayllm.sampling.logprobs import LogprobTensors, compute_logprobs
 from rayllm.sampling.penalties import PenaltyTable, upload, wants_penalty
 from rayllm_kernels.sampling import reference
@@ -71,7 +72,8 @@ class Sampled:
     logprob_rows: list[int]
     logprobs: LogprobTensors | None
     is_stuck_N: Tensor | None = None
-    """Lines for which a mask, with what else the row forbids, left no token; None where there were no masks."""
+    """Lines for which a mask or bad words, with what else the row forbids, left no token; None where there were
+    neither."""
 
     def stuck_rows(self) -> list[int]:
         """Rows that got an id without meaning because nothing was allowed. Waits for the device."""
@@ -114,6 +116,7 @@ class Sampler:
         self._rows: list[_Row | None] = [None] * max_rows
         # One place more than the context: the last token drawn is appended too.
         self._penalties = PenaltyTable(vocab_size=vocab_size, max_tokens=max_model_len + 1, device=self._device)
+        self._bad_words = BadWordTable(self._device)
 
     def set_row(
         self,
@@ -126,10 +129,14 @@ class Sampler:
     ) -> None:
         """A sequence takes the row. `tokens` are the prompt and, when it is replayed, what it has emitted.
 
-        Raises `RequestError` for ids in `allowed_token_ids` or `logit_bias` that the model does not have.
+        Raises `RequestError` for ids in `allowed_token_ids`, `logit_bias` or `bad_words_token_ids` that the model does
+        not have. Words in `bad_words` must have become ids before.
         """
+        assert not params.bad_words, "bad_words without token ids: see rayllm.text.bad_words"
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_ids("logit_bias", tuple(params.logit_bias))
+        for word in params.bad_words_token_ids:
+            self._check_ids("bad_words_token_ids", word)
         self.clear_row(row)
         ends = {*self._eos_token_ids, *params.stop_token_ids} if params.min_tokens else set()
         banned = sorted(token_id for token_id in ends if token_id < self._vocab_size)
@@ -146,11 +153,14 @@ class Sampler:
         )
         if wants_penalty(params):
             self._penalties.add(row, params, tokens, num_prompt_tokens)
+        if params.bad_words_token_ids:
+            self._bad_words.add(row, params.bad_words_token_ids, tokens[num_prompt_tokens:])
 
     def clear_row(self, row: int) -> None:
         """The row is free. Clearing a free row does nothing."""
         self._rows[row] = None
         self._penalties.remove(row)
+        self._bad_words.remove(row)
 
     def sample(self, logits_NV: Tensor, rows: list[int], masks: tuple[list[int], np.ndarray] | None = None) -> Sampled:
         """Draws one token for each line, `rows[i]`'s from `logits_NV[i]`, and appends it to the row.
@@ -166,11 +176,14 @@ class Sampler:
         asking = [i for i, state in enumerate(states) if state.params.logprobs is not None]
         edited = [i for i, state in enumerate(states) if state.is_edited]
         penalised = [i for i, row in enumerate(rows) if row in self._penalties]
+        barred = [i for i, row in enumerate(rows) if row in self._bad_words] if self._bad_words else []
         raw_GV = logits_NV
-        if asking and (masks or edited or penalised or len(asking) < len(rows)):
+        if asking and (masks or edited or penalised or barred or len(asking) < len(rows)):
             raw_GV = logits_NV.index_select(0, self._ids(asking))
         if masks:
             self._mask(logits_NV, *masks)
+        if barred:
+            self._bad_words.ban(logits_NV, barred, [rows[i] for i in barred])
         for line in edited:
             _edit_line(logits_NV[line], states[line])
         if penalised:
@@ -180,14 +193,16 @@ class Sampler:
             state.position += 1
         if penalised:
             self._penalties.append([rows[i] for i in penalised], token_ids_N[self._ids(penalised)])
+        if barred:
+            self._bad_words.append([rows[i] for i in barred], token_ids_N[self._ids(barred)])
         logprobs = None
         if asking:
             num_top = [states[i].params.logprobs or 0 for i in asking]
             logprobs = compute_logprobs(raw_GV, token_ids_N[self._ids(asking)], num_top)
         is_usable_N, is_stuck_N = max_N.isfinite(), None
-        if masks:
+        if bound := [*(masks[0] if masks else ()), *barred]:
             is_stuck_N = torch.zeros_like(is_usable_N)
-            is_stuck_N[self._ids(masks[0])] = True
+            is_stuck_N[self._ids(bound)] = True
             is_stuck_N &= max_N == -torch.inf
             is_usable_N |= is_stuck_N
         return Sampled(token_ids_N, list(rows), is_usable_N, [rows[i] for i in asking], logprobs, is_stuck_N)

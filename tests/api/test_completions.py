@@ -251,6 +251,15 @@ async def test_the_sampling_fields_reach_the_engine(service: ModelService, engin
     assert (request.priority, request.cache_salt, request.max_tokens) == (3, "s", 100)
 
 
+async def test_bad_words_travel_as_token_ids(service: ModelService, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    await whole(service, bad_words=["more", " Hello"])
+
+    (request,) = engine.requests
+    expected = [tokenizer.encode(text, add_special_tokens=False) for text in ("more", " more", "Hello", " Hello")]
+    assert list(map(list, request.params.bad_words_token_ids)) == expected
+    assert request.params.bad_words == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
@@ -296,6 +305,10 @@ async def test_the_sampling_fields_reach_the_engine(service: ModelService, engin
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids", "outside the vocabulary"),
         ({"stop_token_ids": [2**70]}, "stop_token_ids", "outside the vocabulary"),
         ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024"),
+        ({"bad_words": [""]}, "bad_words", "non-empty"),
+        ({"bad_words": ["x"] * 1025}, "bad_words", "at most 1024"),
+        ({"bad_words": ["x" * 9000] * 2}, "bad_words", "18000 characters in all, at most 16384"),
+        ({"bad_words": ["\ud800"]}, "bad_words", "cannot read"),
         ({"allowed_token_ids": []}, "allowed_token_ids", "empty"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids", "outside the vocabulary"),
         ({"logit_bias": {"abc": 1}}, "logit_bias", "not a token id"),

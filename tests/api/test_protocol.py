@@ -62,6 +62,8 @@ def test_a_field_that_is_not_supported_is_refused_unless_it_asks_for_nothing(nam
         ("stop_token_ids", "x"),
         ("stop_token_ids", [1.5]),
         ("stop_token_ids", [True]),
+        ("bad_words", "word"),
+        ("bad_words", [1]),
         ("logit_bias", [1]),
         ("logit_bias", {"1": None}),
         ("stream_options", {"include_usage": "maybe"}),
@@ -92,11 +94,12 @@ def test_a_missing_field_is_named() -> None:
 
 
 SHARED_FIELDS = {
-    "add_special_tokens", "allowed_token_ids", "cache_salt", "frequency_penalty", "guided_choice", "guided_grammar",
-    "guided_json", "guided_regex", "ignore_eos", "include_stop_str_in_output", "logit_bias", "max_tokens", "min_p",
-    "min_tokens", "model", "n", "presence_penalty", "priority", "prompt_logprobs", "repetition_penalty",
-    "response_format", "return_token_ids", "seed", "skip_special_tokens", "stop", "stop_token_ids", "stream",
-    "stream_options", "structured_outputs", "temperature", "timeout", "top_k", "top_p", "truncate_prompt_tokens",
+    "add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt", "frequency_penalty", "guided_choice",
+    "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "include_stop_str_in_output", "logit_bias",
+    "max_tokens", "min_p", "min_tokens", "model", "n", "presence_penalty", "priority", "prompt_logprobs",
+    "repetition_penalty", "response_format", "return_token_ids", "seed", "skip_special_tokens", "stop",
+    "stop_token_ids", "stream", "stream_options", "structured_outputs", "temperature", "timeout", "top_k", "top_p",
+    "truncate_prompt_tokens",
 }  # fmt: skip
 CHAT_FIELDS = {
     "add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "logprobs",
