@@ -39,7 +39,7 @@ class PagedRun:
             decoder.head_dim,
             torch.float32,
             CPU,
-        )
+        ).layers
 
     def batch(self, counts: dict[int, int]) -> tuple[Batch, list[int]]:
         """The batch that computes the next `counts[i]` tokens of sequence i, all positions wanted; and its rows."""

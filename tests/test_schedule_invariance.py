@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -9,9 +11,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from tiny import make_checkpoint
 
 from rayllm import LLM, SamplingParams, StructuredOutputsParams
 from rayllm.engine.outputs import PreparedPrompt
+from rayllm.layers.batch import KVPool, allocate_kv
 from rayllm.request import RequestOutput, pack_ids, unpack_ids
 
 SHARED = list(range(10, 74))
@@ -115,6 +120,50 @@ def test_however_the_work_is_cut(llama_path: Path, alone: list[list[list[int]]],
         assert stats.num_preemptions > 0
     if "prefix cache" in name:
         assert stats.prefix_hits > 0
+
+
+@contextlib.contextmanager
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All memory that is new, and all of the KV pool, is full of NaN; where it holds whole numbers, of the largest."""
+
+    def allocate_full(*args: Any) -> KVPool:
+        pool = allocate_kv(*args)
+        for layer in pool.layers:
+            layer.k[:] = layer.v[:] = torch.nan
+        return pool
+
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    with monkeypatch.context() as patched:
+        patched.setattr("rayllm.runner.runner.allocate_kv", allocate_full)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty(3).isnan().all()
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("window", [None, 24], ids=["full", "window"])
+def test_what_memory_held_before(
+    llama_path: Path, tmp_path: Path, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens and log-probabilities, under preemption, prefix hits, and prefill beside decode."""
+    path = llama_path if window is None else make_checkpoint(tmp_path, "mistral", sliding_window=window)
+    prompts = PROMPTS[:8]
+    params = [dataclasses.replace(params, logprobs=3) for params in PARAMS[:8]]
+
+    def outputs() -> list[Any]:
+        with _llm(path, **CUTS["chunks of 16, starved, prefix cache"]) as llm:
+            found = [output for _ in range(2) for output in llm.generate(prompts, params)]
+            stats = llm.stats()
+        assert stats.num_preemptions > 0
+        assert stats.prefix_hits > 0
+        choices = [(choice.token_ids, choice.logprobs) for output in found for choice in output.outputs]
+        return [*choices, *(output.prompt_logprobs for output in found)]
+
+    clean = outputs()
+    with _poisoned_memory(monkeypatch):
+        assert outputs() == clean
 
 
 def test_order_of_arrival_does_not_matter(llama_path: Path, alone: list[list[list[int]]]) -> None:

@@ -4,6 +4,7 @@ are wanted, B blocks of the longest row's table, L layers, H query heads, K key/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,18 @@ class LayerKV:
     v: Tensor
 
 
+class KVPool:
+    """Every layer's KV on one rank, in one tensor `[L, 2, blocks, K, P, D]`; `layers` are views of it."""
+
+    def __init__(self, pool: Tensor):
+        self._pool = pool
+        self.layers = [LayerKV(k, v) for k, v in pool]
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zeroes these blocks in every layer."""
+        self._pool.index_fill_(2, torch.tensor(blocks, device=self._pool.device), 0)
+
+
 def allocate_kv(
     num_layers: int,
     num_blocks: int,
@@ -54,10 +67,8 @@ def allocate_kv(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> list[LayerKV]:
-    """A pool of `num_blocks` blocks for every layer, zeroed (a NaN in a masked slot would poison the product)."""
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return [
-        LayerKV(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(num_layers)
-    ]
+) -> KVPool:
+    """A pool of `num_blocks` blocks for every layer, zeroed: memory that is not there is better missed now than when
+    the first request comes to it."""
+    shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
+    return KVPool(torch.zeros(shape, dtype=dtype, device=device))

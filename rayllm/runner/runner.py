@@ -15,7 +15,7 @@ import torch
 from rayllm.config import ResolvedConfig, count_cores
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import NO_TOKEN_LEFT
-from rayllm.layers.batch import LayerKV, allocate_kv
+from rayllm.layers.batch import KVPool, allocate_kv
 from rayllm.messages import Finish, RowStart, StepPlan, StepResult, TokenLogprobs
 from rayllm.models import load_decoder
 from rayllm.models.decoder import kv_bytes_per_block
@@ -78,8 +78,8 @@ class Runner:
             spec.vocab_size,
             num_threads=max(1, min(_MAX_MASK_THREADS, count_cores() // (2 * tp.size))),
         )
-        self._kv: list[LayerKV] = []
-        self._tainted: set[int] = set()
+        self._kv: KVPool | None = None
+        self._unclean: set[int] = set()
 
     def _no_rows(self, num_blocks: int) -> Rows:
         max_blocks = -(-self._config.max_model_len // self._config.block_size)
@@ -97,13 +97,18 @@ class Runner:
 
     def start(self, num_blocks: int) -> None:
         """Allocates the KV pool, once, and one block that no row is given; begins with no rows, every time. What the
-        pool held is worth nothing then."""
+        pool held is worth nothing then, and may be anything: a step may have been cut short."""
         self._rows = self._no_rows(num_blocks)
         for row in range(self._config.max_num_seqs):
             self._sampler.clear_row(row)
             self._structured.end(row)
         self._structured.prepare()
-        self._kv = self._kv or allocate_kv(
+        self._kv = self._kv or self._allocate(num_blocks)
+        self._kv.clear([num_blocks])
+        self._unclean = set(range(num_blocks))
+
+    def _allocate(self, num_blocks: int) -> KVPool:
+        return allocate_kv(
             self._config.shape.num_layers,
             num_blocks + 1,
             self._decoder.num_local_kv_heads,
@@ -131,7 +136,7 @@ class Runner:
         began = time.perf_counter()
         with torch.inference_mode():
             self._rows.apply(plan)
-            if self._tainted:
+            if self._unclean:
                 self._clean(plan)
             for row in unpack_ids(plan.finished_rows):
                 self._sampler.clear_row(row)
@@ -143,13 +148,13 @@ class Runner:
             row_ids = np.frombuffer(plan.rows, np.int32)
             counts = np.frombuffer(plan.counts, np.int32)
             step = build_step(self._rows, row_ids, counts, self._config.block_size, self._device)
-            hidden_ND = self._decoder.forward(step.batch, self._kv)
+            hidden_ND = self._decoder.forward(step.batch, self._pool().layers)
             drawn = self._sample(step, hidden_ND)
             prompt_logprobs = self._prompt_logprobs(step, hidden_ND[len(step.sampled_rows) :])
             self._rows.advance(row_ids, counts, step.sampled_rows)
             invalid_rows = drawn.invalid_rows | {row for row, entries in prompt_logprobs.items() if None in entries}
             for row in invalid_rows:
-                self._tainted.update(self._rows.blocks(row))
+                self._unclean.update(self._rows.blocks(row))
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
@@ -165,16 +170,19 @@ class Runner:
         )
 
     def _clean(self, plan: StepPlan) -> None:
-        """Zeroes those of the blocks that the plan gives away which a row with invalid logits had: NaN in a slot that
-        is masked, because its new row has not come to it, would poison the product."""
+        """Zeroes those of the blocks that the plan gives away of which nobody knows what they hold: not used since the
+        start, or a row's with invalid logits. NaN in a slot that is masked, because its new row has not come to it,
+        would poison the product."""
         given = {*unpack_ids(plan.grown_blocks)}
         for new in plan.new_rows:  # those of a prefix hit hold what they should
             given.update(unpack_ids(new.blocks)[new.num_computed_tokens // self._config.block_size :])
-        if blocks := sorted(given & self._tainted):
-            self._tainted.difference_update(blocks)
-            blocks_B = torch.tensor(blocks, device=self._device)
-            for layer in self._kv:
-                layer.k[blocks_B] = layer.v[blocks_B] = 0
+        if blocks := sorted(given & self._unclean):
+            self._unclean.difference_update(blocks)
+            self._pool().clear(blocks)
+
+    def _pool(self) -> KVPool:
+        assert self._kv is not None, "start() comes first"
+        return self._kv
 
     def _sample(self, step: StepInput, hidden_ND: torch.Tensor) -> _Drawn:
         rows = step.sampled_rows.tolist()

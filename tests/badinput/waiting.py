@@ -13,12 +13,11 @@ WAITING: dict[str, str] = {
     "F103": "decided otherwise: published models have such tokens; a prompt with one is refused, tested beside it",
     "Q003": "a soak of 30 s and a ratio of times; tests/test_server.py stalls a reader through the proxy",
     "Q015": "a round of all the others: `pytest -m slow tests/badinput` starts a second server, with PYTHONOPTIMIZE=1",
-    "Q016": "needs a way to fill a running engine's memory with NaN, which does not exist yet",
+    "Q016": "in process, where memory can be filled: what memory held before, in tests/test_schedule_invariance.py",
 }
 
 NOT_BEHIND: dict[str, dict[str, str]] = {
     "haproxy": {
-        "H028": "it waits for the end of the line; the ingress ends the request after its 60 s for a body",
         "H034": "it takes a bare LF for a line's end and passes a clean request on",
         "H035": "it joins folded lines, as RFC 9112 allows, and passes a clean request on",
         "H061": "it takes a client that closes its half for gone",

@@ -115,3 +115,14 @@ def test_a_rows_nan_harms_no_row_beside_it_and_none_that_gets_its_blocks(
     for result, row, place in ((first, 1, 0), (second, 1, 1), (third, 2, 0)):
         assert _tokens(result)[row] == int(reference[place].argmax())
     assert [list(unpack_ids(result.invalid_rows)) for result in (first, second, third)] == [[0], [0], []]
+
+
+def test_what_the_kv_pool_held_before_a_start_harms_nobody(runner: Runner, reference: list[torch.Tensor]) -> None:
+    for layer in runner._pool().layers:
+        layer.k[:] = layer.v[:] = torch.nan
+    runner.start(200)
+    plans = [_plan(0, {0: 7, 1: 7}, [_start(0, [0, 1, 2]), _start(1, [8, 3, 5])]), *[_plan(1, {0: 1, 1: 1})] * 3]
+    for plan, expected in zip(plans, reference, strict=False):
+        result = runner.execute(plan)
+        assert list(_tokens(result).values()) == [int(expected.argmax())] * 2
+        assert not result.invalid_rows
