@@ -112,6 +112,10 @@ class WorkerGroup:
             self._single_node = len(nodes) == 1
             self._bring_up(self.ranks)
             self._prepare_standby()
+        except WorkerDiedError as error:
+            reason = f"{error.reason}; {self.describe_rank(error.rank)}"
+            self.close()
+            raise WorkerDiedError(error.rank, reason) from error
         except BaseException:
             self.close()
             raise
@@ -144,7 +148,7 @@ class WorkerGroup:
         place = self._places.get(rank)
         if place is None:
             return "it was never placed"
-        text = f"node {place.node_id}, host {place.host}"
+        text = f"node {place.node_id}, host {place.host}, {', '.join(place.devices)}"
         tail = log_tail(place) if place.node_id == self._own_node else ""
         if not tail:
             return text
@@ -383,7 +387,7 @@ class WorkerGroup:
         pending = list(refs.values())
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=_QUIET_S)
-            _raise_ended({rank: ref for rank, ref in refs.items() if ref in done})
+            _raise_ended({rank: ref for rank, ref in refs.items() if ref in done}, is_first_load=not self.num_blocks)
             self._raise_if_closed()
             if not done and are_up:
                 for rank in self._silent([r for r, ref in refs.items() if ref in pending], _START_ANSWER_TIMEOUT_S):
@@ -421,15 +425,16 @@ class _Standby:
         return place
 
 
-def _raise_ended(refs: Mapping[int, Any]) -> None:
-    """Raises the failure of any of the calls that has ended with one, under its rank."""
+def _raise_ended(refs: Mapping[int, Any], *, is_first_load: bool = False) -> None:
+    """Raises the failure of any of the calls that has ended with one, under its rank. What a model's first load finds
+    wrong is no rank's fault, and raised as it is."""
     ranks = {ref: rank for rank, ref in refs.items()}
     for ref in ray.wait(list(ranks), num_returns=len(ranks), timeout=0)[0] if ranks else []:
         try:
             ray.get(ref)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, RayLLMError):
+            if isinstance(cause, WorkerDiedError) or (is_first_load and isinstance(cause, RayLLMError)):
                 raise cause from None
             raise WorkerDiedError(ranks[ref], one_line(cause)) from error
         except ray.exceptions.RayError as error:

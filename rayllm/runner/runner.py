@@ -22,6 +22,7 @@ from rayllm.models.decoder import kv_bytes_per_block
 from rayllm.models.registry import read_spec
 from rayllm.request import SamplingParams, pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
+from rayllm.runner.device_check import check_device
 from rayllm.runner.memory import plan_num_blocks
 from rayllm.runner.rows import Rows
 from rayllm.sampling.logprobs import token_logprobs
@@ -47,12 +48,14 @@ class _Drawn:
 
 
 class Runner:
-    """Loads this rank's shard at construction. `start` allocates the KV pool; then `execute`, once a plan."""
+    """Checks its device and loads this rank's shard at construction. `start` allocates the KV pool; then `execute`,
+    once a plan."""
 
     def __init__(self, config: ResolvedConfig, tp: TensorParallel, device: torch.device | None = None):
         self._config = config
         self._tp = tp
         self._device = device or _own_device(config)
+        check_device(config, tp.rank, self._device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         spec = read_spec(config.model_path)
         self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
