@@ -383,7 +383,10 @@ class Environment:
 
     @staticmethod
     def ray_address() -> str | None:
-        return os.environ.get("RAY_ADDRESS")
+        """The Ray cluster to join (`RAY_ADDRESS`). None where there is none to join: not set, empty, or `local`, by
+        which Ray too means one of the program's own."""
+        address = os.environ.get("RAY_ADDRESS", "").strip()
+        return None if address in ("", "local") else address
 
     @staticmethod
     def has_ray_token() -> bool:

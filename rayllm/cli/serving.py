@@ -26,12 +26,13 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     from rayllm.weights.hub import HubModel
 
     server.read_api_keys()
-    if server.port:
+    joins = Environment.ray_address() is not None
+    if server.port and not joins:
         check_port(server.host, server.port)
     model = HubModel.parse(engine.model, revision=engine.revision, download_dir=engine.download_dir)
     if model is not None and model.folder() is None:
         download_shown(model)
-    if Environment.ray_address() is None:  # else the cluster decides what there is room for
+    if not joins:  # else the cluster decides what there is room for
         _check_weights(engine, resolve(engine, backend="ray").model_path)
     _warn_of_open_door(server)
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.config import RAY_NAMESPACE, Environment
-from rayllm.errors import EngineError
+from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
 
 logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 128 * 2**20
+_REACH_TIMEOUT_S = 5.0
 
 
 def ray_is_initialized() -> bool:
@@ -33,13 +34,15 @@ def connected_ray(num_cpus: int, environment: Callable[[str], Mapping[str, str]]
     """A connection to Ray for the length of the block; yields whether that Ray is our own and ends with it.
 
     Our own listens on loopback alone, prints nothing, and counts `num_cpus` logical CPUs; its processes find what
-    `environment` says, given a folder that goes with it. Raises `EngineError` where no Ray answers at RAY_ADDRESS, or
-    our own does not start.
+    `environment` says, given a folder that goes with it. Raises `EngineUnreachableError` where no Ray answers at
+    RAY_ADDRESS, and `EngineError` where our own does not start.
     """
     if ray_is_initialized():
         yield False
         return
     address = Environment.ray_address()
+    if address is not None:
+        check_reachable(address)
     prepare_environment(own_cluster=address is None)
     # A short path: the sockets below it may have 107 bytes at most.
     temp_dir = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
@@ -76,10 +79,34 @@ def _connect(address: str | None, num_cpus: int, temp_dir: str) -> None:
                 **common,
             )
     except ConnectionError as error:
-        raise EngineError(f"no Ray cluster answers at RAY_ADDRESS={address!r}: {error}") from None
+        raise _unreachable(str(address), str(error)) from None
     except Exception as error:  # Ray has no class of its own for a node that does not come up
         reason = " ".join(str(error).split())[:300]
         raise EngineError(f"Ray did not start, is the machine too busy or short of memory? {reason}") from error
+
+
+def check_reachable(address: str) -> None:
+    """Within seconds, what Ray would find out after a minute, if at all. `EngineUnreachableError` where nothing listens
+    at `host:port`, and `ConfigError` for Ray Client's addresses, over which no engine can be reached."""
+    if "://" in address:
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r} is a Ray Client's address: run this on a node of the cluster, with "
+            "RAY_ADDRESS=auto, or send it there with 'ray job submit'"
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # `auto`: Ray knows whether it has one here
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, getattr(error, "strerror", None) or str(error)) from None
+
+
+def _unreachable(address: str, reason: str) -> EngineUnreachableError:
+    return EngineUnreachableError(
+        f"no Ray cluster answers at RAY_ADDRESS={address!r} ({' '.join(reason.split())}): start one there with "
+        "'ray start --head', or unset RAY_ADDRESS for a Ray of its own"
+    )
 
 
 def quieten_ray() -> None:

@@ -49,9 +49,12 @@ StageListener = Callable[[str], None]
 _http = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of our loopback
 
 
+_APP_PREFIX = "rayllm-"
+
+
 def app_name(engine_name: str) -> str:
     """The Serve application that holds the engine of this name."""
-    return f"rayllm-{engine_name}"
+    return f"{_APP_PREFIX}{engine_name}"
 
 
 @dataclass
@@ -195,14 +198,16 @@ def running_server(
     timeout_s: float | None = None,
 ) -> Iterator[RunningServer]:
     """A server for the length of the block. It joins the Ray that this process is connected to, or the one at
-    RAY_ADDRESS, or starts one of its own, which ends with the block together with every process of it.
+    RAY_ADDRESS, or starts one of its own, which ends with the block together with every process of it. In a Ray that it
+    joins, only what it started ends, and another's engine is a `ConfigError`: Serve has one address.
 
     `on_stage` hears what is being done. `wait=False` yields as soon as the application is deployed.
     """
     server = server.model_copy(update={"port": server.port or free_port(server.host)})
     server.read_api_keys()
-    check_port(server.host, server.port)
     joins = ray_is_initialized() or Environment.ray_address() is not None
+    if not joins:
+        check_port(server.host, server.port)
     early = None if joins else EarlyPort.open(server.host, server.port)
 
     def tell(stage: str) -> None:
@@ -234,9 +239,11 @@ def running_server(
 
 @contextlib.contextmanager
 def _application(running: RunningServer, on_stage: StageListener) -> Iterator[None]:
+    joins = not running.owns_ray and joins_serve(running.server)
     try:
-        on_stage("starting Serve")
-        _start_serve(running.server)
+        if not joins:
+            on_stage("starting Serve")
+            _start_serve(running.server)
         _deploy(running.engine, running.server)
         yield
     except Exception:
@@ -244,7 +251,7 @@ def _application(running: RunningServer, on_stage: StageListener) -> Iterator[No
         raise
     finally:
         on_stage("stopping")
-        _stop_serve(running)
+        _stop_serve(running, ends_serve=not joins)
 
 
 @contextlib.contextmanager
@@ -334,6 +341,36 @@ def num_logical_cpus(engine: EngineConfig, server: ServerConfig) -> int:
 # ----------------------------------------------------------------------------------------------------------- Serve
 
 
+def joins_serve(server: ServerConfig) -> bool:
+    """Whether Serve runs already in a Ray cluster that was joined. `ConfigError` where it has no place for this server:
+    all that Serve serves is at one address, and an engine takes all paths there."""
+    from ray import serve
+
+    status = serve.status()
+    if not status.proxies and not status.applications:
+        check_port(server.host, server.port)
+        return False
+    if taken := next((name for name in status.applications if name.startswith(_APP_PREFIX)), None):
+        raise ConfigError(
+            f"engine {taken.removeprefix(_APP_PREFIX)!r} is served in this Ray cluster already, which has one address: "
+            f"stop it first ('rayllm stop', or 'serve delete {taken}'), or unset RAY_ADDRESS for a Ray of its own"
+        )
+    host, port = _serve_address()
+    if (host, port) != (server.host, server.port):
+        raise ConfigError(
+            f"Serve runs in this Ray cluster already, at {host}:{port}, and not at {server.host}:{server.port}: "
+            f"give --host {host} --port {port}"
+        )
+    return True
+
+
+def _serve_address() -> tuple[str, int]:
+    from ray.serve.context import _get_global_client  # Serve has no public way to ask
+
+    options = _get_global_client().http_config
+    return options.host, options.port
+
+
 def _start_serve(server: ServerConfig) -> None:
     import ray
     from ray import serve
@@ -351,21 +388,27 @@ def _start_serve(server: ServerConfig) -> None:
 
 def _deploy(engine: EngineConfig, server: ServerConfig) -> None:
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     from rayllm.serve.builder import application
 
     target = serve.RunTarget(target=application(engine, server), name=app_name(engine.name), route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
+    try:
+        serve.run_many([target], wait_for_applications_running=False)
+    except RayServeException as error:  # another application has all paths
+        raise ConfigError(f"Serve refuses the engine: {failure_reason(str(error))}") from error
 
 
-def _stop_serve(running: RunningServer) -> None:
-    """Ends the application, giving open requests their time, then Serve. Whatever fails here, Ray's end follows."""
+def _stop_serve(running: RunningServer, *, ends_serve: bool) -> None:
+    """Ends the application, giving open requests their time, then Serve, unless somebody else uses it. Whatever fails
+    here, the end of our own Ray follows."""
     from ray import serve
 
     try:
         _drain(running)
         serve.delete(app_name(running.engine.name))
-        serve.shutdown()
+        if running.owns_ray or (ends_serve and not serve.status().applications):
+            serve.shutdown()
     except Exception:
         logger.warning("Serve did not stop in order", exc_info=True)
 

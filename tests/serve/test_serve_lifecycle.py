@@ -16,7 +16,8 @@ import ray.serve
 
 from rayllm.config import EngineConfig, ServerConfig
 from rayllm.errors import ConfigError, EngineError
-from rayllm.serve.lifecycle import RunningServer, check_port, failure_reason, num_logical_cpus
+from rayllm.serve import lifecycle
+from rayllm.serve.lifecycle import RunningServer, check_port, failure_reason, joins_serve, num_logical_cpus
 from rayllm.serve.processes import Process, descendants, end_all
 
 ENGINE = EngineConfig()
@@ -60,6 +61,50 @@ def test_own_ray_counts_enough_cpus_for_every_process() -> None:
     engine = EngineConfig.parse({"tensor_parallel_size": 64})
     assert num_logical_cpus(engine, ServerConfig.parse({"num_ingress_replicas": 3})) == 1 + 64 + 3
     assert num_logical_cpus(ENGINE, SERVER) >= 3
+
+
+@pytest.fixture
+def serves(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The applications of a Serve that runs at 127.0.0.1:8123 in the Ray that was joined."""
+    applications: dict[str, Any] = {}
+    status = ray.serve.schema.ServeStatus(proxies={"node": "HEALTHY"}, applications=applications)
+    monkeypatch.setattr(ray.serve, "status", lambda: status)
+    monkeypatch.setattr(lifecycle, "_serve_address", lambda: ("127.0.0.1", 8123))
+    return applications
+
+
+def test_a_serve_that_runs_is_joined_at_its_own_address(serves: dict[str, Any]) -> None:
+    assert joins_serve(ServerConfig.parse({"port": 8123}))
+    with pytest.raises(ConfigError, match=r"at 127\.0\.0\.1:8123, .* --port 8123"):
+        joins_serve(ServerConfig.parse({"port": 8000}))
+
+
+@pytest.mark.parametrize("name", ["default", "another"])
+def test_a_second_engine_at_the_address_of_a_first_is_refused(serves: dict[str, Any], name: str) -> None:
+    serves[f"rayllm-{name}"] = "RUNNING"
+    with pytest.raises(ConfigError, match=rf"engine '{name}' is served .* already.*serve delete rayllm-{name}"):
+        joins_serve(ServerConfig.parse({"port": 8123}))
+
+
+@pytest.mark.parametrize(
+    ("owns_ray", "ends_serve", "others", "ended"),
+    [(True, True, (), True), (False, True, (), True), (False, True, ("theirs",), False), (False, False, (), False)],
+)
+def test_only_the_serve_that_was_started_ends_and_only_where_nobody_else_uses_it(
+    serves: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    owns_ray: bool,
+    ends_serve: bool,
+    others: tuple[str, ...],
+    ended: bool,
+) -> None:
+    did: list[str] = []
+    serves.update(dict.fromkeys(others, "RUNNING"))
+    monkeypatch.setattr(ray.serve, "delete", did.append)
+    monkeypatch.setattr(ray.serve, "shutdown", lambda: did.append("shutdown"))
+    monkeypatch.setattr(lifecycle, "_drain", lambda running: None)
+    lifecycle._stop_serve(RunningServer(ENGINE, SERVER, "http://nowhere", owns_ray), ends_serve=ends_serve)
+    assert did == ["rayllm-default"] + ["shutdown"] * ended
 
 
 class _Unready(BaseHTTPRequestHandler):
