@@ -9,12 +9,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from rayllm.config import EngineConfig, ServerConfig, parse_settings
 from rayllm.errors import ConfigError
+from rayllm.executor.placement import cluster_nodes
+from rayllm.executor.ray_cluster import ray_is_initialized
 from rayllm.serve.engine_replica import EngineReplica
 from rayllm.serve.ingress import Ingress, asgi_builder
 
@@ -32,12 +36,25 @@ _MAX_STREAM_S = 3600.0
 _QUICK = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0, "graceful_shutdown_wait_loop_s": 0.1}
 
 
+class RefusedError(ConfigError, RayServeException):
+    """A `ConfigError` that the status of a Serve application shows as its one line: of others it shows tracebacks."""
+
+
 def build_app(args: dict[str, Any]) -> serve.Application:
     """The application for settings named as the fields of `EngineConfig` and `ServerConfig`.
 
     Address and port are Serve's own (`http_options`), and keys must come from a file, because Ray's dashboard shows
-    `args`: either is a `ConfigError` here.
+    `args`: either is a `ConfigError` here, and so is a model that cannot be served.
     """
+    try:
+        engine, server = _parse(args)
+        check_model(engine)
+    except ConfigError as error:
+        raise RefusedError(str(error)) from None
+    return application(engine, server)
+
+
+def _parse(args: dict[str, Any]) -> tuple[EngineConfig, ServerConfig]:
     settings = {name.replace("-", "_"): value for name, value in args.items()}
     engine, server = parse_settings(settings)
     for name in ("host", "port"):
@@ -45,7 +62,32 @@ def build_app(args: dict[str, Any]) -> serve.Application:
             raise ConfigError(f"{name} is Serve's to set: give http_options.{name} (serve run: not at all)")
     if any(not key.startswith("@") for key in server.api_key):
         raise ConfigError("api_key as plain text would show in Ray's dashboard: write it to a file and give @FILE")
-    return application(engine, server)
+    return engine, server
+
+
+def check_model(engine: EngineConfig) -> None:
+    """Finds what is wrong with the model's folder before Serve deploys anything: `ConfigError`, one line with file and
+    field. Asks nothing of the devices, which are another machine's; where there are several machines, a folder that is
+    not on this one may be on those that serve it.
+    """
+    from rayllm.engine.resolve import resolve
+    from rayllm.text.tokenizer import Tokenizer
+    from rayllm.weights.checkpoint import Checkpoint
+    from rayllm.weights.hub import HubModel
+
+    hub = HubModel.parse(engine.model, revision=engine.revision, download_dir=engine.download_dir)
+    is_here = Path(engine.model).expanduser().exists() if hub is None else hub.folder() is not None
+    if not is_here and _num_nodes() > 1:
+        return
+    size = engine.tensor_parallel_size
+    resolved = resolve(engine, num_gpus=size, num_cores=size, backend="ray")
+    Tokenizer.from_path(resolved.tokenizer_path, engine.chat_template)
+    if engine.load_format != "dummy":
+        Checkpoint(resolved.model_path)
+
+
+def _num_nodes() -> int:
+    return len(cluster_nodes()) if ray_is_initialized() else 1
 
 
 def application(engine: EngineConfig, server: ServerConfig) -> serve.Application:
