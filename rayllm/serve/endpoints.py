@@ -103,7 +103,7 @@ class Endpoints:
         refused = answer_for(error)
         if self.service.metrics is not None:
             self.service.metrics.request_refused(refused.code)
-        body_unread = isinstance(error, RequestError) and error.status in (408, 413)
+        body_unread = isinstance(error, RequestError) and error.code in ("body_timeout", "body_too_large")
         return error_response(shaped(refused, request.scope["path"]), close=body_unread)
 
 

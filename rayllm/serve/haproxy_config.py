@@ -68,6 +68,8 @@ def _body(title: str, lines: list[str], pages: str, has_app: bool) -> list[str]:
         lines = [line for line in lines if line != "routes" and not line.startswith("healthcheck")]
         at = max((i for i, line in enumerate(lines) if line.startswith("acl ")), default=-1) + 1
         lines[at:at] = closed
+    elif title.startswith("backend "):
+        added.append("errorfile 400 /dev/null")  # the client has closed its side: there is nobody to answer
     first = 1 if lines and lines[0].startswith(("mode ", "bind ")) else 0
     return lines[:first] + added + lines[first:]
 

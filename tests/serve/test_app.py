@@ -282,6 +282,25 @@ async def test_a_body_that_does_not_come_is_a_408(monkeypatch: pytest.MonkeyPatc
     assert error_of(response)["code"] == "body_timeout"
 
 
+async def test_a_body_of_untold_length_begins_at_once_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayllm.serve.http_answers.FIRST_CHUNK_TIMEOUT_S", 0.05)
+    text = json.dumps(completion(max_tokens=1)).encode()
+
+    async def begins(first_s: float, second_s: float) -> Any:
+        for part, wait_s in ((text[:5], first_s), (text[5:], second_s)):
+            await asyncio.sleep(wait_s)
+            yield part
+
+    async with Served().client() as client:
+        late = await client.post("/v1/completions", content=begins(10.0, 0.0))
+        slow = await client.post("/v1/completions", content=begins(0.0, 0.2))
+        told = {"content-length": str(len(text))}  # where it is, there is no chunk's line to wait for
+        slow_to_begin = await client.post("/v1/completions", content=begins(0.2, 0.0), headers=told)
+
+    assert (late.status_code, error_of(late)["code"], late.headers["connection"]) == (400, "body_timeout", "close")
+    assert (slow.status_code, slow_to_begin.status_code) == (200, 200)
+
+
 async def test_a_draining_server_refuses_new_requests_and_says_when_to_come_back() -> None:
     served = Served()
     served.service.drain()
