@@ -18,9 +18,8 @@ WAITING: dict[str, str] = {
 
 NOT_BEHIND: dict[str, dict[str, str]] = {
     "haproxy": {
-        "H034": "it takes a bare LF for a line's end and passes a clean request on",
-        "H035": "it joins folded lines, as RFC 9112 allows, and passes a clean request on",
-        "H061": "it takes a client that closes its half for gone",
+        "H034": "it takes a bare LF for a line's end, as RFC 9112 allows, and passes a clean request on; no setting",
+        "H035": "it joins folded lines, as RFC 9112 allows, and passes a clean request on; no setting",
     },
     "python": {
         "H042": "Serve's Python proxy holds all of a body",

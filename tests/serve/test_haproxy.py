@@ -62,6 +62,7 @@ def test_serves_own_paths_are_closed_and_ids_of_any_length_dropped(serves_config
     assert [line.split()[3] for line in frontend.splitlines() if "http-request return" in line] == ["404", "404"]
     assert "http-request del-header x-request-id unless" in frontend
     assert "status 400" in config.partition("backend default_backend")[2]
+    assert "errorfile 400 /dev/null" in config.partition("backend http-app")[2]  # whoever closes one half hears nothing
     without_app = "frontend http_frontend\n    bind x:1\nbackend default_backend\n    http-request return status 404\n"
     assert "status 503" in haproxy.haproxy_config.mended(without_app, "/pages")
 
