@@ -40,8 +40,9 @@ ToolCallParser = Literal[
     "kimi_k2",
     "llama4_pythonic",
     "pythonic",
+    "openai",
 ]
-ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "glm45", "mistral", "granite"]
+ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "glm45", "mistral", "granite", "openai_gptoss"]
 
 DEFAULT_ENGINE_NAME = "default"
 RAY_NAMESPACE = "rayllm"

@@ -61,10 +61,11 @@ class PreparedChat:
     def parser(self, choice: int) -> OutputParser | None:
         """A parser for one choice; None where its text is only text."""
         reasoning = None if self.thinking is Thinking.NONE else self.form.reasoning_format
-        if self.plan is None and reasoning is None:
+        tool_format = self.form.tool_format if self.plan or self.form.tool_format.frames_text else None
+        if tool_format is None and reasoning is None:
             return None
         return OutputParser(
-            self.form.tool_format if self.plan else None,
+            tool_format,
             reasoning,
             tools={tool.name: tool.parameters for tool in self.plan.tools} if self.plan else None,
             opened=self.thinking is Thinking.OPEN,

@@ -91,6 +91,8 @@ class ChatFormat:
         if form is None:
             return Thinking.NONE
         end = prompt.rstrip()
+        if form.turn:
+            return Thinking.POSSIBLE if end.endswith(form.turn) else Thinking.NONE
         if end.endswith(form.begin):
             return Thinking.OPEN
         return Thinking.NONE if end.endswith(form.end) else Thinking.POSSIBLE
@@ -150,7 +152,12 @@ class ChatFormat:
 
     def _with_reasoning(self, message: _Message) -> _Message:
         """Templates know it by one name or the other."""
-        return {**message, "reasoning": message["reasoning_content"]} if "reasoning_content" in message else message
+        if "reasoning_content" not in message:
+            return message
+        reasoning = message["reasoning_content"]
+        if self.tool_format.frames_text and not (message.get("tool_calls") and message.get("content")):
+            message = {**message, "thinking": reasoning}  # which harmony's template takes instead of content only
+        return {**message, "reasoning": reasoning}
 
     def _template_message(self, message: _Message) -> _Message:
         found = dict(message)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rayllm.api.channels import Joint, called, channel_of, next_head
 from rayllm.api.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
 from rayllm.api.python_values import tell_value
 from rayllm.api.reasoning import ReasoningFormat
@@ -32,7 +33,8 @@ class _NoCallError(Exception):
 
 class OutputParser:
     """Parses one choice. `tools`: the known tools' names and the JSON schemas of their parameters. Without a
-    `tool_format` calls are not looked for, without a `reasoning_format` reasoning is not.
+    `tool_format` calls are not looked for, without a `reasoning_format` reasoning is not. A notation that frames all
+    text is read without tools as well, and then has no calls.
 
     `opened`: the prompt already began the reasoning. `call_id` makes the id of call number n. `only_one`: the first
     call ends the answer (`is_done`); what follows it is nobody's.
@@ -49,6 +51,7 @@ class OutputParser:
         only_one: bool = False,
     ):
         self._tools = tools or {}
+        self._has_tools = tools is not None
         self._call_id = call_id
         self._text = TextReader()
         self.num_calls = 0
@@ -86,6 +89,9 @@ class OutputParser:
     # ------------------------------------------------------------------------------------------------- whole text
 
     def _whole(self, tool_format: ToolFormat | None, reasoning_format: ReasoningFormat | None) -> Steps:
+        if tool_format is not None and tool_format.payload is Payload.CHANNELS:
+            yield from self._messages(tool_format, reasoning_format is not None)
+            return
         if reasoning_format is not None:
             yield from self._reasoning(reasoning_format)
         if tool_format is not None:
@@ -124,7 +130,7 @@ class OutputParser:
             if mark is None:
                 return
             if mark == form.begin:
-                self._text.taken = [mark]
+                self._text.taken = [self._text.dropped, mark]
                 yield from self._calls(form)
             else:
                 yield from self._text.skip()
@@ -157,6 +163,35 @@ class OutputParser:
 
     def _tell(self, arguments: str) -> Event:
         return ToolCallArguments(self.num_calls - 1, arguments)
+
+    # --------------------------------------------------------------------------------------------------- channels
+
+    def _messages(self, form: ToolFormat, has_reasoning: bool) -> Steps:
+        """Heads and contents, in turn. The prompt holds the beginning of the first head, or all of it."""
+        text = self._text
+        marks = (form.begin, form.end, *form.noise)
+        answer, thoughts = Joint(Text), Joint(Reasoning)
+        while True:
+            head = yield from next_head(text, marks)
+            name = called(head) if self._has_tools else None
+            if name is None:
+                self.in_reasoning = has_reasoning and channel_of(head) == "analysis"
+                made = thoughts if self.in_reasoning else answer
+                made.begin()
+                yield from text.flow(marks, made, keeps_mark=True)
+                self.in_reasoning = False
+            else:
+                yield from self._begin(name, known_only=False)
+                yield from text.skip()
+                if (yield from text.peek()) == "{":
+                    yield from text.value(self._tell)
+                else:
+                    yield from text.flow(marks, self._tell, keeps_mark=True)
+                yield from self._end()
+                text.taken = None
+                yield from text.skip()
+            if text.ended and not text.rest:
+                return
 
     # ---------------------------------------------------------------------------------------------------- objects
 
@@ -208,7 +243,7 @@ class OutputParser:
                 early = yield from self._text.value(self._tell if begun else None)
                 if begun and early is not None:
                     yield self._tell(_arguments(early))
-            elif known_only and key not in _OTHER_KEYS:
+            elif known_only and not begun and key not in _OTHER_KEYS:
                 raise _NoCallError
             else:
                 yield from self._text.value()

@@ -15,6 +15,10 @@ class ReasoningFormat:
     end: tuple[str, ...]
     signs: tuple[str, ...] = ()
     """Texts that a chat template of such a model holds, all of them; none: never chosen by itself."""
+    turn: str = ""
+    """What a prompt ends with where reasoning may begin; empty: it may after any that does not end it."""
+    answer: str = ""
+    """What begins the answer where it stands in a frame of its own."""
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -29,6 +33,14 @@ _THINK = ("<think>",), ("</think>",)
 REASONING_FORMATS: dict[str, ReasoningFormat] = {
     found.name: found
     for found in (
+        ReasoningFormat(
+            "openai_gptoss",
+            ("<|channel|>analysis<|message|>",),
+            ("<|end|><|start|>assistant",),
+            signs=("<|channel|>analysis",),
+            turn="<|start|>assistant",
+            answer="<|channel|>final<|message|>",
+        ),
         ReasoningFormat("mistral", ("[THINK]",), ("[/THINK]",), signs=("[THINK]",)),
         ReasoningFormat("glm45", *_THINK, signs=("</think>", "<arg_key>")),
         ReasoningFormat("qwen3", *_THINK, signs=("</think>", "<|im_start|>")),

@@ -31,6 +31,8 @@ class TextReader:
         self.rest = ""
         self.taken: list[str] | None = None
         """What was taken of something that may turn out to be something else; None: not kept."""
+        self.dropped = ""
+        """White space before the last mark that `flow` met."""
         self.ended = False
         """No more text comes."""
         self.quick: tuple[re.Pattern[str], Callable[[str], Event]] | None = None
@@ -94,8 +96,11 @@ class TextReader:
         while True:
             found = first_of(self.rest, marks)
             if found is not None:
-                if before := self.take(found[0]).rstrip():
-                    yield make(before)
+                before = self.take(found[0])
+                told = before.rstrip()
+                self.dropped = before[len(told) :]
+                if told:
+                    yield make(told)
                 return found[1] if keeps_mark else self.take(len(found[1]))
             num_ready = len(self.rest)
             if not self.ended:

@@ -18,6 +18,9 @@ class Payload(Enum):
     """The name, `name_end`, then for each argument its key and its value between markers of their own."""
     PYTHON = auto()
     """A list of calls as Python has them, `[name(key=value, ...), ...]`; or, at a `{`, as with OBJECT."""
+    CHANNELS = auto()
+    """All of an answer stands in messages, each with a channel in its head and perhaps whom it is to (OpenAI's
+    harmony): calls are messages to `functions.NAME`, with the arguments as a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class ToolFormat:
     """Call ids as the template shows them to its model: `{name}` is the call's, `{number}` counts those of a chat."""
 
     @property
+    def frames_text(self) -> bool:
+        """Whether text that calls nothing stands in this notation too."""
+        return self.payload is Payload.CHANNELS
+
+    @property
     def markers(self) -> tuple[str, ...]:
         """What may be special tokens of the model: to be shown to the parser."""
         found = (
@@ -101,6 +109,16 @@ _DEEPSEEK_NOISE = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 TOOL_FORMATS: dict[str, ToolFormat] = {
     found.name: found
     for found in (
+        ToolFormat(
+            "openai",
+            Payload.CHANNELS,
+            "<|channel|>",
+            "<|call|>",
+            signs=("<|channel|>",),
+            noise=("<|start|>", "<|message|>", "<|constrain|>", "<|end|>", "<|return|>"),
+            # The end of a call ends the answer, and is none of its grammar's tokens.
+            written=Written(("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""), joint=None),
+        ),
         ToolFormat(
             "deepseek_v3",
             Payload.NAMED,

@@ -57,6 +57,8 @@ class GrammarWriter:
         calls as Python, which no schema says anything of."""
         if form.payload is Payload.PYTHON:
             return None
+        if form.payload is Payload.CHANNELS:
+            return self._free_channels(plan, form, reasoning, thinking)
         opening = form.written.all[0] or form.written.each[0]
         first = self._atom.match(opening)
         mark = form.begin if form.begin and opening.startswith(form.begin) else opening
@@ -72,6 +74,25 @@ class GrammarWriter:
             lead = [f"lead[suffix={_quoted(mark)}]: {_ANY_TEXT}"]
         rules = [f"text: {_ANY_TEXT}", *lead, *self._thought(reasoning, thinking)]
         return self._grammar([start, *rules, *self._calls(plan, form, told="" if first else mark, free=True)])
+
+    def _free_channels(
+        self, plan: ToolPlan, form: ToolFormat, reasoning: ReasoningFormat | None, thinking: Thinking
+    ) -> str | None:
+        """Words to the user, perhaps, then a call or the final answer. None where the marks are no tokens: text would
+        hold them too."""
+        if not all(mark in self._atoms for mark in ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")):
+            return None
+        thoughts = "thought* " if self._prefix(reasoning, thinking) else ""
+        preamble = self.literal("<|channel|>commentary<|message|>"), self.literal("<|end|><|start|>assistant")
+        final = self.literal("<|channel|>final<|message|>")
+        return self._grammar(
+            [
+                f"start: {thoughts}({preamble[0]} text {preamble[1]} {thoughts})? (calls | {final} text)",
+                f"text: {_ANY_TEXT}",
+                *self._thought(reasoning, thinking),
+                *self._calls(plan, form, free=True),
+            ]
+        )
 
     def _free_unmarked(
         self, plan: ToolPlan, form: ToolFormat, reasoning: ReasoningFormat | None, thinking: Thinking
@@ -97,15 +118,14 @@ class GrammarWriter:
         self, plan: ToolPlan, form: ToolFormat, body: str, reasoning: ReasoningFormat | None, thinking: Thinking
     ) -> str:
         """Calls, or what `body` (a rule's right side) says; after reasoning."""
-        start = f"start: {self._prefix(reasoning, thinking)}({self._group(form)} | body)"
+        start = f"start: {self._prefix(reasoning, thinking)}({self._group(form)} | {self._answer(reasoning)}body)"
         rules = [f"body: {body}", *self._thought(reasoning, thinking), *self._calls(plan, form)]
         return self._grammar([start, *rules])
 
     def after_reasoning(self, body: str, reasoning: ReasoningFormat, thinking: Thinking) -> str:
         """What `body` (a rule's right side) says, after reasoning."""
-        return self._grammar(
-            [f"start: {self._prefix(reasoning, thinking)}body", f"body: {body}", *self._thought(reasoning, thinking)]
-        )
+        start = f"start: {self._prefix(reasoning, thinking)}{self._answer(reasoning)}body"
+        return self._grammar([start, f"body: {body}", *self._thought(reasoning, thinking)])
 
     def _grammar(self, lines: Sequence[str]) -> str:
         return "%llguidance {}\n" + "\n".join(lines) + "\n"
@@ -128,13 +148,16 @@ class GrammarWriter:
             return ""
         return "thought " if thinking is Thinking.OPEN else "thought? "
 
+    def _answer(self, reasoning: ReasoningFormat | None) -> str:
+        return f"{self.literal(reasoning.answer)} " if reasoning is not None and reasoning.answer else ""
+
     def _thought(self, reasoning: ReasoningFormat | None, thinking: Thinking) -> list[str]:
         if reasoning is None or thinking is Thinking.NONE:
             return []
         begin = ""
         if thinking is Thinking.POSSIBLE:
             begin = "(" + " | ".join(map(self.literal, reasoning.begin)) + ") "
-        if all(end in self._atoms for end in reasoning.end):
+        if all(self._atom.match(end) for end in reasoning.end):
             ends = " | ".join(map(self.literal, reasoning.end))
             return [f"thought: {begin}thinking ({ends}) /\\s*/", f"thinking: {_ANY_TEXT}"]
         ends = "|".join(map(_escaped, reasoning.end))

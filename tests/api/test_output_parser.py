@@ -214,6 +214,99 @@ def test_arguments_of_a_python_call_are_told_while_they_are_written() -> None:
     assert parser.finish() == []
 
 
+# ----------------------------------------------------------------------------------------------------------- channels
+
+_ANALYSIS = "<|channel|>analysis<|message|>hm, hm<|end|><|start|>assistant"
+_FINAL = "<|channel|>final<|message|>So: yes"
+_CALL = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+
+
+def parse_channels(text: str, tools: Any = TOOLS, reasons: bool = True) -> list[Event]:
+    reasoning = REASONING_FORMATS["openai_gptoss"] if reasons else None
+    return events_of(OutputParser(TOOL_FORMATS["openai"], reasoning, tools=tools), [text])
+
+
+@pytest.mark.parametrize("end", ["", "<|return|>", "<|end|>", "<|end|>\n"])
+def test_channels_tell_reasoning_from_the_answer(end: str) -> None:
+    expected = [Reasoning("hm, hm"), Text("So: yes")]
+    for tools in (TOOLS, None):
+        assert parse_channels(_ANALYSIS + _FINAL + end, tools) == expected
+        assert parse_channels(_FINAL + end, tools) == expected[1:]
+        assert parse_channels(f"So: yes{end}", tools) == expected[1:]
+    assert parse_channels(_ANALYSIS + _FINAL + end, reasons=False) == [Text("hm, hm\n\nSo: yes")]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>",
+        "<|channel|>commentary to=functions.weather<|constrain|>json<|message|>",
+        "<|channel|>commentary to=functions.weather json<|message|>",
+        "<|channel|>commentary to=functions.weather<|message|>",
+        " to=functions.weather<|channel|>commentary <|constrain|>json<|message|>",
+    ],
+)
+@pytest.mark.parametrize("end", ["", "<|call|>"])
+def test_messages_to_functions_are_calls(head: str, end: str) -> None:
+    assert calls_of(parse_channels(head + ARGUMENTS + end)) == [("weather", ARGUMENTS)]
+
+    events = parse_channels(f"{_ANALYSIS}{head}{ARGUMENTS}<|call|><|start|>assistant{_CALL}{{}}{end}")
+    assert events[0] == Reasoning("hm, hm")
+    assert calls_of(events) == [("weather", ARGUMENTS), ("weather", "{}")]
+
+
+def test_words_before_a_call_are_text_and_messages_of_a_kind_are_joined_by_an_empty_line() -> None:
+    preamble = "<|channel|>commentary<|message|>I look it up.<|end|><|start|>assistant"
+    events = parse_channels(f"{_ANALYSIS}{preamble}{_ANALYSIS}{_CALL}{{}}<|call|><|start|>assistant{_FINAL}<|return|>")
+
+    assert events[:3] == [Reasoning("hm, hm"), Text("I look it up."), Reasoning("\n\nhm, hm")]
+    assert events[3:] == [
+        ToolCallBegin(0, "call_0", "weather"),
+        ToolCallArguments(0, "{}"),
+        ToolCallEnd(0),
+        Text("\n\nSo: yes"),
+    ]
+
+
+def test_without_tools_there_are_no_calls() -> None:
+    assert parse_channels(f"{_CALL}{ARGUMENTS}<|call|>", tools=None) == [Text(ARGUMENTS)]
+
+
+@pytest.mark.parametrize(
+    ("text", "events"),
+    [
+        ("<|channel|>", []),
+        ("<|channel|>analy", []),
+        ("<|channel|>commentary to=functions.wea", []),
+        (_CALL[:-11], []),
+        (_ANALYSIS, [Reasoning("hm, hm")]),
+        ("<|channel|>final Hello, you", [Text("<|channel|>final Hello, you")]),
+        ("<|channel|>" + "x" * 600 + "<|message|>y", [Text("<|channel|>" + "x" * 600 + "\n\ny")]),
+        ("to=day, then", [Text("to=day, then")]),
+    ],
+)
+def test_a_head_that_is_cut_means_nothing_and_what_is_none_is_text(text: str, events: list[Event]) -> None:
+    assert parse_channels(text) == events
+
+
+def test_the_answer_in_a_channel_is_told_while_it_is_written() -> None:
+    parser = OutputParser(TOOL_FORMATS["openai"], REASONING_FORMATS["openai_gptoss"], tools=TOOLS)
+
+    assert parser.push("<|channel|>analysis") == []
+    assert parser.push("<|message|>hm") == [Reasoning("hm")]
+    assert parser.in_reasoning
+    assert parser.push(", hm") == [Reasoning(", hm")]
+    assert parser.push("<|end|><|start|>assistant") == []
+    assert parser.push(_CALL) == [ToolCallBegin(0, "call_0", "weather")]
+    assert parser.push('{"ci') == [ToolCallArguments(0, '{"ci')]
+    assert parser.push('ty": 1}') == [ToolCallArguments(0, 'ty": 1}'), ToolCallEnd(0)]
+    assert parser.push("<|call|>") == []
+    assert parser.finish() == []
+
+
+# ------------------------------------------------------------------------------------------------------- other names
+
+
 def test_glm4_calls_begin_with_the_name_of_a_known_tool() -> None:
     assert calls_of(parse("glm4", f"\nweather\n{ARGUMENTS}")) == [("weather", ARGUMENTS)]
     assert parse("glm4", "weather is fine\n{}") == [Text("weather is fine\n{}")]
@@ -231,6 +324,7 @@ def test_glm4_calls_begin_with_the_name_of_a_known_tool() -> None:
         ("hermes", '<tool_call>{"nome": "weather"}</tool_call>'),
         ("hermes", "a < b and <tool_cal"),
         ("hermes", "<tool_call>"),
+        ("hermes", "so \n<tool_call>\n5"),
         ("mistral", "[TOOL_CALLS]" + "x" * 300 + "[ARGS]{}"),
         ("glm45", "<tool_call>two words\n</tool_call>"),
         ("pythonic", "[1, 2, 3]"),
@@ -257,6 +351,7 @@ def test_a_call_that_is_cut_keeps_what_was_written_of_it() -> None:
     assert calls_of(parse("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "Zü')) == [
         ("weather", '{"city": "Zü')
     ]
+    assert calls_of(parse("llama3_json", '{"name": "weather", "param')) == [("weather", "")]
     assert calls_of(parse("glm45", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Zü")) == [
         ("weather", '{"city": "Zü')
     ]
@@ -333,7 +428,8 @@ _PIECES = [
     "[TOOL_CALLS]", "[ARGS]", "weather\n", "<arg_key>", "<function=now>", "\n ", "🎉", "{", "}", "[", "]",
     '"', "\\", ";", "Hello <", "`", "```json\n", "<|python_start|>", "[weather(", "city='a\\",
     "n', days=", "3)", "now()]", "<|tool_call_begin|>", "functions.now:1", "<|tool_call_argument_begin|>",
-    "(", ")", "=", ", ", "'", "x41", "u00",
+    "(", ")", "=", ", ", "'", "x41", "u00", "<|channel|>analysis<|message|>", "<|channel|>commentary to=functions.now",
+    "<|message|>", "<|end|>", "<|start|>assistant", "<|channel|>final", " to=", "<|call|>", "x" * 500,
 ]  # fmt: skip
 _FORMATS = [None, *TOOL_FORMATS]
 
@@ -359,7 +455,7 @@ def test_events_do_not_depend_on_how_the_text_was_cut(data: st.DataObject) -> No
     calls_of(expected)
     noise = TOOL_FORMATS[name].noise if name else ()
     has_calls = any(isinstance(event, ToolCallBegin) for event in expected)
-    if reasoning is None and not has_calls and not any(mark in text for mark in noise):
+    if name != "openai" and reasoning is None and not has_calls and not any(mark in text for mark in noise):
         assert expected == ([Text(text)] if text else [])
 
 

@@ -25,7 +25,8 @@ DEFINED = [
 ]
 ONE = [("weather", '{"city": "Zürich {[", "days": 3, "unit": "C"}')]
 TWO = [*ONE, ("now", "{}")]
-MARKS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]"]
+CHANNELS = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>"]
+MARKS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", *CHANNELS]
 
 
 class Model:
@@ -73,7 +74,7 @@ def test_required_calls_are_all_there_can_be_and_are_read_back(model: Model, nam
     assert not model.accepts(several, written(form, [("weather", '{"city": 5}')]))
 
 
-@pytest.mark.parametrize("name", sorted(TOOL_FORMATS.keys() - {"glm4", "llama4_pythonic", "pythonic"}))
+@pytest.mark.parametrize("name", sorted(TOOL_FORMATS.keys() - {"glm4", "llama4_pythonic", "pythonic", "openai"}))
 def test_strict_calls_in_free_text_follow_their_schemas(model: Model, name: str) -> None:
     form = TOOL_FORMATS[name]
     grammar = model.writer.free(_plan("auto"), form, QWEN, Thinking.POSSIBLE)
@@ -104,6 +105,38 @@ def test_strict_calls_that_only_a_name_begins_follow_their_schemas(model: Model)
         assert not model.accepts(grammar, text), text
     for text in ("Hello", "weather is fine", call, f"\n{call}"):
         assert bool(calls_of(events_of(OutputParser(form, tools=TOOLS), [text]))) == (call in text)
+
+
+def test_strict_calls_in_channels_follow_their_schemas(tokenizer_path: Path) -> None:
+    form, reasoning = TOOL_FORMATS["openai"], REASONING_FORMATS["openai_gptoss"]
+    model = Model(tokenizer_path, has_marks=True)
+    grammar = model.writer.free(_plan("auto"), form, reasoning, Thinking.POSSIBLE)
+    assert grammar is not None
+
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    preamble = "<|channel|>commentary<|message|>Well:<|end|><|start|>assistant"
+    call, wrong = written(form, ONE), written(form, [("weather", '{"city": 5}')])
+    for before in ("", thought, thought * 2, preamble, thought + preamble + thought):
+        for text in (call, "<|channel|>final<|message|>", "<|channel|>final<|message|>Hello"):
+            assert model.accepts(grammar, before + text), before + text
+        for text in (wrong, "Hello", "<|channel|>analysis<|message|>hm", call + call):
+            assert not model.accepts(grammar, before + text), before + text
+    assert Model(tokenizer_path, has_marks=False).writer.free(_plan("auto"), form, reasoning, Thinking.NONE) is None
+
+
+def test_what_binds_an_answer_stands_in_its_channel(tokenizer_path: Path) -> None:
+    form, reasoning = TOOL_FORMATS["openai"], REASONING_FORMATS["openai_gptoss"]
+    model = Model(tokenizer_path, has_marks=True)
+    bound = model.writer.after_reasoning("/[0-9]+/", reasoning, Thinking.POSSIBLE)
+    either = model.writer.either(_plan("auto"), form, "/[0-9]+/", reasoning, Thinking.POSSIBLE)
+
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    for grammar in (bound, either):
+        for before in ("", thought):
+            assert model.accepts(grammar, f"{before}<|channel|>final<|message|>12")
+            assert not model.accepts(grammar, f"{before}12")
+            assert not model.accepts(grammar, f"{before}<|channel|>final<|message|>x")
+            assert model.accepts(grammar, before + written(form, ONE)) == (grammar is either)
 
 
 def test_reasoning_that_the_prompt_began_must_end_first(model: Model) -> None:
