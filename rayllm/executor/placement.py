@@ -4,6 +4,7 @@ room.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ refusing.
 _LEAVING_S = 10.0
 """The place of a former engine of this name, whose driver has ended, will be free."""
 _CREATE_TIMEOUT_S = 15.0
+_UNIQUE = "@"
+"""Ends what people are told of a placement group's name."""
 
 Resources = Mapping[str, float]
 
@@ -88,7 +91,9 @@ def create_placement_group(config: ResolvedConfig) -> Any:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     placement = _plan_when_settled(config)
-    group = placement_group(placement.bundles, strategy=placement.strategy, name=_group_name(config))
+    # Ray takes each name once, and that of a former engine is given back only some time after its end.
+    name = f"{_group_name(config)}{_UNIQUE}{secrets.token_hex(4)}"
+    group = placement_group(placement.bundles, strategy=placement.strategy, name=name)
     try:
         ray.get(group.ready(), timeout=_CREATE_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
@@ -162,7 +167,8 @@ def _holders() -> list[str]:
             for name, amount in bundle.items():
                 held[name] = held.get(name, 0) + amount
         amounts = ", ".join(f"{amount:g} {name}" for name, amount in sorted(held.items()))
-        found.append(f"{group['name'] or 'placement group ' + group['placement_group_id'][:8]} ({amounts})")
+        name = group["name"].partition(_UNIQUE)[0] or f"placement group {group['placement_group_id'][:8]}"
+        found.append(f"{name} ({amounts})")
     return found
 
 

@@ -5,7 +5,7 @@ from fakes import fake_config
 
 from rayllm.config import ResolvedConfig
 from rayllm.errors import ConfigError
-from rayllm.executor.placement import Node, plan_placement
+from rayllm.executor.placement import Node, _holders, create_placement_group, plan_placement
 
 
 def _config(ranks: int, device: str = "cpu") -> ResolvedConfig:
@@ -71,3 +71,13 @@ def test_devices_held_by_others_are_named_with_their_holder() -> None:
 def test_a_machine_with_no_free_cpu_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="0 of 2 CPUs; held by other Ray actors"):
         plan_placement(_config(1), [_node(2, free_cpus=0)])
+
+
+@pytest.mark.cluster
+def test_the_next_engine_of_a_name_has_its_place_though_the_former_one_is_not_gone(ray_cluster: None) -> None:
+    from ray.util.placement_group import remove_placement_group
+
+    groups = [create_placement_group(_config(1)) for _ in range(2)]
+    assert sorted(holder for holder in _holders() if "mine" in holder) == ["rayllm:mine (2 CPU)"] * 2
+    for group in groups:
+        remove_placement_group(group)
