@@ -122,7 +122,8 @@ def quieten_ray() -> None:
 
 
 def prepare_environment(*, own_cluster: bool) -> None:
-    """Settings that Ray and its children read from the environment; must come before Ray is imported."""
+    """Settings that Ray and its children read from the environment. Best before Ray is imported: one that was imported
+    before listens on all interfaces, behind its token."""
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -138,6 +139,8 @@ def prepare_environment(*, own_cluster: bool) -> None:
         os.environ.setdefault(name, value)
     if os.environ["RAY_AUTH_MODE"] == "token":
         ensure_ray_token()
+    if "ray" in sys.modules:  # the program has imported it, and it has read the old settings
+        sys.modules["ray"]._raylet.Config.initialize("")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
 
 

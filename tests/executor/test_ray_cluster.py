@@ -36,6 +36,20 @@ def test_an_address_is_looked_at_before_ray_is() -> None:
         check_reachable("ray://head:10001")
 
 
+def test_a_program_that_has_imported_ray_asks_for_the_token_that_its_ray_wants() -> None:
+    code = """
+import ray
+from ray._raylet import AuthenticationMode, get_authentication_mode
+from rayllm.executor.ray_cluster import prepare_environment
+
+assert get_authentication_mode() == AuthenticationMode.DISABLED
+prepare_environment(own_cluster=True)
+assert get_authentication_mode() == AuthenticationMode.TOKEN
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 def test_an_engine_for_a_cluster_that_is_not_there_says_so_in_one_line(llama_path: Path) -> None:
     code = f"import rayllm; rayllm.LLM({str(llama_path)!r}, distributed_executor_backend='ray')"
     address = _unused_address()
