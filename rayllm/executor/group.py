@@ -150,10 +150,11 @@ class WorkerGroup:
             return "it was never placed"
         text = f"node {place.node_id}, host {place.host}, {', '.join(place.devices)}"
         tail = log_tail(place) if place.node_id == self._own_node else ""
-        if not tail:
+        said = last_error(tail)
+        if not said:
             return text
         log.error("the log of worker rank %d on %s ends:\n%s", rank, text, tail)
-        return f"{text}; its log's last error: {last_error(tail)}"
+        return f"{text}; its log's last error: {said}"
 
     def silent_ranks(self) -> list[int]:
         if stopped := self.stopped_ranks():

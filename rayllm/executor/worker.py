@@ -359,10 +359,9 @@ def is_stopped(place: WorkerPlace) -> bool:
 
 
 def last_error(log: str) -> str:
-    """What a log says last of what went wrong, in one line: no traceback, no file paths."""
-    lines = [
-        line.strip() for line in log.splitlines() if line.strip() and not line.startswith((" ", "\t", "Traceback"))
-    ]
+    """What a log says last of what went wrong, in one line: no traceback, no file paths, none of Ray's marks."""
+    left_out = (" ", "\t", "Traceback", ":actor_name:", ":task_name:", ":job_id:")
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(left_out)]
     errors = [line for line in lines if re.search(r"[Ee]rror|[Ee]xception|[Kk]illed|[Ff]atal|out of memory", line)]
     return without_paths(" ".join((errors or lines or [""])[-1].split()))[:_MAX_ERROR_CHARACTERS]
 

@@ -158,4 +158,4 @@ torch.OutOfMemoryError: CUDA out of memory while reading /models/q/model.safeten
 """
     assert last_error(log) == "torch.OutOfMemoryError: CUDA out of memory while reading model.safetensors"
     assert last_error("all is well\n") == "all is well"
-    assert last_error("") == ""
+    assert last_error(":job_id:01000000\n:actor_name:WorkerActor\n") == last_error("") == ""
