@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from click import ClickException
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -36,8 +37,11 @@ _MAX_STREAM_S = 3600.0
 _QUICK = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0, "graceful_shutdown_wait_loop_s": 0.1}
 
 
-class RefusedError(ConfigError, RayServeException):
-    """A `ConfigError` that the status of a Serve application shows as its one line: of others it shows tracebacks."""
+class RefusedError(ConfigError, RayServeException, ClickException):
+    """A `ConfigError` that `serve status` and `serve run` show as its one line: of others they show tracebacks."""
+
+    def __init__(self, message: str):
+        ClickException.__init__(self, message)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

@@ -396,7 +396,8 @@ def _deploy(engine: EngineConfig, server: ServerConfig) -> None:
     try:
         serve.run_many([target], wait_for_applications_running=False)
     except RayServeException as error:  # another application has all paths
-        raise ConfigError(f"Serve refuses the engine: {failure_reason(str(error))}") from error
+        said = failure_reason(str(error)).rpartition("Exception: ")[2]
+        raise ConfigError(f"Serve refuses the engine ({said}): stop the other, or unset RAY_ADDRESS") from error
 
 
 def _stop_serve(running: RunningServer, *, ends_serve: bool) -> None:

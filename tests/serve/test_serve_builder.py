@@ -1,8 +1,10 @@
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+from click import ClickException
 from ray.serve.exceptions import RayServeException
 
 from rayllm.errors import ConfigError
@@ -33,7 +35,9 @@ def test_the_application_has_an_ingress_over_an_engine() -> None:
 def test_settings_that_do_not_belong_in_a_serve_config_are_refused(args: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
         build_app(args)
-    assert isinstance(caught.value, RayServeException)  # of which Serve shows the message alone
+    assert isinstance(caught.value, RayServeException)  # of which Serve's status shows the message alone
+    assert isinstance(caught.value, ClickException)  # and its command too
+    assert str(pickle.loads(pickle.dumps(caught.value))) == caught.value.format_message()
 
 
 def test_a_refused_key_is_not_repeated() -> None:
