@@ -44,6 +44,12 @@ class IdleEngine:
         deltas = [TokenDelta(0, pack_ids([token_id])) for token_id in ids[:-1]]
         return _IdleStream([*deltas, TokenDelta(0, pack_ids(ids[-1:]), Finish("length"))])
 
+    async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> None:
+        raise NotImplementedError
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        raise NotImplementedError
+
     async def stats(self) -> EngineStats:
         raise NotImplementedError
 

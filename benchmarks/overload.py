@@ -42,6 +42,7 @@ from rayllm.messages import Deltas, DriverMessage, EngineStats, Submit
 from rayllm.request import Request, SamplingParams, pack_ids
 
 _WARM_UP_S = 2.0
+_LOOK_S = 0.1
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Engine:
 
     def overload(self, requests_per_s: float, seconds: float, timeout_s: float) -> None:
         """Poisson arrivals; what is under way at the end is left."""
-        began_s = time.time()
+        began_s = looked_s = time.time()
         self.count_from_s = began_s + _WARM_UP_S
         end_s = self.count_from_s + seconds
         due_s = began_s
@@ -199,7 +200,9 @@ class Engine:
             while due_s <= now:
                 self.submit(due_s, timeout_s)
                 due_s += self._rng.expovariate(requests_per_s)
-            self.outcome.max_waiting = max(self.outcome.max_waiting, self.loop.stats().num_waiting)
+            if now - looked_s >= _LOOK_S:
+                looked_s = now
+                self.outcome.max_waiting = max(self.outcome.max_waiting, self.loop.stats().num_waiting)
             if not self.loop.step():
                 time.sleep(max(0.0, min(due_s - time.time(), 0.01)))
 

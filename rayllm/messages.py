@@ -117,6 +117,23 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     stream: int
 
 
+class Adopt(msgspec.Struct, frozen=True, array_like=True, tag="adopt"):
+    """Asks for a kept request (`Request.keep`): its choices get the numbers from `stream` on. Answered by `Adopted`."""
+
+    stream: int
+    client_key: str
+    answer_id: str
+    takes_over: bool = True
+    """Also from a client that is served and reads it."""
+
+
+class Forget(msgspec.Struct, frozen=True, array_like=True, tag="forget"):
+    """Nobody will adopt that kept request any more. An unknown one does nothing."""
+
+    client_key: str
+    answer_id: str
+
+
 class StatsQuery(msgspec.Struct, frozen=True, array_like=True, tag="stats?"):
     """Answered by `EngineStats` with the same `ticket`."""
 
@@ -140,7 +157,11 @@ class IngressReport(msgspec.Struct, frozen=True, array_like=True, tag="report"):
     histograms: dict[str, Distribution]
 
 
-ClientMessage = Hello | Submit | Abort | StatsQuery | IngressReport
+ClientMessage = Hello | Submit | Abort | Adopt | Forget | StatsQuery | IngressReport
+
+
+ADOPTED_BY_ANOTHER = "adopted_by_another"
+"""Code of the last word to a client whose kept request goes on for another one."""
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -186,10 +207,37 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """Said with the first delta; not again after a fault."""
 
 
+def single_tokens(delta: TokenDelta) -> list[TokenDelta]:
+    """The same as deltas of one token each: the prompt's part with the first, the end with the last."""
+    num_tokens = len(delta.token_ids) // 4
+    if num_tokens < 2:
+        return [delta]
+    return [
+        TokenDelta(
+            delta.stream,
+            delta.token_ids[4 * i : 4 * i + 4],
+            delta.finish if i == num_tokens - 1 else None,
+            None if delta.logprobs is None else delta.logprobs[i : i + 1],
+            delta.prompt_logprobs if i == 0 else None,
+            delta.num_cached_tokens if i == 0 else 0,
+            delta.times if i == 0 else None,
+        )
+        for i in range(num_tokens)
+    ]
+
+
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
     """One frame a step and client: everything that step added to that client's requests."""
 
     deltas: list[TokenDelta]
+
+
+class Adopted(msgspec.Struct, frozen=True, array_like=True, tag="adopted"):
+    """The answer to an `Adopt` with that `stream`. The request's deltas follow, from its first token on."""
+
+    stream: int
+    request: Request | None
+    """None where none is kept under that name."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
@@ -247,4 +295,4 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     """What the other clients reported last."""
 
 
-DriverMessage = Deltas | EngineStats
+DriverMessage = Deltas | Adopted | EngineStats

@@ -242,6 +242,19 @@ class SamplingParams:
         return replace(self, **changes)
 
 
+class Keep(msgspec.Struct, frozen=True, array_like=True):
+    """Has the driver keep a request for whoever comes after its client (`engine.mirror`)."""
+
+    answer_id: str
+    """What it is asked for by, together with the request's `client_key`."""
+    recipe: bytes
+    """How an ingress makes the answer from the request's tokens; the driver does not read it."""
+    in_background: bool = False
+    """Nobody reads it as it comes: whoever asks for it may have it."""
+    history: bytes = b""
+    """What was sent on when a former driver was lost: an encoded `engine.mirror.History`."""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What the ingress asks of a driver: token ids and numbers only, complete, never changed.
 
@@ -270,6 +283,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What log lines call it in every process: the client's `x-request-id`."""
     traceparent: str = ""
     """W3C trace context of the span that it belongs to; empty where nothing is traced."""
+    keep: Keep | None = None
+    """Where it shall outlive its client."""
 
     @property
     def prompt_token_ids(self) -> array[int]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+from rayllm.api import continuity
 from rayllm.api.generation import Choice, Generation, Parsing
 from rayllm.api.protocol import GenerationBody
 from rayllm.api.service import ServedModel
@@ -17,7 +18,17 @@ from rayllm.request import Request
 
 
 def new_id(prefix: str) -> str:
+    """A new answer's id; that of the answer that is made again, where one is."""
+    continued = continuity.current()
+    if continued is not None and continued.answer_id is not None:
+        return continued.answer_id
     return f"{prefix}{secrets.token_hex(16)}"
+
+
+def created_s() -> int:
+    """When the answer that is being opened was asked for, in Unix time."""
+    continued = continuity.current()
+    return int(time.time()) if continued is None else continued.created_s
 
 
 def check_stream_options(body: GenerationBody) -> None:
@@ -37,8 +48,13 @@ class Answer(ABC):
     def __init__(self, model: ServedModel, requests: Sequence[Request], answer_id: str, parsing: Parsing | None = None):
         self.id = answer_id
         self._model = model
-        self._created = int(time.time())
-        self.generation = Generation(model.engine, model.tokenizer, model.metrics, requests, parsing)
+        self._created = created_s()
+        self.generation = Generation(model.engine, model.tokenizer, model.metrics, requests, answer_id, parsing)
+
+    @property
+    def is_adopted_by_another(self) -> bool:
+        """Whether it goes on elsewhere."""
+        return self.generation.is_adopted_by_another
 
     async def start(self) -> None:
         """Waits for the engine's first word; raises what it refuses."""

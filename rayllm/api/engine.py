@@ -24,11 +24,25 @@ class RequestStream(Protocol):
         """Aborts what is unfinished. May be called again; must be called in `finally`."""
 
 
+class AdoptedStream(RequestStream, Protocol):
+    """A kept request's, from its first token on."""
+
+    @property
+    def request(self) -> Request: ...
+
+
 class EngineClient(Protocol):
     """A driver, seen from an ingress."""
 
     def submit(self, request: Request) -> RequestStream:
         """Raises `OverloadedError` or `EngineError` where it is refused at once; the stream may say so
         too."""
+
+    async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> AdoptedStream | None:
+        """The stream of a request that the engine keeps for that client (`Request.keep`), which is this process's from
+        now on; None where it keeps none of that name, or, unless it `takes_over`, serves it to another process."""
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        """Nobody will adopt that request any more."""
 
     async def stats(self) -> EngineStats: ...

@@ -10,12 +10,13 @@ from typing import Protocol
 
 import msgspec
 
+from rayllm.api import continuity
 from rayllm.api.engine import EngineClient, RequestStream
 from rayllm.api.errors import error_of
 from rayllm.api.events import Event, Text, joined
 from rayllm.api.output_parser import OutputParser
 from rayllm.errors import EngineError
-from rayllm.messages import TokenDelta, TokenLogprobs
+from rayllm.messages import ADOPTED_BY_ANOTHER, TokenDelta, TokenLogprobs, single_tokens
 from rayllm.observability.metrics import Metrics
 from rayllm.observability.request_context import current_request
 from rayllm.request import Request, unpack_ids
@@ -137,8 +138,13 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: Metrics,
         requests: Sequence[Request],
+        answer_id: str,
         parsing: Parsing | None = None,
     ):
+        continued = continuity.current() if len(requests) == 1 else None
+        if continued is not None:
+            requests = [_continued(requests[0], answer_id, continued)]
+        self._goes_by_tokens = requests[0].keep is not None
         self._metrics = metrics
         self._started_s = time.perf_counter()
         self._first: tuple[int, list[TokenDelta]] | None = None
@@ -154,6 +160,7 @@ class Generation:
                 span.prepared(_span_attributes(metrics.model_name, requests))
         self._closed = False
         self._failed = False
+        self.is_adopted_by_another = False
         self.requests = requests
         self.prompt_ids = [list(request.prompt_token_ids) for request in requests]
         self.num_choices = requests[0].params.n
@@ -171,8 +178,10 @@ class Generation:
         self._pumps: list[asyncio.Task[None]] = []
         metrics.request_opened()
         try:
-            for request in requests:
-                self._streams.append(engine.submit(request))
+            if continued is not None and continued.adopted is not None:
+                self._streams.append(continued.adopted)
+            else:
+                self._streams += [engine.submit(request) for request in requests]
         except BaseException:
             self.close()
             raise
@@ -211,18 +220,22 @@ class Generation:
             raise
 
     async def batches(self) -> AsyncIterator[list[tuple[Choice, str]]]:
-        """What each step brought: choices with new text or an end. Ends when every choice has ended."""
+        """What each step brought (each token, of a request that is kept): choices with new text or an end. Ends when
+        every choice has ended."""
         if self._first is None:
             await self.start()
         batch = self._first
         while batch is not None:
-            news: dict[Choice, str] = {}
-            for delta in batch[1]:
-                self._take(batch[0], delta, news)
-            if news:
-                yield list(news.items())
-            if not self._num_unfinished:
-                return
+            prompt_index, deltas = batch
+            parts = [[one] for delta in deltas for one in single_tokens(delta)] if self._goes_by_tokens else [deltas]
+            for part in parts:
+                news: dict[Choice, str] = {}
+                for delta in part:
+                    self._take(prompt_index, delta, news)
+                if news:
+                    yield list(news.items())
+                if not self._num_unfinished:
+                    return
             batch = await self._next()
         raise EngineError("the engine's stream ended before the answer did", code="engine_stream_ended")
 
@@ -263,6 +276,7 @@ class Generation:
             text = choice.take(delta)
         except Exception:
             self._failed = True
+            self.is_adopted_by_another = delta.finish is not None and delta.finish.code == ADOPTED_BY_ANOTHER
             raise
         if delta.token_ids:
             self._note_token(choice, delta, len(choice.token_ids) - num_before)
@@ -311,6 +325,13 @@ class Generation:
         if not self._num_unfinished_of[index]:
             siblings = self.choices[index * self.num_choices : (index + 1) * self.num_choices]
             self._metrics.request_finished(max(len(sibling.token_ids) for sibling in siblings))
+
+
+def _continued(request: Request, answer_id: str, continued: continuity.Continuity) -> Request:
+    """The request as it is kept: the one that is kept already, of an answer that is made again."""
+    if continued.adopted is not None:
+        return continued.adopted.request
+    return msgspec.structs.replace(request, keep=continued.keep(answer_id))
 
 
 def _span_attributes(model_name: str, requests: Sequence[Request]) -> dict[str, str | int | float]:

@@ -67,6 +67,9 @@ class ResponseStore:
         stored.num_bytes = num_bytes
         self.trim()
 
+    def has(self, client_key: str, response_id: str) -> bool:
+        return (client_key, response_id) in self._stored
+
     def get(self, client_key: str, response_id: str) -> StoredResponse:
         """Raises `RequestError` (404); what another client made is not there either."""
         self.trim()
@@ -93,6 +96,11 @@ class ResponseStore:
 
     def delete(self, client_key: str, response_id: str) -> None:
         self._drop(self.get(client_key, response_id))
+
+    def forget(self, stored: StoredResponse) -> None:
+        """It goes on elsewhere."""
+        if self._stored.pop(stored.key, None) is not None:
+            self._num_bytes -= stored.num_bytes
 
     def trim(self) -> None:
         """Lets go of what is too old or too much."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, WithJsonSchema
 
+from rayllm.api import continuity
+from rayllm.api.answer import created_s
 from rayllm.api.chat import PreparedChat, prepare_chat
 from rayllm.api.errors import shorten
 from rayllm.api.protocol import (
@@ -132,18 +133,29 @@ async def open_response(
     model = service.named(body.model)
     _check(body)
     items = _with_references(body.input, store, client_key)
-    context = [*_previous_items(body, store, client_key), *read_input(items)]
+    continued = continuity.current()
+    if continued is not None and continued.adopted is not None:
+        context = read_input(items)  # all of it was written down
+    else:
+        context = [*_previous_items(body, store, client_key), *read_input(items)]
+        if continued is not None:
+            continued.fields = {**fields, "input": context}
     tools = read_tools(body.tools or ())
     with named_as(_PARAMS):
         chat = await _prepare(body, context, tools, model, client_key)
     response = _new_response(chat.request.request_id, model, body, tools)
     stored = StoredResponse(client_key, response, context) if body.store is not False else None
+
+    def on_change() -> None:
+        if stored is not None:
+            (store.forget if answer.is_adopted_by_another else store.weigh)(stored)
+
     answer = ResponseAnswer(
         model,
         chat,
         response,
         shows_logprobs=_LOGPROBS in (body.include or ()),
-        on_change=lambda: None if stored is None else store.weigh(stored),
+        on_change=on_change,
     )
     if stored is not None:
         store.add(stored)
@@ -294,7 +306,7 @@ def _new_response(
     return {
         "id": response_id,
         "object": "response",
-        "created_at": int(time.time()),
+        "created_at": created_s(),
         "completed_at": None,
         "status": "queued" if body.background else "in_progress",
         "background": bool(body.background),

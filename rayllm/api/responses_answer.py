@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -23,7 +23,8 @@ _UNFINISHED = ("queued", "in_progress")
 class OutputItems:
     """The output of one response as it grows, and the events that tell of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, response_id: str) -> None:
+        self._response_id = response_id
         self.items: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         """Of tokens that no text was told of yet."""
@@ -90,11 +91,15 @@ class OutputItems:
     def _begin(self, fields: dict[str, Any]) -> Iterator[_Event]:
         yield from self.end()
         prefix = {"message": "msg_", "function_call": "fc_"}.get(fields["type"], "rs_")
-        item = {"id": f"{prefix}{secrets.token_hex(16)}", "status": "in_progress", **fields}
+        item = {"id": f"{prefix}{self._id_of(len(self.items))}", "status": "in_progress", **fields}
         self.items.append(item)
         self._open = item
         shown = {**item, "content": []} if "content" in item else dict(item)
         yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": shown}
+
+    def _id_of(self, number: int) -> str:
+        """The same again where the response is made again."""
+        return hashlib.blake2b(f"{self._response_id}/{number}".encode(), digest_size=16).hexdigest()
 
     def _at_item(self, kind: str, fields: _Event) -> _Event:
         return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
@@ -119,7 +124,7 @@ class ResponseAnswer(EventAnswer):
         self.response = response
         self._shows_logprobs = shows_logprobs
         self._on_change = on_change
-        self._output = OutputItems()
+        self._output = OutputItems(response["id"])
         super().__init__(model, chat)
         self._writer = EventWriter(self.id)
 

@@ -1,15 +1,16 @@
 """Streams that outlive their connection: a client that asked for it comes back with `Last-Event-ID`.
 
 Each event of a stream has an id, `ANSWER:NUMBER`. Asked for with `x-rayllm-resume: true`, the answer goes on being
-made while its client is away, and what it may not have received is held. It is held in this process alone.
+made while its client is away, and what it may not have received is held by the process that makes it. Where that one
+is gone, or another is asked, the answer is made again from what the driver keeps (`api.continuity`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple, Protocol
 
 from rayllm.api.sse import error_event
 from rayllm.errors import EngineError, RequestError
@@ -26,46 +27,79 @@ MAX_BACKGROUND_BYTES = 16 * 2**20
 _EVENT_END = b"\n\n"
 
 
+class EventName(NamedTuple):
+    """What `Last-Event-ID` says: an answer, and how many of its events were seen."""
+
+    answer_id: str
+    number: int
+    """-1 for what is no number."""
+
+    @classmethod
+    def parse(cls, text: str) -> EventName:
+        answer_id, _, number = text.rpartition(":")
+        return cls(answer_id, int(number) if number.isascii() and number.isdigit() and len(number) < 12 else -1)
+
+    def __str__(self) -> str:
+        return f"{self.answer_id}:{self.number}"
+
+
+class StreamedAnswer(Protocol):
+    """What can be held: `api.answer.Answer`."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def is_adopted_by_another(self) -> bool: ...
+
+    def stream(self) -> AsyncIterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
 class HeldStream:
     """One answer's events, made by a task of its own and read by one connection after the other.
 
-    `read` may be called again: the reader before it ends. `on_dropped` is called once, when it is not held any more.
-    With `hold_s=None` it waits for no reader: the answer is made to its end, and held until `drop`.
+    `read` may be called again: the reader before it ends. `on_dropped` is called when it is not held any more, or not
+    here. With `hold_s=None` it waits for no reader: the answer is made to its end, and held until `drop`. The first
+    `num_seen` events are not held.
     """
 
-    def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        close: Callable[[], None],
-        on_dropped: Callable[[], None],
-        hold_s: float | None,
-    ):
-        self._close = close
+    def __init__(self, answer: StreamedAnswer, on_dropped: Callable[[], None], hold_s: float | None, num_seen: int = 0):
+        self._answer = answer
         self._on_dropped = on_dropped
+        self._num_skipped = num_seen
         self._hold_s = hold_s
         self._held: deque[tuple[int, bytes]] = deque()  # number of its first event, and the events
         self._num_made = 0
-        self._num_written = 0
+        self._num_written = num_seen
         self._num_unread_bytes = 0
         self._num_read_bytes = 0
         self._ended = False
         self._changed = asyncio.Event()
         self._reader = 0
         self._timer = self._start_timer()
-        self._maker = asyncio.create_task(self._make(events))
+        self._maker = asyncio.create_task(self._make())
+
+    def made(self, num_seen: int) -> bool:
+        """Whether there are that many events, here or where the answer was made first."""
+        return 0 <= num_seen <= max(self._num_made, self._num_skipped)
 
     def holds(self, num_seen: int) -> bool:
         """Whether all events after the first `num_seen` are there or still to come."""
-        first = self._held[0][0] if self._held else self._num_made + 1
-        return first <= num_seen + 1 <= self._num_made + 1
+        first = self._held[0][0] if self._held else max(self._num_made, self._num_skipped) + 1
+        return first <= num_seen + 1 and self.made(num_seen)
 
     async def read(self, num_seen: int = 0) -> AsyncIterator[bytes]:
-        """The events after the first `num_seen`, which must be held."""
+        """The events after the first `num_seen`, which must be held, or be made again."""
         self._reader = reader = self._reader + 1
         self._change()
         self._stop_timer()
         try:
             while reader == self._reader:
+                if self._ended and num_seen > self._num_made:
+                    yield error_event(EngineError(f"there are {self._num_made} events only", code="events_lost"))
+                    return
                 if not self.holds(num_seen):  # it waits for no reader, and this one was too slow
                     yield error_event(EngineError("events were let go before they were read", code="events_lost"))
                     return
@@ -96,7 +130,7 @@ class HeldStream:
         self._stop_timer()
         self._ended = True
         self._maker.cancel()
-        self._close()
+        self._answer.close()
         self._change()
         self._on_dropped()
 
@@ -113,9 +147,9 @@ class HeldStream:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def _make(self, events: AsyncIterator[bytes]) -> None:
+    async def _make(self) -> None:
         try:
-            async for piece in events:
+            async for piece in self._answer.stream():
                 self._keep(piece)
                 self._change()
                 if self._hold_s is None:
@@ -125,12 +159,17 @@ class HeldStream:
                     await self._changed.wait()
         finally:
             self._ended = True
-            self._close()
+            self._answer.close()
             self._change()
+            if self._answer.is_adopted_by_another:
+                self._on_dropped()
 
     def _keep(self, piece: bytes) -> None:
-        self._held.append((self._num_made + 1, piece))
+        first = self._num_made + 1
         self._num_made += piece.count(_EVENT_END)
+        if self._num_made <= self._num_skipped:
+            return
+        self._held.append((first, piece))
         self._num_unread_bytes += len(piece)
 
     def _piece_after(self, num_seen: int) -> bytes:
@@ -178,35 +217,46 @@ class HeldStreams:
 
     def hold(
         self,
-        answer_id: str,
+        answer: StreamedAnswer,
         client_key: str,
-        events: AsyncIterator[bytes],
-        close: Callable[[], None],
         *,
         background: bool = False,
+        num_seen: int = 0,
+        on_dropped: Callable[[], None] = lambda: None,
     ) -> HeldStream:
         """`client_key`: whose it is; nobody else can resume it. `background`: it waits for no reader, and is held
-        until `drop`."""
-        key = client_key, answer_id
-        stream = HeldStream(events, close, lambda: self._forget(key), None if background else self._hold_s)
+        until `drop`. `num_seen`: events that were sent by another process. `on_dropped` is called when it is not held
+        any more, or goes on elsewhere."""
+        key = client_key, answer.id
+
+        def forget() -> None:
+            if self._streams.get(key) is stream:
+                del self._streams[key]
+                on_dropped()
+
+        stream = HeldStream(answer, forget, None if background else self._hold_s, num_seen)
         self._streams[key] = stream
         return stream
 
-    def resume(self, last_event_id: str, client_key: str) -> AsyncIterator[bytes]:
-        """The events after that one. Raises `RequestError` (404) where they are not held."""
-        answer_id, _, number = last_event_id.rpartition(":")
-        stream = self._streams.get((client_key, answer_id))
-        num_seen = int(number) if number.isascii() and number.isdigit() and len(number) < 12 else -1
-        if stream is None or not stream.holds(num_seen):
-            raise RequestError(
-                f"no events are held after {last_event_id[:100]!r}: they are kept for {self._hold_s:g} s by the "
-                f"process that began the answer, where {RESUME_HEADER}: true asked for it; send the request "
-                "anew, without Last-Event-ID",
-                param=LAST_EVENT_HEADER,
-                code="resume_not_found",
-                status=404,
-            )
-        return stream.read(num_seen)
+    def find(self, name: EventName, client_key: str) -> AsyncIterator[bytes] | None:
+        """The events after that one; None where they are not held here. Raises `RequestError` (404) for an event that
+        was never made."""
+        stream = self._streams.get((client_key, name.answer_id))
+        if stream is None and name.number >= 0:
+            return None
+        if stream is None or not stream.made(name.number):
+            raise self.not_held(name)
+        return stream.read(name.number) if stream.holds(name.number) else None
+
+    def not_held(self, name: EventName) -> RequestError:
+        """That the events after that one are not there."""
+        return RequestError(
+            f"no events are held after {str(name)[:100]!r}: they are kept for {self._hold_s:g} s where "
+            f"{RESUME_HEADER}: true asked for it; send the request anew, without Last-Event-ID",
+            param=LAST_EVENT_HEADER,
+            code="resume_not_found",
+            status=404,
+        )
 
     def drop(self, answer_id: str, client_key: str) -> bool:
         """Ends and forgets it; False where it is not held."""
@@ -219,7 +269,3 @@ class HeldStreams:
     def close(self) -> None:
         for stream in list(self._streams.values()):
             stream.drop()
-
-    def _forget(self, key: tuple[str, str]) -> None:
-        with contextlib.suppress(KeyError):
-            del self._streams[key]

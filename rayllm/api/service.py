@@ -160,6 +160,11 @@ class ModelService:
         return self._stage
 
     @property
+    def engine(self) -> EngineClient | None:
+        """None while there is none."""
+        return None if self._model is None else self._model.engine
+
+    @property
     def metrics(self) -> Metrics | None:
         """None until the model was ready once."""
         return self._metrics

@@ -157,6 +157,12 @@ class Admission:
         self._scheduler = scheduler
         self._wall_clock = wall_clock
 
+    @property
+    def token_s(self) -> float:
+        """Seconds that each token which a request may have is expected to take once it runs; 0 before anything was
+        measured."""
+        return self._pace.run_s(1)
+
     def check(self, request: Request) -> None:
         """Raises `OverloadedError` for what is too much now. A request that is continued was let in before."""
         line = self._scheduler.waiting.line(request.client_key, request.priority)

@@ -29,15 +29,19 @@ from rayllm.executor.channel import (
 )
 from rayllm.messages import (
     Abort,
+    Adopt,
+    Adopted,
+    Deltas,
     DriverMessage,
     EngineStats,
+    Forget,
     Hello,
     IngressReport,
     StatsQuery,
     Submit,
     TokenDelta,
 )
-from rayllm.request import Request
+from rayllm.request import MAX_CHOICES, Request
 
 CONNECT_TIMEOUT_S = 10.0
 STATS_TIMEOUT_S = 10.0
@@ -56,18 +60,26 @@ class RequestStream:
     when done early: `close` is also the end of `async with`.
 
     A reader that leaves more than `max_held_bytes` untaken is paused: the request is aborted at the driver, and after
-    what came before, `EngineError` with code `READER_PAUSED` is raised. None: it may leave all of it.
+    what came before, `EngineError` with code `READER_PAUSED` is raised. None: it may leave all of it. What comes before
+    the first is taken does not count where it `begins_late`: with all that others had of the request.
     """
 
     def __init__(
-        self, connection: EngineConnection, request: Request, first_stream: int, max_held_bytes: int | None = None
+        self,
+        connection: EngineConnection,
+        request: Request,
+        first_stream: int,
+        max_held_bytes: int | None = None,
+        begins_late: bool = False,
     ):
+        self.request = request
         self.request_id = request.request_id
         self._connection = connection
         self._first_stream = first_stream
         self._open = set(range(request.params.n))
         self._ready: list[TokenDelta] = []
         self._max_held_bytes = max_held_bytes
+        self._begins_late = begins_late
         self._num_held_bytes = 0
         self._error: EngineError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -84,6 +96,7 @@ class RequestStream:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         ready, self._ready, self._num_held_bytes = self._ready, [], 0
+        self._begins_late = False
         return ready
 
     async def __aenter__(self) -> RequestStream:
@@ -124,7 +137,7 @@ class RequestStream:
         )
         if delta.finish is not None:
             self._open.discard(choice)
-        if self._max_held_bytes is not None:
+        if self._max_held_bytes is not None and not self._begins_late:
             self._num_held_bytes += _num_bytes(delta)
             if self._num_held_bytes > self._max_held_bytes and self._open:
                 self._fail(EngineError("the reader does not read", code=READER_PAUSED))
@@ -181,6 +194,7 @@ class EngineConnection:
         self._streams: dict[int, tuple[RequestStream, int]] = {}
         self._tickets = itertools.count(1)
         self._asked: dict[int, asyncio.Future[EngineStats]] = {}
+        self._adopting: dict[int, tuple[asyncio.Future[RequestStream | None], int | None]] = {}
         self._welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost_reason: str | None = None
         self._gone = asyncio.Event()
@@ -202,9 +216,40 @@ class EngineConnection:
         stream = RequestStream(self, request, first, max_held_bytes)
         self._send(Submit(first, request))  # raises before anything is kept
         self._next_stream += n
-        for choice in range(n):
-            self._streams[first + choice] = stream, choice
+        self._register(stream, first)
         return stream
+
+    async def adopt(
+        self, client_key: str, answer_id: str, takes_over: bool = True, max_held_bytes: int | None = None
+    ) -> RequestStream | None:
+        """The stream, from its first token on, of a request that the driver keeps for that client (`Request.keep`);
+        None where it keeps none of that name, or, unless it `takes_over`, serves it to another process. Raises
+        `EngineError` when the driver is gone or does not answer in time.
+        """
+        self._check_alive()
+        first = self._next_stream
+        self._next_stream += MAX_CHOICES
+        answer: asyncio.Future[RequestStream | None] = asyncio.get_running_loop().create_future()
+        self._adopting[first] = answer, max_held_bytes
+        self._send(Adopt(first, client_key, answer_id, takes_over))
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), STATS_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            answer.add_done_callback(_close_unwanted)
+            message = f"{_PEER} did not answer within {STATS_TIMEOUT_S:g} s"
+            raise EngineError(message, code="engine_timeout") from None
+        except asyncio.CancelledError:
+            answer.add_done_callback(_close_unwanted)
+            raise
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        """Says that nobody will adopt that request any more. Raises `EngineError` when the driver is gone."""
+        self._check_alive()
+        self._send(Forget(client_key, answer_id))
+
+    def _register(self, stream: RequestStream, first: int) -> None:
+        for choice in range(stream.request.params.n):
+            self._streams[first + choice] = stream, choice
 
     async def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> EngineStats:
         """The driver's figures. Raises `EngineError` when it is gone or does not answer in time."""
@@ -268,6 +313,9 @@ class EngineConnection:
             if answer is not None and not answer.done():
                 answer.set_result(message)
             return
+        if isinstance(message, Adopted):
+            self._take_adopted(message)
+            return
         if not self._welcome.done():
             self._welcome.set_result(None)
         streams = self._streams
@@ -279,6 +327,14 @@ class EngineConnection:
             if delta.finish is not None:
                 del streams[delta.stream]
             stream._add(choice, delta)
+
+    def _take_adopted(self, message: Adopted) -> None:
+        answer, max_held_bytes = self._adopting.pop(message.stream)
+        stream = None
+        if message.request is not None:
+            stream = RequestStream(self, message.request, message.stream, max_held_bytes, begins_late=True)
+            self._register(stream, message.stream)
+        answer.set_result(stream)
 
     def _abort(self, stream: int) -> None:
         if self._streams.pop(stream, None) is not None and self._lost_reason is None:
@@ -293,7 +349,7 @@ class EngineConnection:
         streams, self._streams = self._streams, {}
         for stream in {id(stream): stream for stream, _ in streams.values()}.values():
             stream._fail(error)
-        for answer in self._asked.values():
+        for answer in (*self._asked.values(), *(answer for answer, _ in self._adopting.values())):
             if not answer.done():
                 answer.set_exception(error)
         if not self._welcome.done():
@@ -384,7 +440,8 @@ class BlockingConnection:
             raise EngineError(str(error), code="engine_gone") from None
         if isinstance(message, EngineStats):
             return message
-        self._deltas += message.deltas
+        if isinstance(message, Deltas):
+            self._deltas += message.deltas
         return None
 
     def _send(self, message: msgspec.Struct) -> None:
@@ -392,6 +449,12 @@ class BlockingConnection:
             self._channel.send(message)
         except PeerGoneError as error:
             raise EngineError(str(error), code="engine_gone") from None
+
+
+def _close_unwanted(adopted: asyncio.Future[RequestStream | None]) -> None:
+    """What was adopted for somebody who does not wait any more."""
+    if not adopted.cancelled() and adopted.exception() is None and (stream := adopted.result()) is not None:
+        stream.close()
 
 
 def _num_bytes(delta: TokenDelta) -> int:

@@ -20,6 +20,7 @@ import anyio
 import msgspec
 
 from rayllm.engine.client import READER_PAUSED
+from rayllm.engine.mirror import History
 from rayllm.errors import EngineError, RayLLMError
 from rayllm.messages import EngineStats, Finish, IngressReport, TokenDelta, TokenLogprobs
 from rayllm.request import Request
@@ -63,6 +64,7 @@ class Journal:
     def __init__(self, request: Request):
         self.request = request
         self.choices = [ChoiceLine() for _ in range(request.params.n)]
+        self.history = History() if request.keep is not None else None
         self.has_prompt_logprobs = False
         self.num_faults = 0
         """Drivers that were lost while the request was theirs."""
@@ -82,6 +84,8 @@ class Journal:
         for delta in news:
             self.choices[delta.stream].append(delta)
             self.has_prompt_logprobs |= delta.prompt_logprobs is not None
+            if self.history is not None:
+                self.history.append(delta.stream, delta)
         return news
 
     def note_fault(self, error: EngineError) -> None:
@@ -101,7 +105,10 @@ class Journal:
         if self.has_prompt_logprobs:
             params = params.with_(prompt_logprobs=None)
         emitted = tuple(choice.token_ids.tobytes() for choice in self.choices)
-        return msgspec.structs.replace(self.request, params=params, emitted=emitted)
+        keep = self.request.keep
+        if keep is not None and self.history is not None:
+            keep = msgspec.structs.replace(keep, history=self.history.encode())
+        return msgspec.structs.replace(self.request, params=params, emitted=emitted, keep=keep)
 
 
 class DeltaStream(Protocol):
@@ -116,10 +123,23 @@ class DeltaStream(Protocol):
     def close(self) -> None: ...
 
 
+class AdoptedStream(DeltaStream, Protocol):
+    """The deltas of a kept request, from its first token on."""
+
+    @property
+    def request(self) -> Request: ...
+
+
 class DriverConnection(Protocol):
     """One driver, until it is lost: `engine.client.EngineConnection`."""
 
     def submit(self, request: Request, max_held_bytes: int | None = None) -> DeltaStream: ...
+
+    async def adopt(
+        self, client_key: str, answer_id: str, takes_over: bool = True, max_held_bytes: int | None = None
+    ) -> AdoptedStream | None: ...
+
+    def forget(self, client_key: str, answer_id: str) -> None: ...
 
     async def stats(self) -> EngineStats: ...
 
@@ -174,11 +194,28 @@ class JournaledEngine:
         """Returns at once, with or without a driver."""
         return JournaledStream(self, Journal(request))
 
+    async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> JournaledStream | None:
+        """The stream, from its first token on, of a request that this driver keeps for that client (`Request.keep`);
+        None where it keeps none of that name, or, unless it `takes_over`, serves it to another process. Raises
+        `EngineError` where there is no driver."""
+        driver = self._driver()
+        stream = await driver.adopt(client_key, answer_id, takes_over, MAX_HELD_BYTES)
+        return None if stream is None else JournaledStream(self, Journal(stream.request), (driver, stream))
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        """Nobody will adopt that request any more."""
+        if self.driver is not None:
+            with contextlib.suppress(EngineError):
+                self.driver.forget(client_key, answer_id)
+
     async def stats(self) -> EngineStats:
         """The driver's figures. Raises `EngineError` where there is none."""
+        return await self._driver().stats()
+
+    def _driver(self) -> DriverConnection:
         if self.driver is None:
             raise EngineError(f"the engine's driver is gone: {self._lost_reason}", code="engine_gone")
-        return await self.driver.stats()
+        return self.driver
 
     def report(self, report: IngressReport) -> None:
         """Leaves this process's figures with the driver, where there is one."""
@@ -244,9 +281,12 @@ class JournaledEngine:
 
 
 class JournaledStream:
-    """What a request brings, over as many drivers as it takes: the interface of `engine.client.RequestStream`."""
+    """What a request brings, over as many drivers as it takes: the interface of `engine.client.RequestStream`.
+    `begun`: a driver that serves it already, and the stream there."""
 
-    def __init__(self, engine: JournaledEngine, journal: Journal):
+    def __init__(
+        self, engine: JournaledEngine, journal: Journal, begun: tuple[DriverConnection, DeltaStream] | None = None
+    ):
         self.journal = journal
         self._engine = engine
         self._driver: DriverConnection | None = None
@@ -254,7 +294,10 @@ class JournaledStream:
         self._submitted = False
         self._lost_s: float | None = None
         self._num_replayed = 0
-        if engine.driver is not None:
+        if begun is not None:
+            self._driver, self._stream = begun
+            self._submitted = True
+        elif engine.driver is not None:
             with contextlib.suppress(EngineError):  # lost, and not yet known to be: wait for another
                 self._submit(engine.driver, journal.request)
 
@@ -277,6 +320,10 @@ class JournaledStream:
                 self._note_replay()
                 return news
         raise StopAsyncIteration
+
+    @property
+    def request(self) -> Request:
+        return self.journal.request
 
     def abort_choice(self, choice: int) -> None:
         """Wants no more of this choice. Idempotent."""

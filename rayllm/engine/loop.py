@@ -17,16 +17,21 @@ import msgspec
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.admission import Admission, check_request
+from rayllm.engine.mirror import Kept, Mirror
 from rayllm.engine.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
 from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
+    ADOPTED_BY_ANOTHER,
     Abort,
+    Adopt,
+    Adopted,
     ClientMessage,
     Deltas,
     DriverMessage,
     EngineStats,
     Finish,
+    Forget,
     IngressReport,
     StatsQuery,
     StepPlan,
@@ -82,6 +87,17 @@ class _Open:
     unfinished: set[int] = field(default_factory=set)
     num_faults: int = 0
     """Faults at which it was in a plan that was out."""
+    kept: Kept | None = None
+    """Where it outlives its client."""
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether nothing of it was ever computed."""
+        return all(sequence.row is None and not sequence.num_emitted for sequence in self.sequences.values())
+
+    @property
+    def max_tokens(self) -> int:
+        return next(iter(self.sequences.values())).request.max_tokens
 
 
 class EngineLoop:
@@ -119,6 +135,7 @@ class EngineLoop:
         self._failure: EngineError | None = None
         self._num_deadlines = 0
         self._reports: dict[Client, IngressReport] = {}
+        self._mirror = Mirror()
         self._step_after_idleness = 0
         self.meanwhile: Callable[[float], None] | None = None
         """Waits at most so long for a sign of the workers, and has messages taken that come meanwhile."""
@@ -130,11 +147,15 @@ class EngineLoop:
     # ------------------------------------------------------------------------------------------------ requests in
 
     def submit(self, client: Client, message: ClientMessage) -> None:
-        """Takes one message of a client: a request, an abort or a question for figures."""
+        """Takes one message of a client: a request, an abort, an adoption, figures or a question for them."""
         if isinstance(message, Submit):
             self._submit(client, message)
         elif isinstance(message, Abort):
             self._abort_stream(client, message.stream)
+        elif isinstance(message, Adopt):
+            self._adopt(client, message)
+        elif isinstance(message, Forget):
+            self._mirror.forget(message.client_key, message.answer_id)
         elif isinstance(message, StatsQuery):
             others = [report for other, report in self._reports.items() if other != client]
             self._outbox(client, msgspec.structs.replace(self.stats(message.ticket), reports=others))
@@ -158,24 +179,35 @@ class EngineLoop:
             self._refuse(client, request, streams, Finish("error", code=error.code, message=str(error)))
             return
         # Clients choose their ids freely; the scheduler's must be unique among all of them.
-        request = msgspec.structs.replace(request, request_id=f"{client}/{message.stream}")
+        open_id = f"{client}/{message.stream}"
+        kept = self._mirror.add(request, open_id) if request.keep is not None else None
+        request = msgspec.structs.replace(request, request_id=open_id, keep=None)
         now = self._clock()
         if not self._scheduler.has_work:
             self._progress_at = now
             self._step_after_idleness = self._scheduler.num_plans + 1
         spans = DriverSpans(self.tracer, request.traceparent, now) if self.tracer and request.traceparent else None
         sequences = {sequence.choice: sequence for sequence in self._scheduler.add(request)}
-        self._open[request.request_id] = _Open(
-            client, message.stream, sequences, request.deadline_s, now, request.log_id, spans, unfinished=set(sequences)
+        self._open[open_id] = _Open(
+            client,
+            message.stream,
+            sequences,
+            request.deadline_s,
+            now,
+            request.log_id,
+            spans,
+            unfinished=set(sequences),
+            kept=kept,
         )
         self._num_deadlines += request.deadline_s is not None
         for choice in sequences:
-            self._streams[client, message.stream + choice] = request.request_id, choice
+            self._streams[client, message.stream + choice] = open_id, choice
         self._totals.num_prompt_tokens += len(request.prompt) // 4
         for choice, sequence in sequences.items():
             if sequence.finish is not None:  # a continued choice that had come to its end already
-                self._outbox(client, Deltas([TokenDelta(message.stream + choice, b"", sequence.finish)]))
-                self._close_choice(request.request_id, choice)
+                self._queue(self._open[open_id], choice, TokenDelta(message.stream + choice, b"", sequence.finish))
+                self._close_choice(open_id, choice)
+        self._flush()
 
     def _refuse(self, client: Client, request: Request, streams: range, finish: Finish) -> None:
         log.info("refused (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
@@ -188,17 +220,51 @@ class EngineLoop:
         request_id, choice = found
         request = self._open[request_id]
         self._scheduler.abort_sequence(request.sequences[choice])
+        if request.kept is not None:
+            request.kept.history.append(choice, TokenDelta(stream, b"", Finish("abort")))
         self._close_choice(request_id, choice)
 
+    def _adopt(self, client: Client, message: Adopt) -> None:
+        """Gives a kept request to this client, from its first token on; who had it is told."""
+        kept = self._mirror.find(message.client_key, message.answer_id)
+        if kept is not None and not (message.takes_over or kept.is_free):
+            kept = None
+        self._outbox(client, Adopted(message.stream, kept and kept.request))
+        if kept is None:
+            return
+        request = self._open.get(kept.open_id)
+        if request is None or request.kept is not kept:
+            kept.alone_since = self._clock()
+        else:
+            kept.alone_since = None
+            moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the answer goes on at another connection")
+            choices = sorted(request.unfinished)
+            self._outbox(request.client, Deltas([TokenDelta(request.first_stream + c, b"", moved) for c in choices]))
+            for choice in choices:
+                name = self._streams.pop((request.client, request.first_stream + choice))
+                self._streams[client, message.stream + choice] = name
+            request.client, request.first_stream = client, message.stream
+            log.info("adopted by another client", extra={"request_id": request.log_id})
+        if deltas := kept.history.deltas(message.stream):
+            self._outbox(client, Deltas(deltas))
+
     def client_gone(self, client: Client) -> None:
-        """A client left: everything of its is aborted and its KV freed at once."""
-        keys = [key for key in self._streams if key[0] == client]
-        for request_id in {self._streams[key][0] for key in keys}:
-            log.info("aborted: its client is gone", extra={"request_id": self._open[request_id].log_id})
-        for key in keys:
-            self._abort_stream(*key)
+        """A client left: everything of its is aborted and its KV freed at once, but for what is kept."""
+        open_ids = {name for (owner, _), (name, _) in self._streams.items() if owner == client}
+        for open_id in open_ids:
+            request = self._open[open_id]
+            if request.kept is not None and self._mirror.holds(request.kept):
+                request.kept.alone_since = self._clock()
+                log.info("goes on without its client", extra={"request_id": request.log_id})
+                continue
+            log.info("aborted: its client is gone", extra={"request_id": request.log_id})
+            self._abort_all(request)
         self._pending.pop(client, None)
         self._reports.pop(client, None)
+
+    def _abort_all(self, request: _Open) -> None:
+        for choice in sorted(request.unfinished):
+            self._abort_stream(request.client, request.first_stream + choice)
 
     def _close_choice(self, request_id: str, choice: int) -> None:
         request = self._open[request_id]
@@ -206,6 +272,8 @@ class EngineLoop:
         self._streams.pop((request.client, request.first_stream + choice), None)
         if not request.unfinished:
             del self._open[request_id]
+            if request.kept is not None:
+                request.kept.alone_since = self._clock()
             if request.spans is not None:
                 request.spans.close(self._clock())
             self._num_deadlines -= request.deadline_s is not None
@@ -357,6 +425,8 @@ class EngineLoop:
         return None if started_at is None else Times(started_at - request.arrived_at, self._progress_at - started_at)
 
     def _queue(self, request: _Open, choice: int, delta: TokenDelta) -> None:
+        if request.kept is not None:
+            request.kept.history.append(choice, delta)
         self._pending.setdefault(request.client, []).append(delta)
 
     def _flush(self) -> None:
@@ -368,12 +438,24 @@ class EngineLoop:
     # ------------------------------------------------------------------------------------------------ ends
 
     def _expire(self) -> None:
+        for kept in self._mirror.expired(self._clock()):
+            request = self._open.get(kept.open_id)
+            if request is not None and request.kept is kept:
+                log.info("aborted: no client came for it", extra={"request_id": request.log_id})
+                self._abort_all(request)
         if not self._num_deadlines:
             return
         now = self._wall_clock()
+        # While all rows are taken, who waits too long to be finished in time takes none from who can be.
+        token_s = 0.0 if self._scheduler.num_free_rows else self._admission.token_s
         for request_id, request in list(self._open.items()):
-            if request.deadline_s is not None and request.deadline_s <= now:
+            if request.deadline_s is None:
+                continue
+            if request.deadline_s <= now:
                 message = "the request's deadline passed before it was finished"
+                self._end(request_id, Finish("error", code="deadline_exceeded", message=message))
+            elif token_s and request.deadline_s < now + token_s * request.max_tokens and request.is_queued:
+                message = "the request waited for so long that it could not be finished before its deadline"
                 self._end(request_id, Finish("error", code="deadline_exceeded", message=message))
         self._flush()
 

@@ -109,12 +109,15 @@ def _add_answer_routes(app: FastAPI, endpoints: Endpoints) -> None:
     @app.delete("/v1/chat/completions/{answer_id}")
     async def drop_chat_completion(request: Request, answer_id: str) -> Response:
         """Ends an answer that `x-rayllm-resume` keeps going without its client."""
-        if endpoints.held.drop(answer_id, request.state.client_key):
-            return json_response({"id": answer_id, "object": "chat.completion.deleted", "deleted": True})
-        message = (
-            f"no answer {shorten(answer_id)} is held here: it has ended, or {RESUME_HEADER}: true did not begin it"
-        )
-        return endpoints.refuse(request, RequestError(message, code="answer_not_found", status=404))
+        try:
+            if not await endpoints.drop("/v1/chat/completions", answer_id, request.state.client_key):
+                message = (
+                    f"no answer {shorten(answer_id)} is held: it has ended, or {RESUME_HEADER}: true did not begin it"
+                )
+                raise RequestError(message, code="answer_not_found", status=404)
+        except Exception as error:
+            return endpoints.refuse(request, error)
+        return json_response({"id": answer_id, "object": "chat.completion.deleted", "deleted": True})
 
 
 # ----------------------------------------------------------------------------------------------------------- state

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rayllm.api import continuity
 from rayllm.api.answer import Answer
+from rayllm.api.continuity import Continuity
 from rayllm.api.errors import answer_for, shaped, shorten
-from rayllm.api.resume import LAST_EVENT_HEADER, RESUME_HEADER, HeldStreams
+from rayllm.api.resume import LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream, HeldStreams
 from rayllm.api.service import ModelService
 from rayllm.errors import RayLLMError, RequestError
 from rayllm.serve.http_answers import (
@@ -25,7 +27,9 @@ from rayllm.serve.http_answers import (
 
 TIMEOUT_HEADER = "x-request-timeout"
 _CLIENT_CLOSED_STATUS = 499
+_MAX_ANSWER_ID_CHARACTERS = 200
 _LOG = logging.getLogger("rayllm.serve")
+_T = TypeVar("_T")
 
 OpenAnswer = Callable[[dict[str, Any], ModelService, str], Awaitable[Answer]]
 """Checks a body, submits it for the client of that key, and returns its answer."""
@@ -50,16 +54,84 @@ class Endpoints:
 
     async def generate(self, request: Request, open_answer: OpenAnswer, *, always_streams: bool = False) -> Response:
         """An answer, streamed where the body says so; or the rest of one whose stream was lost."""
-        last_event_id, client_key = request.headers.get(LAST_EVENT_HEADER), request.state.client_key
+        client_key = request.state.client_key
         try:
-            if last_event_id is not None:
-                return EventStream(self.held.resume(last_event_id, client_key), nothing, self.read_timeout_s)
+            if LAST_EVENT_HEADER in request.headers:
+                return await self._resume(request, open_answer)
             fields = await self.read(request)
-            found = await open_answer(fields, self.service, client_key)
+            streams = always_streams or bool(fields.get("stream"))
+            with continuity.opened_with(continuity_of(request, fields) if streams else None):
+                found = await open_answer(fields, self.service, client_key)
         except Exception as error:
             return self.refuse(request, error)
-        streams = always_streams or fields.get("stream")
         return await (self.stream(request, found) if streams else self.whole(request, found))
+
+    async def _resume(self, request: Request, open_answer: OpenAnswer) -> Response:
+        """The rest of a stream, wherever it was begun."""
+        name, client_key = EventName.parse(request.headers[LAST_EVENT_HEADER]), request.state.client_key
+        path, events = request.url.path, self.held.find(name, client_key)
+        if events is None:
+            found = await self.adopt(
+                path, name.answer_id, client_key, lambda fields: open_answer(fields, self.service, client_key)
+            )
+            if found is None:
+                raise self.held.not_held(name)
+            events = self.hold(path, found, client_key, num_seen=name.number).read(name.number)
+        return EventStream(events, nothing, self.read_timeout_s)
+
+    def hold(
+        self,
+        path: str,
+        found: Answer,
+        client_key: str,
+        *,
+        background: bool = False,
+        num_seen: int = 0,
+    ) -> HeldStream:
+        """`HeldStreams.hold`, for an answer of that endpoint; when it is dropped, the engine forgets it too."""
+
+        def dropped() -> None:
+            if not found.is_adopted_by_another and (engine := self.service.engine) is not None:
+                engine.forget(client_key, continuity.kept_name(path, found.id))
+
+        return self.held.hold(found, client_key, background=background, num_seen=num_seen, on_dropped=dropped)
+
+    async def drop(self, path: str, answer_id: str, client_key: str) -> bool:
+        """Ends an answer that is held, here or elsewhere; False where there is none."""
+        if self.held.drop(answer_id, client_key):
+            return True
+        engine, name = self.service.model().engine, continuity.kept_name(path, answer_id)
+        stream = await engine.adopt(client_key, name)
+        if stream is None:
+            return False
+        stream.close()
+        engine.forget(client_key, name)
+        return True
+
+    async def adopt(
+        self,
+        path: str,
+        answer_id: str,
+        client_key: str,
+        open_again: Callable[[dict[str, Any]], Awaitable[_T]],
+        *,
+        takes_over: bool = True,
+    ) -> _T | None:
+        """What `open_again` makes of the body of an answer of that endpoint that another process began, over the tokens
+        that the engine keeps of it; None where it keeps none, or, unless it `takes_over`, another process has it."""
+        if len(answer_id) > _MAX_ANSWER_ID_CHARACTERS:
+            return None
+        name = continuity.kept_name(path, answer_id)
+        stream = await self.service.model().engine.adopt(client_key, name, takes_over)
+        if stream is None:
+            return None
+        try:
+            continued = continuity.adopted(path, answer_id, stream)
+            with continuity.opened_with(continued):
+                return await open_again(continued.fields)
+        except BaseException:
+            stream.close()
+            raise
 
     async def plain(self, request: Request, work: PlainWork) -> Response:
         """An answer that takes no generating."""
@@ -88,10 +160,9 @@ class Endpoints:
         finally:
             if not handed_on:
                 found.close()
-        comes_back = request.headers.get(RESUME_HEADER, "").lower() == "true"
-        if not comes_back or found.media_type != Answer.media_type:
+        if not _comes_back(request) or found.media_type != Answer.media_type:
             return EventStream(found.stream(), found.close, self.read_timeout_s, found.media_type)
-        held = self.held.hold(found.id, request.state.client_key, found.stream(), found.close)
+        held = self.hold(request.url.path, found, request.state.client_key)
         return EventStream(held.read(), nothing, self.read_timeout_s)
 
     def refuse(self, request: Request, error: Exception) -> Response:
@@ -105,6 +176,15 @@ class Endpoints:
             self.service.metrics.request_refused(refused.code)
         body_unread = isinstance(error, RequestError) and error.code in ("body_timeout", "body_too_large")
         return error_response(shaped(refused, request.scope["path"]), close=body_unread)
+
+
+def continuity_of(request: Request, fields: dict[str, Any]) -> Continuity | None:
+    """Of an answer that its client says it comes back to."""
+    return Continuity(request.url.path, fields) if _comes_back(request) else None
+
+
+def _comes_back(request: Request) -> bool:
+    return request.headers.get(RESUME_HEADER, "").lower() == "true"
 
 
 def _read_timeout(request: Request, fields: dict[str, Any]) -> None:

@@ -106,11 +106,11 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         try:
             yield
         finally:
-            app.state.held.close()
-            grammars.close()
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+            app.state.held.close()  # after the connection: what the driver keeps goes on, for another ingress
+            grammars.close()
 
     app.state.service = service
     app.router.lifespan_context = connected

@@ -2,98 +2,161 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import anyio
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api import responses
+from rayllm.api import continuity, responses
+from rayllm.api.continuity import Continuity
 from rayllm.api.response_store import ResponseStore, StoredResponse
-from rayllm.api.resume import HOLD_S, RESUME_HEADER
+from rayllm.api.responses import OpenedResponse
+from rayllm.api.resume import HOLD_S, LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream
 from rayllm.errors import RequestError
-from rayllm.serve.endpoints import Endpoints, nothing
+from rayllm.serve.endpoints import Endpoints, continuity_of, nothing
 from rayllm.serve.http_answers import EventStream, json_response
+
+_PATH = "/v1/responses"
+_MADE_AGAIN_S = 2.0
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
-    def on_dropped(stored: StoredResponse) -> None:
-        client_key, response_id = stored.key
-        endpoints.held.drop(response_id, client_key)
+    served = _Responses(endpoints)
+    app.state.responses = served.store
 
-    store = app.state.responses = ResponseStore(on_dropped)
+    @app.post(_PATH)
+    async def create_response(request: Request) -> Response:
+        return await served.create(request)
 
-    async def create(request: Request) -> Response:
+    @app.get(_PATH + "/{response_id}")
+    async def response(request: Request, response_id: str) -> Response:
+        if request.query_params.get("stream", "false").lower() == "true":
+            return await served.follow(request, response_id)
+        return await served.found(request, response_id, lambda key: served.store.get(key, response_id).response)
+
+    @app.delete(_PATH + "/{response_id}")
+    async def delete_response(request: Request, response_id: str) -> Response:
+        return await served.found(request, response_id, lambda key: responses.deleted(served.store, key, response_id))
+
+    @app.post(_PATH + "/{response_id}/cancel")
+    async def cancel_response(request: Request, response_id: str) -> Response:
+        return await served.found(request, response_id, lambda key: responses.cancelled(served.store, key, response_id))
+
+    @app.get(_PATH + "/{response_id}/input_items")
+    async def response_input_items(request: Request, response_id: str) -> Response:
+        def page(client_key: str) -> Any:
+            return responses.input_items(served.store, client_key, response_id, request.query_params)
+
+        return await served.found(request, response_id, page)
+
+
+class _Responses:
+    """The responses of one application: those that it stores, and those of others that the engine keeps."""
+
+    def __init__(self, endpoints: Endpoints):
+        self._endpoints = endpoints
+        self.store = ResponseStore(self._on_dropped)
+
+    async def create(self, request: Request) -> Response:
+        endpoints, client_key = self._endpoints, request.state.client_key
         try:
+            if LAST_EVENT_HEADER in request.headers:
+                name = EventName.parse(request.headers[LAST_EVENT_HEADER])
+                return EventStream(await self._events(name, client_key), nothing, endpoints.read_timeout_s)
             fields = await endpoints.read(request)
-            client_key = request.state.client_key
-            opened = await responses.open_response(fields, endpoints.service, store, client_key)
+            previous = fields.get("previous_response_id")
+            if isinstance(previous, str) and await self._bring(client_key, previous):
+                await self._ended(client_key, previous)
+            streams, background = bool(fields.get("stream")), fields.get("background") is True
+            if background:
+                outlives: Continuity | None = Continuity(_PATH, fields, in_background=True)
+            else:
+                outlives = continuity_of(request, fields) if streams else None
+            with continuity.opened_with(outlives):
+                opened = await responses.open_response(fields, endpoints.service, self.store, client_key)
         except Exception as error:
             return endpoints.refuse(request, error)
-        found = opened.answer
         if not opened.background:
-            return await (endpoints.stream if fields.get("stream") else endpoints.whole)(request, found)
-        held = endpoints.held.hold(found.id, client_key, found.stream(), found.close, background=True)
-        if opened.stored is not None:
-            opened.stored.num_event_bytes = lambda: held.num_bytes
-            opened.stored.cancel = lambda: held.end(found.cancel())
-        if fields.get("stream"):
+            return await (endpoints.stream if streams else endpoints.whole)(request, opened.answer)
+        held = self._hold(opened, client_key)
+        if streams:
             return EventStream(held.read(), nothing, endpoints.read_timeout_s)
-        return json_response(found.response)
+        return json_response(opened.answer.response)
 
-    def stored_answer(request: Request, work: Callable[[str], Any]) -> Response:
-        """The answer of `work`, which is given whose request it is."""
-        try:
-            return json_response(work(request.state.client_key))
-        except Exception as error:
-            return endpoints.refuse(request, error)
-
-    def follow(request: Request, response_id: str) -> Response:
+    async def follow(self, request: Request, response_id: str) -> Response:
         """The events of a response, those already seen left out."""
         client_key = request.state.client_key
         try:
-            num_seen = responses.starting_after(request.query_params)
-            store.get(client_key, response_id)
-            events = _held_events(endpoints, response_id, num_seen, client_key)
-        except RequestError as error:
-            return endpoints.refuse(request, error)
-        return EventStream(events, nothing, endpoints.read_timeout_s)
+            name = EventName(response_id, responses.starting_after(request.query_params))
+            if not self.store.has(client_key, response_id):
+                await self._adopt(client_key, name)
+            self.store.get(client_key, response_id)
+            events = await self._events(name, client_key)
+        except Exception as error:
+            return self._endpoints.refuse(request, error)
+        return EventStream(events, nothing, self._endpoints.read_timeout_s)
 
-    @app.post("/v1/responses")
-    async def create_response(request: Request) -> Response:
-        return await create(request)
+    async def found(self, request: Request, response_id: str, work: Callable[[str], Any]) -> Response:
+        """The answer of `work`, which is given whose request it is."""
+        client_key = request.state.client_key
+        try:
+            await self._bring(client_key, response_id)
+            return json_response(work(client_key))
+        except Exception as error:
+            return self._endpoints.refuse(request, error)
 
-    @app.get("/v1/responses/{response_id}")
-    async def response(request: Request, response_id: str) -> Response:
-        if request.query_params.get("stream", "false").lower() == "true":
-            return follow(request, response_id)
-        return stored_answer(request, lambda client_key: store.get(client_key, response_id).response)
+    async def _events(self, name: EventName, client_key: str) -> AsyncIterator[bytes]:
+        events = self._endpoints.held.find(name, client_key)
+        if events is None and await self._adopt(client_key, name):
+            events = self._endpoints.held.find(name, client_key)
+        if events is None:
+            raise RequestError(
+                f"no events of {name.answer_id[:100]!r} are held from there on: they are of responses with "
+                f"background=true, and for {HOLD_S:g} s of streams begun with {RESUME_HEADER}: true; fetch the "
+                "response without stream",
+                param="starting_after",
+                code="resume_not_found",
+                status=404,
+            )
+        return events
 
-    @app.delete("/v1/responses/{response_id}")
-    async def delete_response(request: Request, response_id: str) -> Response:
-        return stored_answer(request, lambda client_key: responses.deleted(store, client_key, response_id))
+    async def _bring(self, client_key: str, response_id: str) -> bool:
+        """Has the response here, where the engine keeps what another process made of it that nobody reads; whether it
+        was brought."""
+        if self.store.has(client_key, response_id):
+            return False
+        return await self._adopt(client_key, EventName(response_id, 0), takes_over=False)
 
-    @app.post("/v1/responses/{response_id}/cancel")
-    async def cancel_response(request: Request, response_id: str) -> Response:
-        return stored_answer(request, lambda client_key: responses.cancelled(store, client_key, response_id))
+    async def _ended(self, client_key: str, response_id: str) -> None:
+        """Waits a moment for a response that is made again: one that had ended soon has again."""
+        with anyio.move_on_after(_MADE_AGAIN_S):
+            while not self.store.get(client_key, response_id).ended:
+                await asyncio.sleep(0.005)
 
-    @app.get("/v1/responses/{response_id}/input_items")
-    async def response_input_items(request: Request, response_id: str) -> Response:
-        def page(client_key: str) -> Any:
-            return responses.input_items(store, client_key, response_id, request.query_params)
+    async def _adopt(self, client_key: str, name: EventName, *, takes_over: bool = True) -> bool:
+        def open_again(fields: dict[str, Any]) -> Any:
+            return responses.open_response(fields, self._endpoints.service, self.store, client_key)
 
-        return stored_answer(request, page)
+        opened: OpenedResponse | None = await self._endpoints.adopt(
+            _PATH, name.answer_id, client_key, open_again, takes_over=takes_over
+        )
+        if opened is not None:
+            self._hold(opened, client_key, name.number)
+        return opened is not None
 
+    def _hold(self, opened: OpenedResponse, client_key: str, num_seen: int = 0) -> HeldStream:
+        found, stored, background = opened.answer, opened.stored, opened.background
+        num_skipped = 0 if background else num_seen
+        held = self._endpoints.hold(_PATH, found, client_key, background=background, num_seen=num_skipped)
+        if stored is not None and background:
+            stored.num_event_bytes = lambda: held.num_bytes
+            stored.cancel = lambda: held.end(found.cancel())
+        return held
 
-def _held_events(endpoints: Endpoints, response_id: str, num_seen: int, client_key: str) -> AsyncIterator[bytes]:
-    try:
-        return endpoints.held.resume(f"{response_id}:{num_seen}", client_key)
-    except RequestError:
-        raise RequestError(
-            f"no events of {response_id[:100]!r} are held from there on: they are of responses with background=true, "
-            f"and for {HOLD_S:g} s of streams begun with {RESUME_HEADER}: true; fetch the response without stream",
-            param="starting_after",
-            code="resume_not_found",
-            status=404,
-        ) from None
+    def _on_dropped(self, stored: StoredResponse) -> None:
+        client_key, response_id = stored.key
+        self._endpoints.held.drop(response_id, client_key)

@@ -131,6 +131,12 @@ class FakeEngine:
         self.streams.append(FakeStream(self, request))
         return self.streams[-1]
 
+    async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> None:
+        """It keeps nothing."""
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        pass
+
     async def stats(self) -> EngineStats:
         if self.stats_error is not None:
             raise self.stats_error

@@ -53,5 +53,11 @@ class InprocClient:
         first, self._num_streams = self._num_streams, self._num_streams + request.params.n
         return InprocStream(self.engine, first, request)
 
+    async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> None:
+        """It keeps nothing."""
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        pass
+
     async def stats(self) -> EngineStats:
         return self.engine.stats()

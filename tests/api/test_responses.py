@@ -284,7 +284,7 @@ def test_tools_and_choices_become_those_of_a_chat() -> None:
 
 
 def test_thoughts_text_and_calls_become_items() -> None:
-    output = OutputItems()
+    output = OutputItems("resp_x")
     pieces = [
         Reasoning("h"),
         Reasoning("m"),

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from rayllm.api.resume import MAX_READ_BYTES, MAX_UNREAD_BYTES, HeldStream, HeldStreams
+from rayllm.api.resume import MAX_READ_BYTES, MAX_UNREAD_BYTES, EventName, HeldStream, HeldStreams
 from rayllm.errors import RequestError
 
 EVENTS = [
@@ -21,13 +21,16 @@ BIG = b"data: " + b"." * 10_000 + b"\n\n"
 class _Source:
     """Gives the events one by one, each when `go` allows it."""
 
+    id = "x"
+
     def __init__(self, events: list[bytes], num_allowed: int | None = None):
         self.events = events
         self.num_made = 0
         self.num_closed = 0
+        self.is_adopted_by_another = False
         self.allowed = asyncio.Semaphore(len(events) if num_allowed is None else num_allowed)
 
-    async def make(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncIterator[bytes]:
         for event in self.events:
             await self.allowed.acquire()
             self.num_made += 1
@@ -39,7 +42,15 @@ class _Source:
 
 def _held(source: _Source, hold_s: float = 60) -> tuple[HeldStreams, HeldStream]:
     streams = HeldStreams(hold_s)
-    return streams, streams.hold("x", "me", source.make(), source.close)
+    return streams, streams.hold(source, "me")
+
+
+def _resumed(streams: HeldStreams, last_event_id: str, client_key: str) -> AsyncIterator[bytes]:
+    name = EventName.parse(last_event_id)
+    events = streams.find(name, client_key)
+    if events is None:
+        raise streams.not_held(name)
+    return events
 
 
 async def _read(reader: AsyncIterator[bytes], num_pieces: int | None = None) -> bytes:
@@ -64,7 +75,7 @@ async def test_an_answer_that_nobody_wants_any_more_is_ended_by_its_own_client_a
     await asyncio.sleep(0)
     assert source.num_closed >= 1
     with pytest.raises(RequestError):
-        streams.resume("x:1", "me")
+        _resumed(streams, "x:1", "me")
 
 
 @pytest.mark.parametrize("num_seen", range(5))
@@ -77,7 +88,7 @@ async def test_a_resumed_stream_goes_on_after_the_event_last_seen(num_seen: int,
         await asyncio.sleep(0)
     await asyncio.sleep(0)
 
-    rest = await _read(streams.resume(f"x:{num_seen}", "me"))
+    rest = await _read(_resumed(streams, f"x:{num_seen}", "me"))
 
     assert rest == b"".join(event + b"\n\n" for event in ALL.split(b"\n\n")[num_seen:-1])
     assert source.num_made == 4
@@ -95,7 +106,7 @@ async def test_the_answer_goes_on_while_its_client_is_away_and_is_dropped_in_tim
     while not source.num_closed:
         await asyncio.sleep(0.01)
     with pytest.raises(RequestError, match="no events are held"):
-        streams.resume("x:1", "me")
+        _resumed(streams, "x:1", "me")
 
 
 async def test_a_stream_that_nobody_ever_read_is_dropped_too() -> None:
@@ -110,7 +121,7 @@ async def test_a_second_reader_ends_the_first() -> None:
     streams, stream = _held(source)
     first = asyncio.create_task(_read(stream.read()))
     await asyncio.sleep(0.01)
-    second = asyncio.create_task(_read(streams.resume("x:0", "me")))
+    second = asyncio.create_task(_read(_resumed(streams, "x:0", "me")))
     await asyncio.sleep(0.01)
     for _ in EVENTS:
         source.allowed.release()
@@ -126,11 +137,11 @@ async def test_what_is_made_for_an_absent_reader_and_kept_for_a_present_one_is_b
     await asyncio.sleep(0.01)
     assert MAX_UNREAD_BYTES // len(BIG) <= source.num_made <= MAX_UNREAD_BYTES // len(BIG) + 3
 
-    assert len(await _read(streams.resume("x:1", "me"))) == 199 * len(BIG)
+    assert len(await _read(_resumed(streams, "x:1", "me"))) == 199 * len(BIG)
     assert sum(len(piece) for _, piece in stream._held) <= MAX_READ_BYTES
     with pytest.raises(RequestError, match="no events are held"):
-        streams.resume("x:5", "me")
-    assert len(await _read(streams.resume("x:190", "me"))) == 10 * len(BIG)
+        _resumed(streams, "x:5", "me")
+    assert len(await _read(_resumed(streams, "x:190", "me"))) == 10 * len(BIG)
     streams.close()
 
 
@@ -141,7 +152,7 @@ async def test_what_is_made_for_an_absent_reader_and_kept_for_a_present_one_is_b
 async def test_what_is_not_held_is_not_found(event_id: str, client: str) -> None:
     streams, _ = _held(_Source(EVENTS, num_allowed=0))
     with pytest.raises(RequestError) as caught:
-        streams.resume(event_id, client)
+        _resumed(streams, event_id, client)
     assert (caught.value.status, caught.value.code) == (404, "resume_not_found")
     streams.close()
 
@@ -151,7 +162,7 @@ async def test_a_stream_in_the_background_waits_for_no_reader(monkeypatch: pytes
     num_events = 2 * MAX_UNREAD_BYTES // len(BIG)
     source = _Source([BIG] * num_events)
     streams = HeldStreams(hold_s=0)
-    stream = streams.hold("x", "me", source.make(), source.close, background=True)
+    stream = streams.hold(source, "me", background=True)
     slow = stream.read()
     while not source.num_closed:
         await asyncio.sleep(0)
@@ -159,16 +170,16 @@ async def test_a_stream_in_the_background_waits_for_no_reader(monkeypatch: pytes
     assert source.num_made == num_events
     assert stream.num_bytes == 30 * len(BIG)
     assert b"events_lost" in await anext(slow)
-    kept = b"".join([piece async for piece in streams.resume(f"x:{num_events - 30}", "me")])
+    kept = b"".join([piece async for piece in _resumed(streams, f"x:{num_events - 30}", "me")])
     assert kept == BIG * 30
     with pytest.raises(RequestError):
-        streams.resume("x:0", "me")
+        _resumed(streams, "x:0", "me")
 
 
 async def test_a_stream_that_is_ended_says_its_last_words() -> None:
     source = _Source(EVENTS, num_allowed=2)
     streams = HeldStreams()
-    stream = streams.hold("x", "me", source.make(), source.close, background=True)
+    stream = streams.hold(source, "me", background=True)
     while source.num_made < 2:
         await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -178,3 +189,39 @@ async def test_a_stream_that_is_ended_says_its_last_words() -> None:
     assert b"".join([piece async for piece in stream.read()]) == b"".join(EVENTS[:2]) + b"data: last\n\n"
     await asyncio.sleep(0)  # its task is cancelled, and closes it
     assert source.num_closed == 1
+
+
+async def test_what_another_process_sent_of_an_answer_is_not_held_again() -> None:
+    source = _Source(EVENTS, num_allowed=2)
+    streams = HeldStreams()
+    stream = streams.hold(source, "me", num_seen=3)
+    reading = asyncio.create_task(_read(stream.read(3)))
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    for _ in EVENTS:
+        source.allowed.release()
+    assert await reading == EVENTS[2] + EVENTS[3]
+    assert await _read(_resumed(streams, "x:3", "me")) == EVENTS[2] + EVENTS[3]
+    assert streams.find(EventName("x", 2), "me") is None, "not here, but it was made"
+    with pytest.raises(RequestError):
+        streams.find(EventName("x", 6), "me")
+    streams.close()
+
+
+async def test_a_number_beyond_what_is_made_again_is_told() -> None:
+    streams = HeldStreams()
+    stream = streams.hold(_Source(EVENTS), "me", num_seen=9)
+    assert b"there are 5 events only" in await _read(stream.read(9))
+    streams.close()
+
+
+async def test_an_answer_that_goes_on_elsewhere_is_not_found_here_any_more() -> None:
+    source = _Source(EVENTS)
+    source.is_adopted_by_another = True
+    dropped: list[str] = []
+    streams = HeldStreams()
+    stream = streams.hold(source, "me", on_dropped=lambda: dropped.append("x"))
+    assert await _read(stream.read()) == ALL, "who reads it hears its last words"
+    assert streams.find(EventName("x", 1), "me") is None
+    assert dropped == ["x"]
+    streams.close()

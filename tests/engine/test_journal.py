@@ -34,6 +34,14 @@ class _Driver:
         self.requests.append(request)
         return _Stream(self, request)
 
+    async def adopt(
+        self, client_key: str, answer_id: str, takes_over: bool = True, max_held_bytes: int | None = None
+    ) -> None:
+        raise AssertionError("not asked")
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        raise AssertionError("not asked")
+
     async def stats(self) -> EngineStats:
         raise AssertionError("not asked")
 

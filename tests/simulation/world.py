@@ -22,10 +22,11 @@ from rayllm.engine.client import EngineConnection
 from rayllm.engine.journal import JournaledEngine, JournaledStream
 from rayllm.engine.local import build_scheduler
 from rayllm.engine.loop import EngineLoop
+from rayllm.engine.mirror import HOLD_S
 from rayllm.errors import EngineError
 from rayllm.executor.channel import FrameReader, FrameWriter
-from rayllm.messages import Abort, ClientMessage, Deltas, DriverMessage, TokenDelta
-from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
+from rayllm.messages import Abort, Adopted, ClientMessage, Deltas, DriverMessage, TokenDelta
+from rayllm.request import Keep, Request, SamplingParams, pack_ids, unpack_ids
 
 START_S = 4e9  # Unix time of the fake clock: after any real one, which the journal looks at
 MAX_MODEL_LEN = 24
@@ -106,6 +107,12 @@ class SmallBuffers:
     def submit(self, request: Request, max_held_bytes: int | None = None) -> Any:
         return self._connection.submit(request, self._max_held_bytes)
 
+    async def adopt(self, *arguments: Any) -> Any:
+        return await self._connection.adopt(*arguments)
+
+    def forget(self, client_key: str, answer_id: str) -> None:
+        self._connection.forget(client_key, answer_id)
+
     async def stats(self) -> Any:
         return await self._connection.stats()
 
@@ -118,6 +125,8 @@ class Driver:
     executor: FaultyExecutor
     sockets: list[Socket] = field(default_factory=list)
     gone_ingresses: list[int] = field(default_factory=list)
+    gone: set[object] = field(default_factory=set)
+    """Clients that it knows to be gone."""
     unwanted: set[tuple[object, int]] = field(default_factory=set)
     """Client and stream of each choice that was aborted."""
     writer: FrameWriter = field(default_factory=FrameWriter)
@@ -134,6 +143,7 @@ class Reader:
     drop_choice: tuple[int, int] | None
     """Choice, and its tokens after which no more of it is wanted."""
     faults_before: int = 0
+    num_drivers_before: int = 0
     stream: JournaledStream | None = None
     task: asyncio.Task[None] | None = None
     deltas: dict[int, list[TokenDelta]] = field(default_factory=dict)
@@ -172,9 +182,12 @@ class World:
         self.deadline_share = rng.choice([0.0, 0.0, 0.3])
         self.num_client_keys = rng.choice([1, 1, 3])
         self.readers: list[Reader] = []
+        self.former_tasks: list[asyncio.Task[None]] = []
+        """Of readers that went on to another ingress."""
         self.driver: Driver | None = None
         self.num_drivers_lost = 0
         self.num_steps = 0
+        self.num_adopted = 0
 
     def _config(self) -> ResolvedConfig:
         rng = self.rng
@@ -248,7 +261,7 @@ class World:
         while driver.gone_ingresses:
             client = driver.gone_ingresses.pop()
             loop.client_gone(client)
-            driver.unwanted |= {(client, stream) for stream in range(1000)}
+            driver.gone.add(client)
         for socket in driver.sockets:
             for message in socket.messages(self.rng.choice([40, 1000, 10**6])):
                 self.faults.kill_driver_here("before a message")
@@ -266,8 +279,10 @@ class World:
         """What no one wants has no row, no KV and no place in the queue, from the moment it is known."""
         scheduler = driver.loop._scheduler
         for sequence in (*scheduler._running, *scheduler.waiting):
-            client, stream = map(int, sequence.request.request_id.split("/"))
-            assert (client, stream + sequence.choice) not in driver.unwanted, f"{sequence} goes on for no one"
+            open_ = driver.loop._open[sequence.request.request_id]
+            stream = open_.first_stream + sequence.choice
+            assert (open_.client, stream) not in driver.unwanted, f"{sequence} goes on for no one"
+            assert open_.client not in driver.gone or open_.kept is not None, f"{sequence} goes on without its ingress"
 
     def _settle(self) -> None:
         """No one wants anything any more: the driver comes back to its base line."""
@@ -275,6 +290,7 @@ class World:
         if self.driver is None:
             return
         driver = self.driver
+        self.now += 2 * HOLD_S  # nobody comes for what is kept
         for _ in range(50):
             try:
                 self._drive(driver)
@@ -287,6 +303,9 @@ class World:
         figures = scheduler.num_running, scheduler.num_waiting, scheduler.num_uncommitted, scheduler.num_blocks_used
         assert figures == (0, 0, 0, 0), f"running, waiting, uncommitted, blocks used: {figures}"
         assert not driver.loop._open, "a request is open and no one reads it"
+        self.now += 2 * HOLD_S
+        driver.loop.step()
+        assert not driver.loop._mirror._kept, "a request is kept for ever"
         assert scheduler.num_free_slots == self.num_blocks * self.block_size
 
     # ----------------------------------------------------------------------------------------------- drivers
@@ -315,7 +334,7 @@ class World:
     def _send(self, client: object, message: DriverMessage) -> None:
         """The driver's outbox."""
         assert self.driver is not None
-        assert isinstance(message, Deltas)
+        assert isinstance(message, (Deltas, Adopted))
         self.faults.kill_driver_here("before a frame is sent")
         frame = bytes(self.driver.writer.frame(message))
         socket = next((socket for socket in self.driver.sockets if socket.client == client), None)
@@ -341,20 +360,34 @@ class World:
     # --------------------------------------------------------------------------------------------- ingresses
 
     def _maybe_lose_ingress(self) -> None:
-        if self.driver is None or self.rng.random() >= 0.002 * (len(self.engines) - 1):
+        if self.driver is None or self.rng.random() >= 0.006 * (len(self.engines) - 1):
             return
         number = self.rng.randrange(len(self.engines))
         if number in self.lost_ingresses:
             return
         self.lost_ingresses.add(number)
         self.faults.log.append(f"ingress {number} lost")
+        others = [other for other in range(len(self.engines)) if other not in self.lost_ingresses]
+        for reader in self.readers:
+            if reader.ingress == number and reader.request.keep and others and not (reader.task and reader.task.done()):
+                self._move(reader, self.rng.choice(others))
         self._end_readers()
         driver = self.driver
         driver.sockets = [socket for socket in driver.sockets if socket.client != number]
         driver.gone_ingresses.append(number)
 
+    def _move(self, reader: Reader, ingress: int) -> None:
+        """Its ingress is lost: it asks another one for its answer."""
+        assert reader.task is not None
+        reader.task.cancel()
+        self.former_tasks.append(reader.task)
+        reader.ingress = ingress
+        reader.task = asyncio.create_task(self._adopt(reader))
+
     def _end_readers(self) -> None:
         """Those of lost ingresses. Asked for again each turn: before Python 3.12 `asyncio.wait_for` may swallow it."""
+        for task in self.former_tasks:
+            task.cancel()
         for reader in self.readers:
             if reader.ingress in self.lost_ingresses and reader.task is not None:
                 reader.closed = True
@@ -386,6 +419,7 @@ class World:
             priority=rng.choice([0, 0, 0, 1, -1]),
             cache_salt=rng.choice(["", "", "salt"]),
             client_key=str(rng.randrange(self.num_client_keys)),
+            keep=Keep(f"answer {number}", b"") if rng.random() < 0.5 else None,
         )
         return Reader(
             request,
@@ -402,7 +436,8 @@ class World:
             deadline_s = self.now + self.rng.choice([0.3, 3.0, 30.0])
             reader.request = msgspec.structs.replace(reader.request, deadline_s=deadline_s)
         reader.faults_before = self._num_faults()
-        reader.deltas = {choice: [] for choice in range(reader.request.params.n)}
+        reader.num_drivers_before = self.num_drivers_lost
+        reader.deltas = {}
         self.readers.append(reader)
         reader.task = asyncio.create_task(self._read(reader))
 
@@ -411,7 +446,27 @@ class World:
         return self.faults.num_recoveries + self.num_drivers_lost
 
     async def _read(self, reader: Reader) -> None:
-        stream = reader.stream = self.engines[reader.ingress].submit(reader.request)
+        await self._read_all(reader, self.engines[reader.ingress].submit(reader.request))
+
+    async def _adopt(self, reader: Reader) -> None:
+        had_tokens, keep = reader.num_tokens > 0, reader.request.keep
+        assert keep is not None
+        try:
+            stream = await self.engines[reader.ingress].adopt(reader.request.client_key, keep.answer_id)
+        except EngineError:  # the driver is lost too
+            reader.closed = True
+            return
+        if stream is None:
+            reader.closed = True
+            lost = self.num_drivers_lost > reader.num_drivers_before
+            assert lost or not had_tokens, f"{reader.request.request_id} is not kept"
+            return
+        self.num_adopted += 1
+        await self._read_all(reader, stream)
+
+    async def _read_all(self, reader: Reader, stream: JournaledStream) -> None:
+        reader.stream = stream
+        reader.deltas = mine = {choice: [] for choice in range(reader.request.params.n)}
         try:
             if reader.close_after == 0:
                 await asyncio.sleep(0)
@@ -420,7 +475,7 @@ class World:
             num_batches = 0
             async for deltas in stream:
                 for delta in deltas:
-                    reader.deltas[delta.stream].append(delta)
+                    mine[delta.stream].append(delta)
                 num_batches += 1
                 if num_batches == reader.close_after:
                     reader.closed = True
@@ -451,6 +506,8 @@ class World:
             finish = finishes.get(choice)
             if finish is not None and finish.reason == "error":
                 self._judge_refusal(reader, str(finish.code), finish.retry_after_s)
+            elif finish is not None and finish.reason == "abort":
+                assert choice in reader.dropped, f"{request.request_id}/{choice} was ended by nobody"
             elif finish is not None:
                 assert (tokens, finish.reason, finish.stop_reason) == (expected, reason, stop_reason)
             else:
