@@ -115,6 +115,8 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """The choice with this stream number is no longer wanted; its request's others go on. Unknown ones do nothing."""
 
     stream: int
+    pauses: bool = False
+    """It will be submitted again, when its reader has read what it has."""
 
 
 class Adopt(msgspec.Struct, frozen=True, array_like=True, tag="adopt"):
@@ -160,6 +162,8 @@ class IngressReport(msgspec.Struct, frozen=True, array_like=True, tag="report"):
 ClientMessage = Hello | Submit | Abort | Adopt | Forget | StatsQuery | IngressReport
 
 
+READER_PAUSED = "reader_paused"
+"""Code of the end of a choice that was to be submitted again when its reader has read what it has."""
 ADOPTED_BY_ANOTHER = "adopted_by_another"
 """Code of the last word to a client whose kept request goes on for another one."""
 

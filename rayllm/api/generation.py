@@ -181,7 +181,8 @@ class Generation:
             if continued is not None and continued.adopted is not None:
                 self._streams.append(continued.adopted)
             else:
-                self._streams += [engine.submit(request) for request in requests]
+                for request in requests:
+                    self._streams.append(engine.submit(request))
         except BaseException:
             self.close()
             raise

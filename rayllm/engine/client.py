@@ -28,6 +28,7 @@ from rayllm.executor.channel import (
     connect as connect_channel,
 )
 from rayllm.messages import (
+    READER_PAUSED,
     Abort,
     Adopt,
     Adopted,
@@ -45,7 +46,6 @@ from rayllm.request import MAX_CHOICES, Request
 
 CONNECT_TIMEOUT_S = 10.0
 STATS_TIMEOUT_S = 10.0
-READER_PAUSED = "reader_paused"
 _DELTA_BYTES = 256
 """About what a held `TokenDelta` costs beside what it carries."""
 _PEER = "the engine's driver"
@@ -110,11 +110,12 @@ class RequestStream:
         """Whether nothing more will come; what came may not have been taken yet."""
         return not self._open or self._error is not None
 
-    def abort_choice(self, choice: int) -> None:
-        """Wants no more of this choice; nothing of it comes after what came already. Idempotent."""
+    def abort_choice(self, choice: int, pauses: bool = False) -> None:
+        """Wants no more of this choice (for now, where it `pauses`); nothing of it comes after what came already.
+        Idempotent."""
         if choice in self._open:
             self._open.discard(choice)
-            self._connection._abort(self._first_stream + choice)
+            self._connection._abort(self._first_stream + choice, pauses)
             self._wake()
 
     def close(self) -> None:
@@ -142,7 +143,7 @@ class RequestStream:
             if self._num_held_bytes > self._max_held_bytes and self._open:
                 self._fail(EngineError("the reader does not read", code=READER_PAUSED))
                 for open_choice in sorted(self._open):
-                    self.abort_choice(open_choice)
+                    self.abort_choice(open_choice, pauses=True)
         self._wake()
 
     def _fail(self, error: EngineError) -> None:
@@ -336,9 +337,9 @@ class EngineConnection:
             self._register(stream, message.stream)
         answer.set_result(stream)
 
-    def _abort(self, stream: int) -> None:
+    def _abort(self, stream: int, pauses: bool) -> None:
         if self._streams.pop(stream, None) is not None and self._lost_reason is None:
-            self._send(Abort(stream))
+            self._send(Abort(stream, pauses))
 
     def _lost(self, reason: str) -> None:
         if self._lost_reason is not None:
@@ -349,7 +350,9 @@ class EngineConnection:
         streams, self._streams = self._streams, {}
         for stream in {id(stream): stream for stream, _ in streams.values()}.values():
             stream._fail(error)
-        for answer in (*self._asked.values(), *(answer for answer, _ in self._adopting.values())):
+        adopting = [answer for answer, _ in self._adopting.values()]
+        waiting: list[asyncio.Future[Any]] = [*self._asked.values(), *adopting]
+        for answer in waiting:
             if not answer.done():
                 answer.set_exception(error)
         if not self._welcome.done():

@@ -19,10 +19,9 @@ from typing import NoReturn, Protocol
 import anyio
 import msgspec
 
-from rayllm.engine.client import READER_PAUSED
 from rayllm.engine.mirror import History
 from rayllm.errors import EngineError, RayLLMError
-from rayllm.messages import EngineStats, Finish, IngressReport, TokenDelta, TokenLogprobs
+from rayllm.messages import READER_PAUSED, EngineStats, Finish, IngressReport, TokenDelta, TokenLogprobs
 from rayllm.request import Request
 
 log = logging.getLogger(__name__)
@@ -30,8 +29,8 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.05
 MAX_FAULTS = 3
 MAX_HELD_BYTES = 128 * 1024
-_LOST_CODES = frozenset({"engine_gone", "engine_error", "worker_died"})
-"""Codes of `Finish` by which a driver says that it is lost itself, not that it refuses a request."""
+_LOST_CODES = frozenset({"engine_gone", "engine_error", "worker_died", READER_PAUSED})
+"""Codes of `Finish` by which a driver says that it is lost itself, or has paused a request, not that it refuses it."""
 
 
 @dataclass(slots=True)
@@ -385,5 +384,5 @@ class JournaledStream:
 
 
 def is_fault(finish: Finish | None) -> bool:
-    """Whether these are a driver's last words, rather than a refusal."""
+    """Whether these are a driver's last words about a request that is to be submitted again, not a refusal."""
     return finish is not None and finish.reason == "error" and finish.code in _LOST_CODES

@@ -23,6 +23,7 @@ from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDied
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
     ADOPTED_BY_ANOTHER,
+    READER_PAUSED,
     Abort,
     Adopt,
     Adopted,
@@ -151,7 +152,7 @@ class EngineLoop:
         if isinstance(message, Submit):
             self._submit(client, message)
         elif isinstance(message, Abort):
-            self._abort_stream(client, message.stream)
+            self._abort_stream(client, message.stream, pauses=message.pauses)
         elif isinstance(message, Adopt):
             self._adopt(client, message)
         elif isinstance(message, Forget):
@@ -213,14 +214,14 @@ class EngineLoop:
         log.info("refused (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
         self._outbox(client, Deltas([TokenDelta(stream, b"", finish) for stream in streams]))
 
-    def _abort_stream(self, client: Client, stream: int) -> None:
+    def _abort_stream(self, client: Client, stream: int, *, pauses: bool = False) -> None:
         found = self._streams.get((client, stream))
         if found is None:
             return
         request_id, choice = found
         request = self._open[request_id]
         self._scheduler.abort_sequence(request.sequences[choice])
-        if request.kept is not None:
+        if request.kept is not None and not pauses:
             request.kept.history.append(choice, TokenDelta(stream, b"", Finish("abort")))
         self._close_choice(request_id, choice)
 
@@ -229,12 +230,16 @@ class EngineLoop:
         kept = self._mirror.find(message.client_key, message.answer_id)
         if kept is not None and not (message.takes_over or kept.is_free):
             kept = None
-        self._outbox(client, Adopted(message.stream, kept and kept.request))
+        self._outbox(client, Adopted(message.stream, None if kept is None else kept.request))
         if kept is None:
             return
+        deltas = kept.history.deltas(message.stream)
         request = self._open.get(kept.open_id)
         if request is None or request.kept is not kept:
             kept.alone_since = self._clock()
+            paused = Finish("error", code=READER_PAUSED, message="submit the request again")
+            choices = kept.history.unfinished(kept.request.params.n)
+            deltas += [TokenDelta(message.stream + choice, b"", paused) for choice in choices]
         else:
             kept.alone_since = None
             moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the answer goes on at another connection")
@@ -245,7 +250,7 @@ class EngineLoop:
                 self._streams[client, message.stream + choice] = name
             request.client, request.first_stream = client, message.stream
             log.info("adopted by another client", extra={"request_id": request.log_id})
-        if deltas := kept.history.deltas(message.stream):
+        if deltas:
             self._outbox(client, Deltas(deltas))
 
     def client_gone(self, client: Client) -> None:

@@ -78,6 +78,11 @@ class History:
             for line in self._lines
         ]
 
+    def unfinished(self, num_choices: int) -> list[int]:
+        """The choices that have no end in it."""
+        ended = {line.choice for line in self._lines if line.finish is not None}
+        return [choice for choice in range(num_choices) if choice not in ended]
+
     def encode(self) -> bytes:
         return _ENCODER.encode(self.deltas())
 

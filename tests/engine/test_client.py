@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from fakes import make_request
 
-from rayllm.engine.client import READER_PAUSED, BlockingConnection, EngineConnection, connect
+from rayllm.engine.client import BlockingConnection, EngineConnection, connect
 from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
 from rayllm.errors import EngineError, EngineUnreachableError
-from rayllm.messages import Abort, Deltas, EngineStats, Finish, StatsQuery, Submit, TokenDelta
+from rayllm.messages import READER_PAUSED, Abort, Deltas, EngineStats, Finish, StatsQuery, Submit, TokenDelta
 from rayllm.request import pack_ids, unpack_ids
 
 _STOP = Finish("stop")
@@ -114,7 +114,7 @@ async def test_a_reader_that_does_not_read_is_paused_and_others_are_not(driver: 
     async with await connect(driver.address) as connection:
         paused = connection.submit(make_request([1], max_tokens=5000), max_held_bytes=2000)
         other = connection.submit(make_request([1], max_tokens=5000))
-        await asyncio.to_thread(driver.wait_for, Abort(0))
+        await asyncio.to_thread(driver.wait_for, Abort(0, pauses=True))
         tokens = [token for delta in await anext(paused) for token in unpack_ids(delta.token_ids)]
         with pytest.raises(EngineError) as error:
             await anext(paused)

@@ -11,10 +11,9 @@ from fakes import expected_tokens, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayllm.engine.client import READER_PAUSED
 from rayllm.engine.journal import MAX_FAULTS, JournaledEngine, JournaledStream
 from rayllm.errors import EngineError
-from rayllm.messages import EngineStats, Finish, TokenDelta, TokenLogprobs
+from rayllm.messages import READER_PAUSED, EngineStats, Finish, TokenDelta, TokenLogprobs
 from rayllm.request import Request, pack_ids, unpack_ids
 
 _GONE = EngineError("the engine's driver is gone", code="engine_gone")

@@ -16,6 +16,7 @@ from rayllm.engine.loop import EngineLoop
 from rayllm.engine.mirror import HOLD_S, History, Mirror
 from rayllm.messages import (
     ADOPTED_BY_ANOTHER,
+    READER_PAUSED,
     Abort,
     Adopt,
     Adopted,
@@ -159,6 +160,18 @@ def test_what_its_client_ended_stays_ended() -> None:
     engine.loop.submit("first", Forget("me", "a"))
     engine.loop.submit("third", Adopt(0, "me", "a"))
     assert engine.adopted("third") is None
+
+
+def test_a_paused_request_is_submitted_again_by_who_adopts_it() -> None:
+    engine = _Engine()
+    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=100)))
+    for _ in range(4):
+        engine.loop.step()
+    engine.loop.submit("first", Abort(0, pauses=True))
+    engine.loop.submit("second", Adopt(0, "me", "a"))
+    *tokens, last = engine.deltas("second")
+    assert [t for delta in tokens for t in unpack_ids(delta.token_ids)] == engine.tokens("first", 0)
+    assert (last.token_ids, last.finish and last.finish.code) == (b"", READER_PAUSED)
 
 
 def test_a_request_that_nothing_keeps_ends_with_its_client() -> None:
