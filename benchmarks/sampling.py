@@ -28,6 +28,9 @@ MODES = {
     "top_k": SamplingParams(temperature=0.8, top_k=50),
     "top_k_top_p": SamplingParams(temperature=0.8, top_k=50, top_p=0.9),
     "penalties": SamplingParams(temperature=0, repetition_penalty=1.1, frequency_penalty=0.2),
+    "bad_words": SamplingParams(
+        temperature=0, bad_words_token_ids=tuple((i, i + 1, i + 2)[: i % 3 + 1] for i in range(40))
+    ),
     "greedy_logprobs": SamplingParams(temperature=0, logprobs=5),
 }
 

@@ -99,6 +99,8 @@ class BadWordTable:
 
     def append(self, rows: list[int], token_ids_B: Tensor) -> None:
         """`rows[i]` has emitted `token_ids_B[i]`, which may still be unknown to the host."""
+        if not self._recent_SL.shape[1]:
+            return  # all words are single tokens
         slot_B = self._ids([self._slot[row] for row in rows])
         self._recent_SL[slot_B] = torch.cat((self._recent_SL[slot_B], token_ids_B[:, None]), 1)[:, 1:]
 
