@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from rayllm.messages import RowStart, StepPlan, StepResult, TokenLogprobs
+from rayllm.messages import Finish, RowStart, StepPlan, StepResult, TokenLogprobs
 from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
 from rayllm.scheduler.scheduler import Scheduler
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate
@@ -30,10 +30,44 @@ def prefix_digests(tokens: list[int]) -> list[int]:
     return digests
 
 
-def draw(prefix_digest: int, seed: int, choice: int, num_emitted: int, params: SamplingParams) -> int:
+@dataclass
+class BoundText:
+    """Stands for a grammar's matcher, whatever the grammar, and is a fold of the tokens as that is: a token is less
+    than five away from the one before, and the text is complete when its tokens come to 25 in sum."""
+
+    last: int = 1
+    total: int = 0
+
+    @classmethod
+    def of(cls, params: SamplingParams, emitted: list[int]) -> BoundText | None:
+        """None where the text may be any."""
+        if params.structured_outputs is None:
+            return None
+        text = cls()
+        for token in emitted:
+            text.take(token)
+        return text
+
+    def forbidden(self) -> set[int]:
+        return set() if self.is_complete else {token for token in range(VOCAB_SIZE) if abs(token - self.last) > 4}
+
+    def take(self, token: int) -> None:
+        assert token not in self.forbidden(), f"{token} does not follow {self.last}"
+        self.last, self.total = token, self.total + token
+
+    @property
+    def is_complete(self) -> bool:
+        return self.total >= 25
+
+
+def draw(
+    prefix_digest: int, seed: int, choice: int, num_emitted: int, params: SamplingParams, text: BoundText | None = None
+) -> int:
     """The next token, a pure function of its arguments; before `min_tokens`, stop tokens are masked."""
     token = digest(prefix_digest, seed, choice, num_emitted) % VOCAB_SIZE
     masked = {EOS, *params.stop_token_ids} if num_emitted < params.min_tokens else set()
+    if text is not None:
+        masked |= text.forbidden()
     while token in masked:
         token = (token + 1) % VOCAB_SIZE
     return token
@@ -43,15 +77,20 @@ def expected_answer(request: Request, choice: int, max_model_len: int) -> tuple[
     """All tokens of a choice, finish reason and stop reason, by the rules and with no scheduler."""
     params, prompt = request.params, list(request.prompt_token_ids)
     emitted: list[int] = []
+    text = BoundText.of(params, emitted)
     last = prefix_digests(prompt)[-1]
     while True:
-        token = draw(last, request.seed, choice, len(emitted), params)
+        token = draw(last, request.seed, choice, len(emitted), params, text)
         last = digest(last, token)
         emitted.append(token)
+        if text is not None:
+            text.take(token)
         if token == EOS and not params.ignore_eos:
             return emitted, "stop", None
         if token in params.stop_token_ids and len(emitted) >= params.min_tokens:
             return emitted, "stop", token
+        if text is not None and text.is_complete:
+            return emitted, "stop", None
         if len(emitted) == request.max_tokens or len(prompt) + len(emitted) == max_model_len:
             return emitted, "length", None
 
@@ -63,6 +102,7 @@ class Row:
     digests: list[int]
     blocks: list[int]
     num_computed: int
+    text: BoundText | None
     written: list[int] = field(default_factory=list)
     """Slots of the last step."""
     spoiled: bool = False
@@ -98,7 +138,8 @@ class SimulatedWorker:
             tokens = list(unpack_ids(start.tokens))
             assert start.num_computed_tokens < len(tokens)
             blocks = list(unpack_ids(start.blocks))
-            self.rows[start.row] = Row(start, tokens, prefix_digests(tokens), blocks, start.num_computed_tokens)
+            text = BoundText.of(start.params, tokens[start.num_prompt_tokens :])
+            self.rows[start.row] = Row(start, tokens, prefix_digests(tokens), blocks, start.num_computed_tokens, text)
         for row, block in zip(unpack_ids(plan.grown_rows), unpack_ids(plan.grown_blocks), strict=True):
             self.rows[row].blocks.append(block)
         for row in self.rows.values():
@@ -138,7 +179,7 @@ class SimulatedWorker:
         return msgspec.structs.replace(result, invalid_rows=result.invalid_rows + pack_ids([row_id]))
 
     def _sample(self, plan: StepPlan, rows, counts) -> StepResult:
-        sampled, token_ids, logprobs, prompt_logprobs = [], [], {}, {}
+        sampled, token_ids, logprobs, prompt_logprobs, ends = [], [], {}, {}, {}
         for row_id, count in zip(rows, counts):
             row, start = self.rows[row_id], self.rows[row_id].start
             if start.params.prompt_logprobs is not None:
@@ -148,7 +189,11 @@ class SimulatedWorker:
                     prompt_logprobs[row_id] = [say(position, row.tokens[position]) for position in wanted]
             if row.num_computed == len(row.tokens):
                 num_emitted = len(row.tokens) - start.num_prompt_tokens
-                token = draw(row.digests[-1], start.seed, start.choice, num_emitted, start.params)
+                token = draw(row.digests[-1], start.seed, start.choice, num_emitted, start.params, row.text)
+                if row.text is not None and not row.text.is_complete:
+                    row.text.take(token)
+                    if row.text.is_complete:
+                        ends[row_id] = Finish("stop", is_complete=True)
                 if start.params.logprobs is not None:
                     logprobs[row_id] = say(len(row.tokens), token)
                 row.tokens.append(token)
@@ -163,6 +208,7 @@ class SimulatedWorker:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             elapsed_s=0.0,
+            ends=ends,
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 from simulation.world import World, run_seed
 
+from rayllm.messages import Finish
+
 NUM_SEEDS = 2000  # any other number: python tests/simulation --seeds N --first S
 _PER_TEST = 250
 
@@ -46,7 +48,7 @@ def test_the_runs_meet_every_fault_and_every_end() -> None:
         seen |= {"adopted"} if world.num_adopted else set()
         for reader in world.readers:
             finishes = [deltas[-1].finish for deltas in reader.deltas.values() if deltas]
-            seen.update(str(finish.code or finish.reason) for finish in finishes if finish is not None)
+            seen.update(_word(finish) for finish in finishes if finish is not None)
     driver = [
         "before a message",
         "after a message",
@@ -62,6 +64,10 @@ def test_the_runs_meet_every_fault_and_every_end() -> None:
     worker = ["before a plan", "during a plan", "before a result", "by a hang", "after a result", "while idle"]
     worker += ["by NaN in one row"]
     ends = ["length", "stop", "overloaded", "deadline_exceeded", "poison_request", "ingress 0 lost", "ingress 1 lost"]
-    ends += ["invalid_logits", "adopted"]
+    ends += ["invalid_logits", "adopted", "complete"]
     wanted = {f"driver killed {place}" for place in driver} | {f"worker broken {place}" for place in worker} | {*ends}
     assert seen - {"abort"} == wanted | {"worker broken for good, in its replacement"}
+
+
+def _word(finish: Finish) -> str:
+    return "complete" if finish.is_complete else str(finish.code or finish.reason)

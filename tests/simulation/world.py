@@ -26,11 +26,12 @@ from rayllm.engine.mirror import HOLD_S
 from rayllm.errors import EngineError
 from rayllm.executor.channel import FrameReader, FrameWriter
 from rayllm.messages import Abort, Adopted, ClientMessage, Deltas, DriverMessage, TokenDelta
-from rayllm.request import Keep, Request, SamplingParams, pack_ids, unpack_ids
+from rayllm.request import Keep, Request, SamplingParams, StructuredOutputsParams, pack_ids, unpack_ids
 
 START_S = 4e9  # Unix time of the fake clock: after any real one, which the journal looks at
 MAX_MODEL_LEN = 24
 MAX_TURNS = 3000
+BOUND = StructuredOutputsParams(json="{}")
 _STEMS = ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9], [2, 2, 2])
 
 
@@ -409,6 +410,7 @@ class World:
             stop_token_ids=rng.choice([(), (), (5, 6)]),
             logprobs=rng.choice([None, None, 0]),
             prompt_logprobs=rng.choice([None, None, None, 0]),
+            structured_outputs=rng.choice([None, None, BOUND]),
         )
         request = Request(
             request_id=f"r{number}",
@@ -510,6 +512,8 @@ class World:
                 assert choice in reader.dropped, f"{request.request_id}/{choice} was ended by nobody"
             elif finish is not None:
                 assert (tokens, finish.reason, finish.stop_reason) == (expected, reason, stop_reason)
+                by_grammar = reason == "stop" and stop_reason is None and tokens[-1] != EOS
+                assert finish.is_complete == by_grammar, "its last token is text, or is none"
             else:
                 given_up = reader.closed or reader.error is not None or choice in reader.dropped
                 assert given_up, f"{request.request_id}/{choice} ended with {tokens} of {expected} and no word"
