@@ -4,6 +4,7 @@ to tell, but by the clock."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rayllm.api.tool_formats import HERMES
+from rayllm.api.tool_grammar import GrammarWriter, Thinking
+from rayllm.api.tools import read_tools
 from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.engine.continued import ContinuedEngine
 from rayllm.engine.owner import OwnedEngine
 from rayllm.engine.resolve import resolve
 from rayllm.messages import EngineStats, Finish, TokenLogprobs
-from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
+from rayllm.request import Request, SamplingParams, StructuredOutputsParams, pack_ids, unpack_ids
 
 SHARED = list(range(40, 80))
 BROKEN = 270
@@ -38,6 +42,23 @@ def _request(prompt: list[int], **params: Any) -> Request:
     )
 
 
+def _bound(seed: int, n: int = 1, **text: Any) -> Request:
+    """Nothing but this, and to its end."""
+    params = StructuredOutputsParams(**text)
+    return _request([15, seed], n=n, temperature=1.0, seed=seed, max_tokens=100, structured_outputs=params)
+
+
+def _call() -> str:
+    """The grammar of a chat that must call a tool."""
+    tool = {"type": "function", "function": {"name": "pack", "parameters": _SCHEMA}}
+    plan = read_tools([tool], "required", parallel=False)
+    assert plan is not None
+    return GrammarWriter({}).forced(plan, HERMES, None, Thinking.NONE)
+
+
+_SIZES = {"type": "array", "items": {"enum": ["small", "large", "vast"]}, "minItems": 2, "maxItems": 3}
+_SCHEMA = {"type": "object", "properties": {"sizes": _SIZES}, "required": ["sizes"], "additionalProperties": False}
+BOUND = [_bound(8, n=2, json=json.dumps(_SCHEMA)), _bound(9, grammar=_call())]
 LOAD = [
     _request([5, 6, 7], n=3, temperature=1.0, seed=3),
     _request([9] * 150, logprobs=2),
@@ -46,6 +67,7 @@ LOAD = [
     _request([*SHARED, 1], prompt_logprobs=1, max_tokens=30),
     _request([*SHARED, 2], logprobs=1, max_tokens=90),
     _request([*SHARED, 3], temperature=1.0, top_k=20, seed=6),
+    *BOUND,
     _request([13, BROKEN, 14], n=2, temperature=1.0, seed=7),
 ]
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from chaos.mixed_load import LOAD, Answer, Engine, kill, moment_of, stop_for_a_while
+from chaos.mixed_load import BOUND, LOAD, Answer, Engine, kill, moment_of, stop_for_a_while
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
 
@@ -27,7 +27,10 @@ def engine(ray_cluster: None, llama_path: Path) -> Iterator[Engine]:
 def undisturbed(engine: Engine) -> list[Answer]:
     answers = engine.run()
     assert [len(answer.tokens) for answer in answers[:4]] == [60] * 4
-    for answer in answers[-LOAD[-1].params.n :]:
+    num_bound, num_last = sum(request.params.n for request in BOUND), LOAD[-1].params.n
+    for answer in answers[-num_bound - num_last : -num_last]:
+        assert answer.finishes[0].is_complete, "it did not come to its grammar's end"
+    for answer in answers[-num_last:]:
         assert (answer.tokens, answer.finishes[0].code) == ([], "invalid_logits")
     return answers
 
