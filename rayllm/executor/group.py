@@ -262,12 +262,13 @@ class WorkerGroup:
             "num_gpus": resources.get("GPU", 0),
             "max_restarts": 0,
             "concurrency_groups": {_HEALTH: 1},
-            "runtime_env": {"env_vars": worker_environment(self._config, self._single_node)},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self._placement_group, placement_group_bundle_index=bundle_index
             ),
         }
-        return ray.remote(**options)(WorkerActor).remote(self._config, rank, self._runner_factory)
+        # No runtime_env: Ray would start the process twice over, and could give it none of those that wait for work.
+        environment = worker_environment(self._config, self._single_node)
+        return ray.remote(**options)(WorkerActor).remote(self._config, rank, environment, self._runner_factory)
 
     def _end(self, ranks: Iterable[int]) -> set[int]:
         """Ends these ranks' processes, also where they are stopped; a rank that Ray cannot end now is cut off by its

@@ -17,7 +17,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -265,7 +265,14 @@ class WorkerActor:
     `run`. Those of the concurrency group `health` are answered while others run.
     """
 
-    def __init__(self, config: ResolvedConfig, rank: int | None, runner_factory: RunnerFactory | None = None):
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        rank: int | None,
+        environment: Mapping[str, str],
+        runner_factory: RunnerFactory | None = None,
+    ):
+        os.environ.update(environment)
         self._config = config
         self._loop = WorkerLoop(config, rank, runner_factory)
         self._name_logs(rank)
