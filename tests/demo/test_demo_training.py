@@ -108,7 +108,7 @@ def test_batches_repeat_from_their_seed(corpus: Corpus, tokenizer: Tokenizer) ->
 
 @pytest.mark.usefixtures("torch_settings")
 def test_two_trainings_from_one_seed_give_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of every phase, in small batches: without bfloat16 in its instructions a CPU takes seconds for 2048 tokens."""
+    """A step of every phase. Its batches are small: a CPU without bfloat16 takes seconds for 2048 tokens."""
     monkeypatch.setattr(training, "BATCH_TOKENS", 128)
     monkeypatch.setattr(training, "EXAMPLES_PER_ROUND", 64)
     monkeypatch.setattr(training, "MAX_EAGER_TOKENS", 40)  # so that both kinds of attention are taken
