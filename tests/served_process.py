@@ -4,14 +4,14 @@
         served.client.get("/v1/models")          # httpx, at the server's address, with its key
         served.url, served.processes, served.log_text()
 
-A start costs 10 to 20 seconds. A test that does the server no harm takes the session's `served_demo` fixture instead,
-and one that needs no real process takes the app itself (`serve.served`).
+A start costs 10 to 20 seconds. A test that needs no real process takes the app itself (`serve.served`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import httpx
 
-from rayllm.serve.lifecycle import free_port
 from rayllm.serve.processes import Process, descendants
 
 READY_TIMEOUT_S = 150.0
@@ -36,11 +35,13 @@ class ServedProcess:
     """A server that was ready, and what it looked like then."""
 
     process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-    """All that the command printed."""
+    output: Path
+    """What the command printed; its log files are beside it."""
+    errors: Path
+    """The same on its standard error."""
     client: httpx.Client
     """At the server's address, with its key where it has one; waits a minute."""
+    port: int = 0
     processes: frozenset[Process] = field(default=frozenset())
     """Controller, proxy, replicas, driver and workers."""
 
@@ -49,7 +50,8 @@ class ServedProcess:
         return f"http://127.0.0.1:{self.port}"
 
     def log_text(self) -> str:
-        return self.log.read_text(errors="replace")
+        """All that the command printed."""
+        return self.output.read_text(errors="replace") + self.errors.read_text(errors="replace")
 
     def pids(self, name: str = "") -> list[int]:
         """Processes below the server whose command line starts with `name`, such as "ray::WorkerActor"."""
@@ -89,25 +91,24 @@ class ServedProcess:
 
 @contextlib.contextmanager
 def running_serve(
-    *flags: str, env: Mapping[str, str] | None = None, api_key: str | None = None, port: int | None = None
+    *flags: str, env: Mapping[str, str] | None = None, api_key: str | None = None
 ) -> Iterator[ServedProcess]:
-    """`rayllm serve *flags` on a free port, ready. `env` is added to the environment.
+    """`rayllm serve *flags --port 0`, ready, with a Ray of its own. `env` is added to the environment.
 
-    Afterwards it is stopped by SIGTERM: it must return 0 within its time and leave no process behind, unless the test
-    has ended it itself.
+    Afterwards it is stopped by SIGTERM: it must say so, return 0 within its time and leave no process behind, unless
+    the test has ended it itself.
     """
-    port = port or free_port()
     keys = ("--api-key", api_key) if api_key else ()
-    command = [sys.executable, "-m", "rayllm", "serve", *flags, "--port", str(port), *keys]
+    command = [sys.executable, "-m", "rayllm", "serve", *flags, "--port", "0", *keys]
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     with tempfile.TemporaryDirectory(prefix="served-") as folder, contextlib.ExitStack() as resources:
-        log = Path(folder) / "output.txt"
-        environment = {**os.environ, "RLLM_LOG_DIR": folder, **(env or {})}
-        output = resources.enter_context(log.open("wb"))
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False)
-        resources.enter_context(client)
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        served = ServedProcess(process, port, log, client)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {"RLLM_LOG_DIR": folder, **(env or {})}
+        output, errors = Path(folder) / "output.txt", Path(folder) / "errors.txt"
+        streams = [resources.enter_context(path.open("wb")) for path in (output, errors)]
+        client = resources.enter_context(httpx.Client(headers=headers, timeout=60, trust_env=False))
+        process = subprocess.Popen(command, env=environment, stdout=streams[0], stderr=streams[1])
+        served = ServedProcess(process, output, errors, client)
         try:
             _wait_ready(served)
             served.processes = _actors(process.pid)
@@ -121,14 +122,15 @@ def running_serve(
 
 
 def _wait_ready(served: ServedProcess) -> None:
+    """Until the command says where it answers, and does."""
     deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while not (said := re.search(r"^URL +http://127\.0\.0\.1:(\d+)/v1$", served.log_text(), re.MULTILINE)):
         assert served.process.poll() is None, f"the server ended: {served.log_text()}"
-        with contextlib.suppress(httpx.TransportError):
-            if served.client.get("/health").status_code == 200:
-                return
-        time.sleep(0.1)
-    raise AssertionError(f"the server was not ready within {READY_TIMEOUT_S:g} s: {served.log_text()}")
+        assert time.monotonic() < deadline, f"not ready within {READY_TIMEOUT_S:g} s: {served.log_text()}"
+        time.sleep(0.05)
+    served.port = int(said[1])
+    served.client.base_url = httpx.URL(served.url)
+    assert served.client.get("/health").status_code == 200
 
 
 def _actors(root: int) -> frozenset[Process]:
@@ -141,7 +143,10 @@ def _actors(root: int) -> frozenset[Process]:
 def _stop(served: ServedProcess) -> None:
     """By SIGTERM, and looks that nothing is left."""
     family = descendants(served.process.pid)
+    assert {"raylet", "gcs_server"} <= {each.command() for each in family}
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(STOP_TIMEOUT_S) == 0, served.log_text()
     left = [each.command_line() for each in family if each.is_alive()]
     assert not left, f"still there: {left}"
+    assert served.output.read_text().splitlines()[-1] == "stopped"
+    assert served.errors.read_text() == ""

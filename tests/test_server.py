@@ -48,6 +48,14 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield Server(served, client, request.param)
 
 
+def test_what_it_says_is_its_own(server: Server) -> None:
+    """Its last words are looked at when it is stopped."""
+    said = server.served.output.read_text().splitlines()
+    assert said[-1].startswith("Ctrl-C stops it")
+    assert not any("ray" in line.lower().replace("rayllm", "") for line in said if "Ray ..." not in line)
+    assert server.served.errors.read_text() == ""
+
+
 def _ask(question: str) -> list[Any]:
     return [{"role": "user", "content": question}]
 

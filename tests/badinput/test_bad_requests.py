@@ -95,7 +95,7 @@ class Served:
 
     def logs(self) -> str:
         """All that was logged: by the command, and by the engine's processes into Ray's folder."""
-        found = [self.server.log, *self.server.log.parent.glob("*.log")]
+        found = [self.server.output, self.server.errors, *self.server.output.parent.glob("*.log")]
         for process in self.server.processes:
             with contextlib.suppress(OSError):
                 links = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]

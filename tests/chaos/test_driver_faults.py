@@ -1,4 +1,4 @@
-"""The driver of a real server is killed in the middle of a mixed load, twice: no client may see it."""
+"""The driver of a real server is lost in the middle of a mixed load, twice: no client may see it. Then the server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ import httpx
 import pytest
 from served_process import ServedProcess, running_serve
 from tiny import make_checkpoint
+
+from rayllm.serve.processes import descendants, end_all
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
@@ -117,3 +120,24 @@ async def test_no_client_sees_that_the_driver_was_killed_and_the_next_one_stoppe
     assert server.metric("rayllm:requests_replayed_total") >= 2 * len(load) - 2
     gap_s = server.metric("rayllm:replay_gap_seconds_sum") / server.metric("rayllm:replay_gap_seconds_count")
     print(f"mean gap {gap_s:.2f} s")
+
+
+_RAYS_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
+"""Ray's own two agents outlive a killed serve by about a minute; no port of ours is theirs."""
+
+
+def test_a_killed_serve_takes_its_engine_along(server: ServedProcess) -> None:
+    """The last test of this server."""
+    family = descendants(server.process.pid)
+    engine = {each for each in family if not each.command().startswith(_RAYS_AGENTS)}
+    assert {"raylet", "gcs_server"} <= {each.command() for each in engine}
+    assert len(engine) >= 8
+    try:
+        server.process.kill()
+        server.process.wait(30)
+        deadline = time.monotonic() + 60
+        while any(each.is_alive() for each in engine) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [each.command_line() for each in engine if each.is_alive()]
+    finally:
+        end_all(family, grace_s=2)

@@ -1,14 +1,7 @@
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +11,6 @@ from rayllm.config import EngineConfig, ServerConfig
 from rayllm.errors import ConfigError, EngineError
 from rayllm.serve import lifecycle
 from rayllm.serve.lifecycle import RunningServer, check_port, failure_reason, joins_serve, num_logical_cpus
-from rayllm.serve.processes import Process, descendants, end_all
 
 ENGINE = EngineConfig()
 SERVER = ServerConfig()
@@ -130,90 +122,6 @@ def test_health_tells_the_stage_of_a_server_that_is_not_ready() -> None:
     ready, stage = running.health()
     assert not ready
     assert stage.startswith("not reachable")
-
-
-# ------------------------------------------------------------------------------------------- with real processes
-
-_RAYS_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
-"""Ray's own two agents outlive a killed serve by about a minute; no port of ours is theirs."""
-
-
-def _serve(*argv: str, log_dir: Path) -> "subprocess.Popen[str]":
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "rayllm", "serve", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, "RLLM_LOG_DIR": str(log_dir)},
-    )
-
-
-def _read_until(process: "subprocess.Popen[str]", word: str) -> list[str]:
-    assert process.stdout is not None
-    lines: list[str] = []
-    for line in process.stdout:
-        lines.append(line.rstrip())
-        if word in line:
-            return lines
-    raise AssertionError(f"{word!r} never came: {lines}, {process.stderr.read() if process.stderr else ''}")
-
-
-def _family(process: "subprocess.Popen[str]") -> set[Process]:
-    found: set[Process] = set()
-    for each in descendants(process.pid):
-        found |= {each, *descendants(each.pid)}
-    return found
-
-
-@pytest.mark.cluster
-def test_serve_answers_and_a_signal_ends_it_with_every_process(llama_path: Path, tmp_path: Path) -> None:
-    process = _serve(str(llama_path), "--device", "cpu", "--port", "0", "--num-kv-blocks", "64", log_dir=tmp_path)
-    family: set[Process] = set()
-    try:
-        said = _read_until(process, "Ctrl-C stops it")
-        family = _family(process)
-        url = next(line.split()[1] for line in said if line.startswith("URL"))
-        with urllib.request.urlopen(f"{url}/models", timeout=30) as answer:
-            assert json.load(answer)["data"][0]["id"] == llama_path.name
-        commands = {each.command() for each in family}
-        assert {"raylet", "gcs_server"} <= commands
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=90)
-        assert process.returncode == 0, (out, err)
-        assert out.splitlines()[-1] == "stopped"
-        assert err == ""
-        assert not [each for each in family if each.is_alive()]
-        assert not any("ray" in line.lower().replace("rayllm", "") for line in said if "Ray ..." not in line)
-    finally:
-        process.kill()
-        process.wait()
-        end_all(family, grace_s=2)
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-
-
-@pytest.mark.cluster
-def test_a_killed_serve_takes_its_engine_along(llama_path: Path, tmp_path: Path) -> None:
-    process = _serve(str(llama_path), "--device", "cpu", "--port", "0", "--num-kv-blocks", "64", log_dir=tmp_path)
-    family: set[Process] = set()
-    try:
-        _read_until(process, "Ctrl-C stops it")
-        family = _family(process)
-        engine = {each for each in family if not each.command().startswith(_RAYS_AGENTS)}
-        assert len(engine) >= 5
-        process.kill()
-        process.communicate(timeout=30)
-        deadline = time.monotonic() + 60
-        while any(each.is_alive() for each in engine) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not [each for each in engine if each.is_alive()]
-    finally:
-        end_all(family, grace_s=2)
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
 
 
 def test_an_engine_that_gave_up_is_told_from_one_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
