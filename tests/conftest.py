@@ -18,11 +18,44 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import pytest
 
 if TYPE_CHECKING:
-    from served_process import ServedProcess
+    from xdist.scheduler import LoadGroupScheduling
+    from xdist.workermanage import Producer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--page-screenshots", metavar="FOLDER", help="write pictures of the pages there")
+
+
+# ------------------------------------------------------------------------------------ two processes share the suite
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two for the whole suite; what is asked for by name runs in this process."""
+    return 2 if config.args == config.getini("testpaths") else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray go first, and all to one process: one Ray at a time, and nearly half of the suite's time."""
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadGroupScheduling:
+    from xdist.scheduler import LoadGroupScheduling
+
+    class GroupOrFile(LoadGroupScheduling):
+        """Tests of a group stay together, and so do the others of a file, which share what its fixtures made."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return str(super()._split_scope(nodeid)).split("::")[0]
+
+    return GroupOrFile(config, log)
+
+
+# -------------------------------------------------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +85,3 @@ def ray_cluster() -> Iterator[None]:
         )
         yield
         ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def served_demo() -> Iterator[ServedProcess]:
-    """`rayllm serve` with the built-in model, for all tests that do it no harm."""
-    from served_process import running_serve
-
-    with running_serve() as served:
-        yield served
