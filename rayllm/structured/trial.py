@@ -76,6 +76,7 @@ class GrammarTrials:
         self._thread = ThreadPoolExecutor(1, "grammar-trial")
         self._child: _Child | None = None
         self._num_queued = 0
+        self._is_closed = False
 
     def warm_up(self) -> None:
         """Starts the child, in the background."""
@@ -107,15 +108,18 @@ class GrammarTrials:
             self._num_queued -= 1
 
     def close(self) -> None:
+        self._is_closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._child is not None:
-            self._child.end()
+        self._end_child()
 
     # ------------------------------------------------------------------------------------------ on the thread
 
     def _warm_child(self) -> _Child:
-        if self._child is None or not self._child.is_alive:
+        if not self._is_closed and (self._child is None or not self._child.is_alive):
             self._child = _Child(self._setup)
+        if self._is_closed or self._child is None:
+            self._end_child()
+            raise _NotTriedError("the server stops")
         return self._child
 
     def _run(self, params: StructuredOutputsParams) -> Verdict:
@@ -130,18 +134,21 @@ class GrammarTrials:
                 reason = error
             except TimeoutError:
                 log.warning("a grammar (%s) took longer than %g s to compile", params.kind, TIMEOUT_S)
-                self._end_child()
-                self.warm_up()
+                self._replace_child()
                 return Verdict(f"{params.kind} takes longer than {TIMEOUT_S:g} s to compile; simplify it")
             except OSError:
                 log.warning("the process that tries grammars died over one (%s)", params.kind)
-                self._end_child()
-                self.warm_up()
+                self._replace_child()
                 limit = MAX_MEMORY_BYTES // 2**20
                 return Verdict(
                     f"{params.kind} takes more than {limit} MiB to compile, or cannot be compiled; simplify it"
                 )
         raise OverloadedError(f"the {params.kind} could not be tried ({reason}); come back later", TIMEOUT_S)
+
+    def _replace_child(self) -> None:
+        self._end_child()
+        if not self._is_closed:
+            self.warm_up()
 
     def _end_child(self) -> None:
         if self._child is not None:
@@ -190,6 +197,8 @@ class _Child:
             if self._was_killed():
                 raise _NotTriedError("the process that tries grammars was killed, for want of memory perhaps") from None
             raise
+        except ValueError:  # `end` has closed the pipes
+            raise _NotTriedError("the process that tries grammars was ended") from None
 
     def _cpu_s(self) -> float:
         """CPU time that the child has taken."""

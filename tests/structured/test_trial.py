@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,16 @@ async def test_a_grammar_that_was_tried_is_not_tried_again(trials: GrammarTrials
 
 
 @pytest.fixture
-async def own_trials(llama_path: Path) -> AsyncIterator[GrammarTrials]:
-    """With a child that is ready."""
-    trials = GrammarTrials(str(llama_path), 288, (END_ID,))
-    await trials.check(Structured(regex="warm"))
-    yield trials
-    trials.close()
+def ready(trials: GrammarTrials) -> GrammarTrials:
+    """With a child that waits for a grammar."""
+    trials._thread.submit(trials._warm_child).result()
+    return trials
 
 
 async def test_a_grammar_that_takes_too_long_is_ended_and_the_next_is_answered(
-    own_trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch
+    ready: GrammarTrials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = own_trials._child
+    child = ready._child
     assert child is not None
 
     def nothing_comes(timeout_s: float) -> None:
@@ -132,35 +130,35 @@ async def test_a_grammar_that_takes_too_long_is_ended_and_the_next_is_answered(
     monkeypatch.setattr(child, "_receive", nothing_comes)
     ticks = asyncio.create_task(asyncio.sleep(0.01))
     with pytest.raises(RequestError, match=r"regex takes longer than 0\.05 s"):
-        await own_trials.check(Structured(regex="slow"))
+        await ready.check(Structured(regex="slow"))
     assert ticks.done(), "the loop went on meanwhile"
     assert child._process.returncode == -signal.SIGKILL
     monkeypatch.undo()
-    await own_trials.check(Structured(regex="next"))
+    await ready.check(Structured(regex="next"))
 
 
-async def test_a_child_that_is_killed_while_nothing_is_tried_is_replaced(own_trials: GrammarTrials) -> None:
-    assert own_trials._child is not None
-    own_trials._child._process.kill()
-    own_trials._child._process.wait()
-    await own_trials.check(Structured(regex="after"))
+async def test_a_child_that_is_killed_while_nothing_is_tried_is_replaced(ready: GrammarTrials) -> None:
+    assert ready._child is not None
+    ready._child._process.kill()
+    ready._child._process.wait()
+    await ready.check(Structured(regex="after"))
 
 
-async def test_a_child_that_is_killed_over_a_grammar_is_replaced_and_asked_again(own_trials: GrammarTrials) -> None:
-    child = own_trials._child
+async def test_a_child_that_is_killed_over_a_grammar_is_replaced_and_asked_again(ready: GrammarTrials) -> None:
+    child = ready._child
     assert child is not None
     os.kill(child._process.pid, signal.SIGSTOP)  # so that it is surely killed before it has answered
     asyncio.get_running_loop().call_later(0.2, child._process.send_signal, signal.SIGKILL)
-    structured = Structured(regex="sound")
-    assert await own_trials.check(structured) == structured
+    structured = Structured(regex="asked twice")
+    assert await ready.check(structured) == structured
     assert child._process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_what_cannot_be_tried_is_not_held_against_the_grammar(
-    own_trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    ready: GrammarTrials, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    ask = trial._Child.ask
+    ask, structured = trial._Child.ask, Structured(regex=f"sound{number}")
 
     def ask_after_signal(child: Any, params: Structured) -> Any:
         child._process.send_signal(number)
@@ -170,22 +168,22 @@ async def test_what_cannot_be_tried_is_not_held_against_the_grammar(
         patched.setattr(trial._Child, "ask", ask_after_signal)
         patched.setattr(trial, "TIMEOUT_S", 0.3)
         with pytest.raises(OverloadedError, match="could not be tried"):
-            await own_trials.check(Structured(regex="sound"))
-    assert await own_trials.check(Structured(regex="sound")) == Structured(regex="sound")
+            await ready.check(structured)
+    assert await ready.check(structured) == structured
 
 
 async def test_a_child_that_dies_of_a_grammar_makes_it_refused(
-    own_trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch
+    ready: GrammarTrials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = own_trials._child
+    child = ready._child
     assert child is not None
     os.kill(child._process.pid, signal.SIGABRT)
     with monkeypatch.context() as patched:
         patched.setattr(trial._Child, "is_alive", True)
         with pytest.raises(RequestError, match="takes more than 512 MiB to compile, or cannot be compiled"):
-            await own_trials.check(Structured(regex="deadly"))
+            await ready.check(Structured(regex="deadly"))
     with pytest.raises(RequestError, match="cannot be compiled"):
-        await own_trials.check(Structured(regex="deadly"))
+        await ready.check(Structured(regex="deadly"))
 
 
 async def test_a_tokenizer_that_cannot_be_followed_is_said(tmp_path: Path) -> None:
@@ -196,3 +194,16 @@ async def test_a_tokenizer_that_cannot_be_followed_is_said(tmp_path: Path) -> No
             await trials.check(Structured(regex="a"))
     finally:
         trials.close()
+
+
+async def test_what_is_tried_when_trials_end_starts_no_other_child(llama_path: Path) -> None:
+    trials = GrammarTrials(str(llama_path), 288, (END_ID,))
+    await trials.check(Structured(regex="warm"))
+    child = trials._child
+    assert child is not None
+    os.kill(child._process.pid, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(0.1, trials.close)
+    with pytest.raises(OverloadedError, match="the server stops"):
+        await trials.check(Structured(regex="sound"))
+    assert trials._child is child
+    assert not child.is_alive
