@@ -22,6 +22,7 @@ NOT_BEHIND: dict[str, dict[str, str]] = {
         "H035": "it joins folded lines, as RFC 9112 allows, and passes a clean request on; no setting",
     },
     "python": {
+        "H023": "Serve's Python proxy waits for the end of headers for ever: it has no setting for it",
         "H042": "Serve's Python proxy holds all of a body",
         "H059": "Serve's Python proxy sends back an X-Request-Id of any length",
     },
