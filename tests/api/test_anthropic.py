@@ -27,7 +27,7 @@ def prompt_of(service: ModelService, engine: FakeEngine) -> str:
 
 async def test_an_answer_is_whole(service: ModelService, engine: FakeEngine) -> None:
     engine.num_cached_tokens = 8
-    answer = await open_message(message(system="be brief", top_k=3, temperature=0.5), service)
+    answer = await open_message(message(system="be brief", top_k=3, temperature=0.5, bad_words=["never"]), service)
     whole = await whole_of(answer)
 
     assert whole.pop("id").startswith("msg_")
@@ -47,7 +47,7 @@ async def test_an_answer_is_whole(service: ModelService, engine: FakeEngine) -> 
         },
     }
     params = engine.requests[0].params
-    assert (params.top_k, params.temperature) == (3, 0.5)
+    assert (params.top_k, params.temperature, len(params.bad_words_token_ids)) == (3, 0.5, 2)
     assert prompt_of(service, engine).count("be brief") == 1
 
 

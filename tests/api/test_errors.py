@@ -4,6 +4,7 @@ import pytest
 
 from rayllm.api.errors import MAX_MESSAGE_CHARACTERS, NotReadyError, answer_for, envelope, error_of, shorten
 from rayllm.errors import (
+    NO_TOKEN_LEFT,
     ContextLengthError,
     EngineError,
     EngineUnreachableError,
@@ -54,6 +55,7 @@ def test_a_message_is_bounded_and_shows_no_address() -> None:
         (Finish("error", code="context_length_exceeded", message="m"), ContextLengthError),
         (Finish("error", code="overloaded", message="m"), OverloadedError),
         (Finish("error", code=None, message="m"), RequestError),
+        (Finish("error", code=NO_TOKEN_LEFT, message="m"), RequestError),
         (Finish("error", code="worker_died", message="m"), EngineError),
     ],
 )

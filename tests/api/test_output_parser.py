@@ -57,6 +57,10 @@ TWO_CALLS = [
     ("kimi_k2", _KIMI.format(_K2.format("weather", ARGUMENTS) + _K2.format("functions.now:12 ", " {}"))),
     ("llama4_pythonic", f"<|python_start|>{_PYTHON}<|python_end|>"),
     ("llama4_pythonic", _PYTHON),
+    (
+        "llama4_pythonic",
+        f'<|python_start|>{{"name": "weather", "parameters": {ARGUMENTS}}}; {{"name": "now"}}<|python_end|>',
+    ),
     ("llama4_pythonic", f'[{{"name": "weather", "parameters": {ARGUMENTS}}}, {{"name": "now", "parameters": {{}}}}]'),
     ("pythonic", '[ weather( city = "Zürich \\"</tool_call>\\" {[" ,days=3, ),\nnow( ) , ]'),
 ]

@@ -60,6 +60,7 @@ def prompt_of(service: ModelService, engine: FakeEngine) -> str:
 async def test_an_answer_is_whole(service: ModelService, engine: FakeEngine, store: ResponseStore) -> None:
     engine.num_cached_tokens = 8
     fields = body(instructions="be brief", temperature=0.5, top_k=3, max_output_tokens=50, metadata={"a": "b"})
+    fields["bad_words"] = ["never"]
     whole = await whole_of(await open_response(fields, service, store))
 
     assert whole["id"].startswith("resp_")
@@ -72,6 +73,7 @@ async def test_an_answer_is_whole(service: ModelService, engine: FakeEngine, sto
     assert usage["input_tokens_details"]["cached_tokens"] == 8
     assert usage["total_tokens"] == num_prompt + usage["output_tokens"]
     assert "be brief" in prompt_of(service, engine)
+    assert len(engine.requests[0].params.bad_words_token_ids) == 2
     assert store.get("", whole["id"]).response["output"] == whole["output"]
 
 
