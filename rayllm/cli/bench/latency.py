@@ -51,6 +51,7 @@ def latency(given: dict[str, Any]) -> dict[str, Any]:
     engine = engine_config(given)
 
     from rayllm import LLM, SamplingParams
+    from rayllm.engine.outputs import raise_failed
     from rayllm.engine.resolve import resolve
 
     workload = random_workload(
@@ -67,8 +68,10 @@ def latency(given: dict[str, Any]) -> dict[str, Any]:
     with LLM(**settings) as llm:
         for _ in range(given["num_iters_warmup"] + given["num_iters"]):
             start = time.perf_counter()
-            llm.generate(workload.prompts, params)
+            outputs = llm.generate(workload.prompts, params)
             elapsed.append(round(time.perf_counter() - start, 5))
+            for output in outputs:
+                raise_failed(output.outputs[0])
     timed = elapsed[given["num_iters_warmup"] :]
     return {
         "model": given.get("model", ""),

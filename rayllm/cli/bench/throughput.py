@@ -100,6 +100,7 @@ def timed(run: Callable[[], None], repeat: int) -> list[float]:
 def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Figures:
     """Times `LLM.generate` after a short warm-up; then one more run, not timed, looks at how full blocks are."""
     from rayllm import LLM, SamplingParams
+    from rayllm.engine.outputs import raise_failed
 
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=workload.output_len, detokenize=False)
     with LLM(**engine.model_dump()) as llm:
@@ -107,6 +108,8 @@ def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Figures
 
         def run() -> None:
             outputs = llm.generate(workload.prompts, params)
+            for output in outputs:
+                raise_failed(output.outputs[0])
             assert all(len(output.outputs[0].token_ids) == workload.output_len for output in outputs)
 
         before = llm.stats()
