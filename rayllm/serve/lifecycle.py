@@ -239,6 +239,7 @@ def running_server(
 
 @contextlib.contextmanager
 def _application(running: RunningServer, on_stage: StageListener) -> Iterator[None]:
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     joins = not running.owns_ray and joins_serve(running.server)
     try:
         if not joins:
@@ -375,7 +376,6 @@ def _start_serve(server: ServerConfig) -> None:
     import ray
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(
             proxy_location="HeadOnly",
