@@ -58,11 +58,16 @@ def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_url() -> str:
-    """The address of the server that runs on this machine, where that is one; else the usual one."""
+    """The address of the server that runs on this machine; the usual one, where there are none or one of several has
+    it. `UsageError` where several run elsewhere."""
     from rayllm.cli.registry import running
 
-    entries = running()
-    return entries[0].url if len(entries) == 1 else DEFAULT_URL
+    urls = [entry.url for entry in running()]
+    if len(urls) == 1:
+        return urls[0]
+    if urls and DEFAULT_URL not in urls:
+        raise UsageError(f"{len(urls)} servers run, say which by its address: {', '.join(urls)}")
+    return DEFAULT_URL
 
 
 @contextlib.contextmanager

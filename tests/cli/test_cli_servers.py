@@ -249,6 +249,15 @@ def test_status_of_a_server_that_is_not_ready_exits_1(
     assert "loading weights" in capsys.readouterr().out
 
 
+def test_which_of_several_servers_is_meant_must_be_said(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    start("one")
+    start("two", url="http://127.0.0.1:2")
+    assert main(["status"]) == 2
+    said = capsys.readouterr().err
+    assert "2 servers run, say which by its address: " in said
+    assert "http://127.0.0.1:2" in said
+
+
 def test_status_finds_the_server_that_runs_here(
     start: Start, served: tuple[type[_Server], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
