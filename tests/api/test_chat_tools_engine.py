@@ -54,7 +54,7 @@ def body(service: ModelService, **fields: Any) -> dict[str, Any]:
     return {"model": service.model().name, "messages": messages, "tools": TOOLS, "max_tokens": 120, **fields}
 
 
-@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral_v11", "deepseek_v3", "glm45"])
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral_v11", "deepseek_v3", "glm45", "pythonic", "openai"])
 async def test_required_calls_follow_their_schemas_in_every_notation(client: InprocClient, name: str) -> None:
     service = served(client, tool_call_parser=name)
 
