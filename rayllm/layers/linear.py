@@ -1,7 +1,8 @@
 """Matrix products: one weight on one rank, and the column- and row-parallel forms made of it.
 
 On CPU the weight is laid out once for oneDNN, which then also applies an activation, a product or a residual sum in
-the same pass. That layout replaces the plain weight. Shape letters: T tokens, I inputs, O outputs.
+the same pass. That layout replaces the plain weight. A CPU without instructions for 16-bit floats multiplies them in
+float32, one piece of the weight at a time. Shape letters: T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from rayllm_kernels.activation import ACTIVATIONS
 
 _FUSED_ACTIVATIONS = {"silu": "swish", "relu": "relu"}
 _PACKED_DTYPES = (torch.bfloat16, torch.float32)
+_MIN_WIDENED_ROWS = 8
+"""With fewer, reading the weight costs more than multiplying: torch's own product is faster."""
+_PIECE_SIZE = 2**19
+"""Numbers of a weight that are widened at a time: 2 MiB, which stay in a core's cache."""
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -32,6 +37,32 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
+def is_emulated(weight: Tensor) -> bool:
+    """Whether torch multiplies this weight's 16-bit floats one by one, for want of instructions."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    name = "bf16" if weight.dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return supported is not None and not supported()
+
+
+def widened_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`F.linear` of 16-bit floats, computed in float32 and rounded once."""
+    num_outputs, num_inputs = weight_OI.shape
+    size = max(16, _PIECE_SIZE // num_inputs)
+    wide_TI = x_TI.float()
+    out_TO = x_TI.new_empty(x_TI.shape[0], num_outputs)
+    piece = torch.empty(min(size, num_outputs), num_inputs)
+    for start in range(0, num_outputs, size):
+        part = weight_OI[start : start + size]
+        wide = piece[: part.shape[0]].copy_(part).t()
+        if bias_O is None:
+            out_TO[:, start : start + size] = wide_TI @ wide
+        else:
+            out_TO[:, start : start + size] = torch.addmm(bias_O[start : start + size].float(), wide_TI, wide)
+    return out_TO
+
+
 class Linear:
     """x @ weight.T + bias, with an optional activation, and a tensor multiplied with or added to the result.
 
@@ -43,10 +74,13 @@ class Linear:
         self._bias = bias_O
         self._packed = can_pack(weight_OI)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI) if self._packed else weight_OI
+        self._is_emulated = not self._packed and is_emulated(weight_OI)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, self._bias, "none", [], "")
+        if self._is_emulated and x_TI.shape[0] >= _MIN_WIDENED_ROWS:
+            return widened_linear(x_TI, self._weight, self._bias)
         return F.linear(x_TI, self._weight, self._bias)
 
     def activated(self, x_TI: Tensor, activation: str) -> Tensor:
@@ -60,13 +94,13 @@ class Linear:
         """(x @ weight.T + bias) * factor."""
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x_TI, factor_TO, self._weight, self._bias, "mul")
-        return F.linear(x_TI, self._weight, self._bias).mul_(factor_TO)
+        return self(x_TI).mul_(factor_TO)
 
     def plus(self, x_TI: Tensor, residual_TO: Tensor) -> Tensor:
         """x @ weight.T + bias + residual."""
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x_TI, residual_TO, self._weight, self._bias, "add")
-        return F.linear(x_TI, self._weight, self._bias).add_(residual_TO)
+        return self(x_TI).add_(residual_TO)
 
 
 def column_parallel(

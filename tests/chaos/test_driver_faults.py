@@ -1,10 +1,11 @@
-"""The driver of a real server is lost in the middle of a mixed load, twice: no client may see it. Then the server."""
+"""A real server loses its driver in the middle of a mixed load, twice, then an ingress: nothing is lost. Then it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -120,6 +121,70 @@ async def test_no_client_sees_that_the_driver_was_killed_and_the_next_one_stoppe
     assert server.metric("rayllm:requests_replayed_total") >= 2 * len(load) - 2
     gap_s = server.metric("rayllm:replay_gap_seconds_sum") / server.metric("rayllm:replay_gap_seconds_count")
     print(f"mean gap {gap_s:.2f} s")
+
+
+# --------------------------------------------------------------------------------------------------- the ingress
+
+
+async def _resumed(server: ServedProcess, body: dict[str, Any], seen: list[int]) -> str:
+    """All events of a stream; when its connection is lost, the client asks for the rest until somebody has it."""
+    url, headers, whole = f"{server.url}/v1/completions", {"x-rayllm-resume": "true"}, ""
+    async with httpx.AsyncClient(timeout=120) as client:
+        for _ in range(600):
+            part = ""
+            try:
+                async with client.stream("POST", url, json=body, headers=headers) as response:
+                    if response.status_code == 200:
+                        async for text in response.aiter_text():
+                            part += text
+                            seen.append(len(text))
+            except httpx.HTTPError:
+                pass
+            whole += part[: part.rfind("\n\n") + 2] if "\n\n" in part else ""  # the last event may be cut
+            if whole.endswith("data: [DONE]\n\n"):
+                return whole
+            if ids := re.findall(r"^id: (.*)$", whole, re.MULTILINE):
+                headers = {"last-event-id": ids[-1]}
+            await asyncio.sleep(0.1)
+    raise AssertionError(f"no end after {len(whole)} characters: {whole[-300:]}")
+
+
+async def test_a_killed_ingress_costs_a_stream_that_comes_back_no_event(server: ServedProcess) -> None:
+    load = [{**LOAD[name], "stream": True} for name in ("stream", "choices")]
+    load.append({**LONG, "prompt": "the ingress speaks text", "stop": ["never said"], "stream": True})
+    expected = await asyncio.gather(*(_resumed(server, body, []) for body in load))
+    seen: list[int] = []
+
+    async def kill() -> None:
+        while len(seen) < 60:
+            await asyncio.sleep(0.01)
+        [ingress] = server.pids("ray::ServeReplica:rayllm-default:Ingress")
+        os.kill(ingress, signal.SIGKILL)
+
+    *disturbed, _ = await asyncio.gather(*(_resumed(server, body, seen) for body in load), kill())
+
+    for before, after in zip(expected, disturbed, strict=True):
+        assert _told(after) == _told(before)
+
+
+def _told(stream: str) -> dict[int, list[Any]]:
+    """What each choice was told, but for the last bits of log-probabilities. Choices take turns as steps come; the
+    events of all must be numbered without a gap."""
+    *events, done, rest = stream.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    told: dict[int, list[Any]] = {}
+    for number, event in enumerate(events, start=1):
+        data, name = event.removeprefix("data: ").split("\n")
+        assert name.endswith(f":{number}")
+        chunk = json.loads(data)
+        for entry in chunk["choices"]:
+            told.setdefault(entry["index"], []).append(_exact(entry))
+        if not chunk["choices"]:
+            told[-1] = [_counts(chunk["usage"])]
+    return told
+
+
+# ----------------------------------------------------------------------------------------------------- the server
 
 
 _RAYS_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")

@@ -49,6 +49,34 @@ def test_products_equal_float64(
         assert _error(layer.activated(x, name), function(expected)) < DTYPES[dtype], name
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [3, 8, 70])
+def test_a_cpu_without_16_bit_instructions_rounds_float32_once(
+    num_tokens: int, dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "can_pack", lambda weight: False)
+    monkeypatch.setattr(linear, "is_emulated", lambda weight: True)
+    monkeypatch.setattr(linear, "_PIECE_SIZE", 16 * 37)  # pieces of 16 outputs: the last has 3
+    x, weight = _random(num_tokens, 37, dtype=dtype, seed=0), _random(35, 37, dtype=dtype, seed=1)
+    bias = _random(35, dtype=dtype, seed=2) if biased else None
+    found = Linear(weight, bias)(x)
+    exact = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
+    if num_tokens >= 8:
+        half_step = torch.finfo(dtype).eps / 2
+        assert bool(((found.double() - exact).abs() <= 1.01 * half_step * exact.abs() + 1e-5).all())
+    assert found.dtype == dtype
+    assert _error(found, exact) < DTYPES[dtype]
+
+
+def test_only_16_bit_floats_on_a_cpu_that_has_no_word_for_them_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True, raising=False)
+    found = [linear.is_emulated(torch.ones(2, 2, dtype=dtype)) for dtype in (*DTYPES, torch.int8)]
+    assert found == [False, True, False, False]
+    assert not linear.is_emulated(torch.ones(2, 2, dtype=torch.bfloat16, device="meta"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tokens_give_no_rows(dtype: torch.dtype) -> None:
     layer = Linear(torch.ones(5, 3, dtype=dtype))
