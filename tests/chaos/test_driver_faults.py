@@ -1,4 +1,4 @@
-"""A real server loses its driver in the middle of a mixed load, twice, then an ingress: nothing is lost. Then it ends."""
+"""A real server loses its driver twice under a mixed load, then its ingress: nothing is lost. Then it ends."""
 
 from __future__ import annotations
 
