@@ -135,6 +135,7 @@ class Driver:
         self._make_executor = make_executor
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._because = ""
         self.stage = "starting the driver"
         self.failure: str | None = None
         self.on_failed: Callable[[str], None] = lambda reason: None
@@ -142,13 +143,15 @@ class Driver:
         self.config: ResolvedConfig | None = None
         self.link: ClientLink | None = None
 
-    def start(self, config: ResolvedConfig, num_restarts: int = 0) -> None:
+    def start(self, config: ResolvedConfig, num_restarts: int = 0, former_failure: str = "") -> None:
         """Brings workers and loop up; clients are served when it returns. Raises what the executor raises.
 
-        `num_restarts`: drivers of this engine that came before."""
+        `num_restarts`: drivers of this engine that came before; `former_failure`: why the last one failed, which the
+        stages tell until this one is ready."""
         from rayllm.engine.local import build_scheduler
 
         self.config = config
+        self._because = f" (the driver before it failed: {former_failure})" if former_failure else ""
         try:
             self.executor = self._make_executor(config, self._set_stage)
             self.link = ClientLink()
@@ -157,7 +160,7 @@ class Driver:
             loop.num_driver_restarts = num_restarts
             loop.tracer = open_tracer(config.engine.otlp_traces_endpoint, "driver")
         except BaseException as error:
-            self.stage = f"failed: {error}"
+            self._set_stage(f"failed: {error}")
             self.close()
             raise
         arguments = loop, self.link, self.executor, self._stop, self._fail
@@ -165,6 +168,7 @@ class Driver:
         self._thread.start()
         self._statistics = threading.Thread(target=self._say_statistics, args=(loop,), name="statistics", daemon=True)
         self._statistics.start()
+        self._because = ""
         self.stage = "ready"
 
     def address(self, node_id: str = "") -> DriverAddress:
@@ -208,7 +212,7 @@ class Driver:
         self.on_failed(self.failure)
 
     def _set_stage(self, stage: str) -> None:
-        self.stage = stage
+        self.stage = stage + self._because
 
 
 class DriverActor:
@@ -223,7 +227,7 @@ class DriverActor:
         self._driver = Driver(make_executor)
         self._failed = asyncio.Event()
 
-    async def start(self, resolved_config_json: str, num_restarts: int = 0) -> None:
+    async def start(self, resolved_config_json: str, num_restarts: int = 0, former_failure: str = "") -> None:
         """Returns when requests are served."""
         event_loop = asyncio.get_running_loop()
 
@@ -234,7 +238,7 @@ class DriverActor:
         config = ResolvedConfig.model_validate_json(resolved_config_json)
         setup_logging(config.engine.log_format, process="driver", file=config.engine.log_file)
         try:
-            await asyncio.to_thread(self._driver.start, config, num_restarts)
+            await asyncio.to_thread(self._driver.start, config, num_restarts, former_failure)
         except EngineError as error:
             raise EngineError(str(error), code=error.code) from None  # subclasses do not all survive a pickle
         gc.collect()
@@ -293,16 +297,20 @@ class RunningEngine:
     placement_group: Any
 
     def start(
-        self, config: ResolvedConfig, on_stage: Callable[[str], None] | None = None, num_restarts: int = 0
+        self,
+        config: ResolvedConfig,
+        on_stage: Callable[[str], None] | None = None,
+        num_restarts: int = 0,
+        former_failure: str = "",
     ) -> None:
-        """Brings the engine up and returns when it serves; `on_stage` is told each stage it comes to. `num_restarts`:
-        drivers of this engine that came before.
+        """Brings the engine up and returns when it serves; `on_stage` is told each stage it comes to. The rest as for
+        `Driver.start`.
 
         Raises the engine's own error (`ConfigError`, `EngineError` ...), without Ray's traceback.
         """
         import ray
 
-        ready, told = self.driver.start.remote(config.model_dump_json(), num_restarts), ""
+        ready, told = self.driver.start.remote(config.model_dump_json(), num_restarts, former_failure), ""
         try:
             while not ray.wait([ready], timeout=_STAGE_POLL_S if on_stage else None)[0]:
                 stage = ray.get(self.driver.stage.remote())

@@ -165,7 +165,7 @@ class OwnedEngine:
                 self._running.close()
                 raise EngineError("the engine is being closed")
             self._num_restarts += 1
-            self._running.start(self.config, num_restarts=self._num_restarts)
+            self._running.start(self.config, num_restarts=self._num_restarts, former_failure=reason)
         except Exception as error:
             raise EngineError(f"engine {name!r} failed ({reason}) and did not start again: {error}") from error
         self.has_given_up = False

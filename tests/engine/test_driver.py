@@ -262,6 +262,29 @@ def test_an_executor_that_cannot_start_is_the_callers_error() -> None:
     driver.close()
 
 
+def test_a_driver_that_follows_one_that_failed_says_why_until_it_is_ready() -> None:
+    stages: list[str] = []
+
+    def make_executor(config: ResolvedConfig, on_stage: Callable[[str], None]) -> Any:
+        on_stage("loading weights")
+        stages.append(driver.stage)
+        if len(stages) > 1:
+            raise ConfigError("no weights in this folder")
+        return FakeExecutor()
+
+    driver = Driver(make_executor)
+    driver.start(fake_config(), 1, "worker rank 1 failed: its device forgets")
+    assert driver.stage == "ready"
+    driver.close()
+    driver = Driver(make_executor)
+    with pytest.raises(ConfigError):
+        driver.start(fake_config(), 2, "worker rank 1 failed: its device forgets")
+    because = " (the driver before it failed: worker rank 1 failed: its device forgets)"
+    assert stages == [f"loading weights{because}"] * 2
+    assert driver.stage == f"failed: no weights in this folder{because}"
+    driver.close()
+
+
 def test_closing_ends_threads_sockets_and_workers(make_engine: Callable[..., _Engine]) -> None:
     engine = make_engine()
     folder = Path(engine.driver.address().unix_path).parent

@@ -22,9 +22,10 @@ class _Running:
         self.ended = self.closed = False
         self.error: Exception | None = None
         self.num_restarts: int | None = None
+        self.former_failure = ""
 
-    def start(self, config: Any, on_stage: Any = None, num_restarts: int = 0) -> None:
-        self.num_restarts = num_restarts
+    def start(self, config: Any, on_stage: Any = None, num_restarts: int = 0, former_failure: str = "") -> None:
+        self.num_restarts, self.former_failure = num_restarts, former_failure
         if self.error is not None:
             raise self.error
 
@@ -55,6 +56,7 @@ def test_the_next_driver_is_offered_the_place_of_the_last(made: list[tuple[_Runn
     engine.start()
     engine.replace("it died")
     assert [(running.ended, group) for running, group in made] == [(True, None), (False, "the group")]
+    assert [running.former_failure for running, _ in made] == ["", "it died"]
     engine.close()
     assert [running.closed for running, _ in made] == [False, True]
 
