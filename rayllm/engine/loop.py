@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 
@@ -19,6 +18,7 @@ from rayllm.config import ResolvedConfig
 from rayllm.engine.admission import Admission, check_request
 from rayllm.engine.mirror import Kept, Mirror
 from rayllm.engine.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
+from rayllm.engine.totals import Totals
 from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
@@ -41,8 +41,6 @@ from rayllm.messages import (
     Times,
     TokenDelta,
 )
-from rayllm.observability.declared import ITERATION_EDGES, STEP_EDGES_S
-from rayllm.observability.histogram import Histogram
 from rayllm.observability.statistics import Figures
 from rayllm.observability.trace import DriverSpans, Tracer
 from rayllm.request import Request, pack_ids, unpack_ids
@@ -56,20 +54,6 @@ MAX_FAULTS_OF_REQUEST = 3
 
 Client = Hashable
 Outbox = Callable[[Client, DriverMessage], None]
-
-
-@dataclass(slots=True)
-class _Totals:
-    num_prompt_tokens: int = 0
-    num_generation_tokens: int = 0
-    num_steps: int = 0
-    step_wait_s: float = 0.0
-    worker_s: float = 0.0
-    num_replays: int = 0
-    num_recomputed_tokens: int = 0
-    refusals: dict[str, int] = field(default_factory=dict)
-    step_tokens: Histogram = field(default_factory=partial(Histogram, ITERATION_EDGES))
-    step_gaps: Histogram = field(default_factory=partial(Histogram, STEP_EDGES_S))
 
 
 @dataclass(slots=True)
@@ -132,7 +116,7 @@ class EngineLoop:
         self._open: dict[str, _Open] = {}
         self._streams: dict[tuple[Client, int], tuple[str, int]] = {}
         self._pending: dict[Client, list[TokenDelta]] = {}
-        self._totals = _Totals()
+        self._totals = Totals()
         self._failure: EngineError | None = None
         self._num_deadlines = 0
         self._reports: dict[Client, IngressReport] = {}
@@ -497,42 +481,19 @@ class EngineLoop:
 
     def stats(self, ticket: int = 0) -> EngineStats:
         """Counters and gauges as they stand."""
-        scheduler, totals, supervisor = self._scheduler, self._totals, self._supervisor
+        scheduler, supervisor = self._scheduler, self._supervisor
         stalled_s = self._clock() - self._progress_at if scheduler.has_work else 0.0
         reason = str(self._failure or "")
         if not reason and not supervisor.mending and stalled_s > 2 * supervisor.limit_s():
             reason = f"work waits and no step was finished for {stalled_s:.1f} s"
-        return EngineStats(
+        return self._totals.stats(
+            scheduler,
+            supervisor,
             ticket=ticket,
-            healthy=not reason,
             reason=reason,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_blocks=self._executor.num_blocks,
-            num_blocks_used=scheduler.num_blocks_used,
-            num_slots_filled=scheduler.num_slots_filled,
-            num_preemptions=scheduler.num_preemptions,
-            num_prompt_tokens=totals.num_prompt_tokens,
-            num_generation_tokens=totals.num_generation_tokens,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
-            num_steps=totals.num_steps,
-            step_wait_s=totals.step_wait_s,
             stalled_s=stalled_s,
-            recovering=supervisor.mending,
-            num_faults=supervisor.figures.num_faults,
-            detection_s=supervisor.figures.detection_s,
-            gap_s=supervisor.figures.gap_s,
-            num_replays=totals.num_replays,
-            num_recomputed_tokens=totals.num_recomputed_tokens,
-            recovery_s=supervisor.figures.recovery_s,
-            faults=dict(supervisor.figures.by_kind),
-            refusals=dict(totals.refusals),
+            num_blocks=self._executor.num_blocks,
             num_driver_restarts=self.num_driver_restarts,
-            step_tokens=totals.step_tokens.snapshot(),
-            step_gaps=totals.step_gaps.snapshot(),
-            fault_detections=supervisor.figures.detections.snapshot(),
-            fault_gaps=supervisor.figures.gaps.snapshot(),
         )
 
 
