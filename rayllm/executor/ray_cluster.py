@@ -43,6 +43,8 @@ def connected_ray(num_cpus: int, environment: Callable[[str], Mapping[str, str]]
     address = Environment.ray_address()
     if address is not None:
         check_reachable(address)
+        # In another mode than the cluster's a program connects, and then nothing of the cluster can answer it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token" if asks_for_token(address) else "disabled")
     prepare_environment(own_cluster=address is None)
     # A short path: the sockets below it may have 107 bytes at most.
     temp_dir = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
@@ -87,19 +89,41 @@ def _connect(address: str | None, num_cpus: int, temp_dir: str) -> None:
 
 def check_reachable(address: str) -> None:
     """Within seconds, what Ray would find out after a minute, if at all. `EngineUnreachableError` where nothing listens
-    at `host:port`, and `ConfigError` for Ray Client's addresses, over which no engine can be reached."""
+    at `host:port`, and `ConfigError` for what is no address, or a Ray Client's, over which no engine can be reached."""
     if "://" in address:
         raise ConfigError(
             f"RAY_ADDRESS={address!r} is a Ray Client's address: run this on a node of the cluster, with "
             "RAY_ADDRESS=auto, or send it there with 'ray job submit'"
         )
+    if address == "auto":
+        return  # Ray knows whether it has one here
     host, _, port = address.rpartition(":")
     if not port.isdigit():
-        return  # `auto`: Ray knows whether it has one here
+        raise ConfigError(f"RAY_ADDRESS={address!r} is no address: give auto, or HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise _unreachable(address, getattr(error, "strerror", None) or str(error)) from None
+
+
+def asks_for_token(address: str) -> bool:
+    """Whether the Ray cluster there answers only those who have its token. True where nobody answers."""
+    import grpc
+
+    if address == "auto":
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            address = canonicalize_bootstrap_address(address) or ""
+        except ConnectionError:  # there are several: who connects is told so
+            return True
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=_REACH_TIMEOUT_S)
+        except grpc.RpcError:
+            return True
+    return False
 
 
 def _unreachable(address: str, reason: str) -> EngineUnreachableError:
