@@ -1,7 +1,7 @@
 """Real clients against a real server: `python tests/conformance [--quick] [NAME ...]`.
 
 Each client gets an environment of its own (made once, under `--environments`) and runs its file of `clients/`. Ends
-with a table, and with status 1 where a client failed. Needs the package registries, the first time.
+with the README's table, and with status 1 where a client failed. Needs the package registries, the first time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _SUITE_TIMEOUT_S = 900
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayllm-conformance"
 _COUNTS = re.compile(r"(\d+) (passed|failed|skipped|xfailed|error)")
 _NODE_COUNTS = re.compile(r"^# (pass|fail|skipped) (\d+)", re.MULTILINE)
+_LEFT_OUT = re.compile(r"^(?:SKIPPED \[(\d+)\] \S+: |XFAIL \S+ - )(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,20 @@ class Outcome:
     output: str
 
     @property
+    def num_failed(self) -> int:
+        return self.counts.get("failed", 0) + self.counts.get("error", 0)
+
+    @property
     def ok(self) -> bool:
-        return bool(self.counts.get("passed")) and not any(self.counts.get(word) for word in ("failed", "error"))
+        return bool(self.counts.get("passed")) and not self.num_failed
+
+    @property
+    def left_out(self) -> str:
+        """How many tests were skipped or are expected to fail, and why, as the client's own suite says."""
+        reasons: Counter[str] = Counter()
+        for number, reason in _LEFT_OUT.findall(self.output):
+            reasons[reason.removesuffix(".")] += int(number or 1)
+        return "; ".join(f"{number}: {reason}" for reason, number in reasons.most_common())
 
 
 def main() -> int:
@@ -60,11 +74,11 @@ def main() -> int:
                 for suite in options.suites:
                     if suite.model == model:
                         outcomes.append(_run(suite, server.url, options.environments))
-                        print(_row(outcomes[-1]), flush=True)
+                        print(f"{suite.name}: {outcomes[-1].counts}, {outcomes[-1].seconds:.1f} s", flush=True)
     for outcome in outcomes:
         if not outcome.ok:
             print(f"\n== {outcome.suite.name}\n{outcome.output[-6000:]}")
-    print("\n".join(["", _HEAD, *map(_row, outcomes)]))
+    print("\n".join(["", *_table(outcomes)]))
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
@@ -72,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests/conformance", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *(suite.name for suite in SUITES)], help="all, if none")
     parser.add_argument("--quick", action="store_true", help="only what CI runs")
-    parser.add_argument("--environments", type=Path, default=_CACHE, help="folder of the clients' environments")
+    parser.add_argument("--environments", type=Path, default=_CACHE, help="folder of what is made once")
     options = parser.parse_args()
     options.suites = [
         suite
@@ -90,7 +104,7 @@ def _make_model(name: str, folder: Path, environments: Path) -> Path:
     from memoriser import make_memoriser
 
     [pupil] = [suite for suite in SUITES if suite.model == name]
-    return make_memoriser(folder, lambda url: _print_failures(_run(pupil, url, environments)), _MODEL, _KEY)
+    return make_memoriser(environments, lambda url: _print_failures(_run(pupil, url, environments)), _MODEL, _KEY)
 
 
 def _print_failures(taught: Outcome) -> None:
@@ -105,6 +119,7 @@ def _run(suite: Suite, url: str, environments: Path) -> Outcome:
     variables = {
         "PATH": os.environ["PATH"],
         "HOME": os.environ["HOME"],
+        "COLUMNS": "1000",  # pytest cuts reasons at the terminal's width
         "CONFORMANCE_URL": url,
         "CONFORMANCE_KEY": _KEY,
         "CONFORMANCE_MODEL": _MODEL,
@@ -117,7 +132,7 @@ def _run(suite: Suite, url: str, environments: Path) -> Outcome:
     else:
         python = str(environment / "bin" / "python")
         command = [python, "-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider", "-c", os.devnull]
-        command += ["--rootdir", str(file.parent), "-W", "ignore", "-o", "asyncio_mode=auto"]
+        command += ["--noconftest", "--rootdir", str(file.parent), "-W", "ignore", "-o", "asyncio_mode=auto"]
         command += ["-o", "asyncio_default_test_loop_scope=session", str(file)]  # clients keep connections
     started_s = time.monotonic()
     done = subprocess.run(
@@ -164,7 +179,7 @@ def _check(command: Sequence[str], folder: Path) -> None:
 
 def _version(suite: Suite, environment: Path) -> str:
     """Of the client's first package."""
-    package = suite.packages[0]
+    package, _, _ = suite.packages[0].partition("[")
     if suite.is_node:
         return str(json.loads((environment / "node_modules" / package / "package.json").read_text())["version"])
     code = f"from importlib.metadata import version; print(version({package!r}))"
@@ -172,17 +187,13 @@ def _version(suite: Suite, environment: Path) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-_HEAD = f"{'client':<14}{'version':<12}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"
-
-
-def _row(outcome: Outcome) -> str:
-    counts = outcome.counts
-    failed = counts.get("failed", 0) + counts.get("error", 0)
-    skipped = counts.get("skipped", 0) + counts.get("xfailed", 0)
-    return (
-        f"{outcome.suite.name:<14}{outcome.version:<12}{counts.get('passed', 0):>8}{failed:>8}{skipped:>9}"
-        f"{outcome.seconds:>9.1f}"
-    )
+def _table(outcomes: Sequence[Outcome]) -> list[str]:
+    """Lines of Markdown."""
+    rows = [("Client", "Version", "Passed", "Failed", "Skipped, and why"), ("---",) * 5]
+    for outcome in sorted(outcomes, key=lambda outcome: SUITES.index(outcome.suite)):
+        counts = str(outcome.counts.get("passed", 0)), str(outcome.num_failed)
+        rows.append((outcome.suite.name, outcome.version, *counts, outcome.left_out))
+    return [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ SUITES = (
     Suite("openai-node", "openai_node.mjs", ("openai", "zod"), quick=True),
     Suite("vercel-ai", "vercel_ai.mjs", ("ai", "@ai-sdk/openai", "@ai-sdk/openai-compatible", "zod")),
     Suite("instructor", "instructor_python.py", ("instructor", "openai")),
-    Suite("litellm", "litellm_python.py", ("litellm",)),
+    Suite("litellm", "litellm_python.py", ("litellm[mcp]",)),
     Suite("cohere", "cohere_python.py", ("cohere",)),
     Suite("langchain", "langchain_python.py", ("langchain-openai", "langchain-tests"), model="memoriser"),
 )
