@@ -11,11 +11,13 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from observability.collector import QUICK, Collector, collecting
 from served_process import ServedProcess, running_serve
 
 from rayllm.demo import DEMO_MODEL_NAME
@@ -32,6 +34,9 @@ class Server:
     served: ServedProcess
     client: openai.OpenAI
     proxy: str
+    collector: Collector
+    """Of its traces."""
+    log: Path
 
     @property
     def url(self) -> str:
@@ -39,13 +44,16 @@ class Server:
 
 
 @pytest.fixture(scope="module", params=["haproxy", "python"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "events.jsonl"
     flags = ["-tp", "2", "--max-model-len", "1024", "--http-proxy", request.param]
+    flags += ["--read-timeout-s", str(_READ_TIMEOUT_S), "--log-format", "json", "--log-file", str(log)]
     with (
-        running_serve(*flags, "--read-timeout-s", str(_READ_TIMEOUT_S)) as served,
+        collecting() as collector,
+        running_serve(*flags, "--otlp-traces-endpoint", collector.endpoint, env=QUICK) as served,
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client,
     ):
-        yield Server(served, client, request.param)
+        yield Server(served, client, request.param, collector, log)
 
 
 def test_what_it_says_is_its_own(server: Server) -> None:
@@ -133,6 +141,19 @@ async def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
     assert server.served.metric("vllm:kv_cache_usage_perc") == 0
 
 
+def test_a_request_is_one_trace_through_all_processes(server: Server) -> None:
+    trace_id, client_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace_id}-{client_id}-01"}
+    server.client.chat.completions.create(messages=_ask(QUESTIONS[0]), extra_headers=headers, **GREEDY)
+    ingress = [("ingress", name) for name in ("llm_request", "prepare", "respond")]
+    engine = [("driver", "decode"), ("driver", "prefill"), ("driver", "queue"), *[("worker", "execute")] * 2]
+    spans = server.collector.of_trace(trace_id, num_spans=8)
+    assert sorted((span.process, span.name) for span in spans) == sorted([*ingress, *engine])
+    [request] = [span for span in spans if span.name == "llm_request"]
+    assert request.parent_id == client_id
+    assert {span.parent_id for span in spans if span is not request} == {request.span_id}
+
+
 def test_errors_are_in_the_envelope(server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         server.client.chat.completions.create(**{**GREEDY, "model": "nobody"}, messages=_ask("hi"))
@@ -201,9 +222,8 @@ def test_a_killed_worker_costs_no_request_and_changes_no_token(server: Server) -
     workers = server.served.pids("ray::WorkerActor")
     assert len(workers) == 2
     text, finish = "", None
-    with httpx.stream(
-        "POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True}, timeout=60
-    ) as response:
+    fields: dict[str, Any] = {"json": {**body, "stream": True}, "headers": {"x-request-id": "hurt"}, "timeout": 60}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", **fields) as response:
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -219,3 +239,7 @@ def test_a_killed_worker_costs_no_request_and_changes_no_token(server: Server) -
     survivors = server.served.pids("ray::WorkerActor")
     assert workers[0] in survivors
     assert workers[1] not in survivors
+    events = [json.loads(line) for line in server.log.read_text().splitlines()]
+    told = {event["process"]: event["message"] for event in events if event.get("request_id") == "hurt"}
+    assert set(told) == {"driver", "ingress"}
+    assert "when a worker failed" in told["driver"]
