@@ -119,7 +119,8 @@ def _run(suite: Suite, url: str, environments: Path) -> Outcome:
     variables = {
         "PATH": os.environ["PATH"],
         "HOME": os.environ["HOME"],
-        "COLUMNS": "1000",  # pytest cuts reasons at the terminal's width
+        "COLUMNS": "200",  # pytest cuts reasons at the width of the terminal
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # it asks the internet otherwise
         "CONFORMANCE_URL": url,
         "CONFORMANCE_KEY": _KEY,
         "CONFORMANCE_MODEL": _MODEL,

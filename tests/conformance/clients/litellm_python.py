@@ -34,7 +34,8 @@ def test_stream_says_what_the_whole_says() -> None:
     rebuilt = litellm.stream_chunk_builder(list(stream), messages=MESSAGES)
     whole = litellm.completion(**fields)
     assert (rebuilt.choices[0].message.content or "") == (whole.choices[0].message.content or "")
-    [usage] = [chunk.usage for chunk in stream.chunks if chunk.usage]  # as it came: litellm hands on a count of its own
+    # As it came: what litellm hands on is a count of its own.
+    [usage] = [chunk.usage for chunk in stream.chunks if getattr(chunk, "usage", None)]
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
