@@ -23,31 +23,50 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 LONG: dict[str, Any] = {"model": "tiny", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
 TALE = "Once upon a time"
 SEEDED: dict[str, Any] = {**LONG, "prompt": TALE, "n": 3, "seed": 3, "temperature": 1.0}
+SIZES = {"type": "array", "items": {"enum": ["small", "large", "vast"]}, "minItems": 10, "maxItems": 12}
+SCHEMA = {"type": "object", "properties": {"sizes": SIZES}, "required": ["sizes"], "additionalProperties": False}
+BOUND: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": TALE}],
+    "max_tokens": 600,
+    "temperature": 1.0,
+    "seed": 5,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
 LOAD: dict[str, dict[str, Any]] = {
     "stream": {**LONG, "prompt": TALE, "stream": True, "stream_options": {"include_usage": True}},
     "whole": {**LONG, "prompt": "the worker computes tensors", "seed": 7, "temperature": 0.9},
     "choices": {**SEEDED, "stream": True, "logprobs": 2},
     "logprobs": {**LONG, "prompt": [5, 6, 7, 8] * 20, "logprobs": 1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
     "echo": {**LONG, "prompt": TALE, "logprobs": 0, "echo": True, "return_token_ids": True},
+    "schema": {**BOUND, "response_format": {"type": "json_schema", "json_schema": {"name": "sizes", "schema": SCHEMA}}},
+    "tool": {
+        **BOUND,
+        "tools": [{"type": "function", "function": {"name": "pack", "parameters": SCHEMA}}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedProcess]:
-    model = make_checkpoint(tmp_path_factory.mktemp("model"))
+    model = make_checkpoint(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
     with running_serve(str(model), "--served-model-name", "tiny") as served:
         yield served
 
 
 async def _answer(client: httpx.AsyncClient, url: str, body: dict[str, Any], seen: list[int]) -> Any:
     """The whole answer, or the text, logprobs and ends of a stream by choice. `seen` counts chunks."""
+    url += "/v1/chat/completions" if "messages" in body else "/v1/completions"
     if not body.get("stream"):
-        answer = (await client.post(f"{url}/v1/completions", json=body)).json()
+        answer = (await client.post(url, json=body)).json()
         assert "choices" in answer, answer
         return answer["choices"], _counts(answer["usage"])
     choices: dict[int, dict[str, Any]] = {}
     usage = None
-    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+    async with client.stream("POST", url, json=body) as response:
         lines = [line async for line in _counted(response.aiter_lines(), seen)]
     assert lines[-1] == "data: [DONE]"
     for line in lines[:-1]:
@@ -55,11 +74,17 @@ async def _answer(client: httpx.AsyncClient, url: str, body: dict[str, Any], see
         usage = _counts(chunk["usage"]) if chunk.get("usage") else usage
         for entry in chunk.get("choices", ()):
             choice = choices.setdefault(entry["index"], {"text": "", "logprobs": {}, "finish_reason": None})
-            choice["text"] += entry["text"]
-            for name, values in (entry["logprobs"] or {}).items():
+            choice["text"] += entry["text"] if "text" in entry else _text(entry["delta"])
+            for name, values in (entry.get("logprobs") or {}).items():
                 choice["logprobs"].setdefault(name, []).extend(values)
             choice["finish_reason"] = entry["finish_reason"] or choice["finish_reason"]
     return choices, usage
+
+
+def _text(delta: dict[str, Any]) -> str:
+    """Of a chat's chunk: content, or name and arguments of its call."""
+    calls = [call["function"] for call in delta.get("tool_calls") or ()]
+    return (delta.get("content") or "") + "".join((call.get("name") or "") + call["arguments"] for call in calls)
 
 
 def _counts(usage: dict[str, Any]) -> tuple[int, int]:
@@ -111,6 +136,10 @@ async def test_no_client_sees_that_the_driver_was_killed_and_the_next_one_stoppe
     load = {**LOAD, "stopped": {**SEEDED, "stop": [stop]}}
     expected = await _run(server, load)
     assert [choice["finish_reason"] for choice in expected["stopped"][0]].count("stop") in (1, 2)
+    for name, finish in (("schema", "stop"), ("tool", "tool_calls")):
+        [choice] = expected[name][0].values()
+        assert choice["finish_reason"] == finish, "it did not come to its grammar's end"
+        assert len(json.loads(choice["text"].removeprefix("pack"))["sizes"]) >= 10
 
     disturbed = await _run(server, load, ((40, signal.SIGKILL), (250, signal.SIGSTOP)))
 
