@@ -181,6 +181,12 @@ def test_nothing_listens_beyond_loopback(server: Server) -> None:
     assert {address for address, _ in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+def test_its_processes_get_as_much_of_the_cpu_as_other_programs(server: Server) -> None:
+    processes = server.served.pids("ray::WorkerActor") + server.served.pids("ray::DriverActor")
+    assert len(processes) == 3
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in processes} == {os.nice(0)}
+
+
 def test_a_reader_that_does_not_read_is_paused_and_closed(server: Server) -> None:
     """Serve's Python proxy takes all of an answer that nobody reads, so only HAProxy can tell."""
     if server.proxy == "python":

@@ -159,6 +159,7 @@ def prepare_environment(*, own_cluster: bool) -> None:
     }
     if own_cluster:
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen on loopback alone
+        settings["RAY_worker_niceness"] = "0"  # Ray's own 15 starves an engine beside any other busy program
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     if os.environ["RAY_AUTH_MODE"] == "token":
