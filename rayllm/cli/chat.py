@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,7 +232,10 @@ def run(argv: Sequence[str]) -> int:
         if engine_flags:
             raise UsageError(f"{engine_flags[0]} belongs to a MODEL to start; a running server has its own")
         with connected(given) as client:
-            return _chat(client, given)
+            status = _chat(client, given)
+            if sys.stdin.isatty():  # it ends as it was asked to: one Ctrl-C more is no failure
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return status
     if "url" in given:
         raise UsageError("give --url of a running server or a MODEL to start, not both")
     with _server_for(given) as url, connected({**given, "url": url}) as client:

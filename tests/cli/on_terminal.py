@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07")
@@ -30,7 +30,7 @@ class OnTerminal:
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**os.environ, "TERM": "xterm-256color", **environment},
+            env={**_without_a_size(os.environ), "TERM": "xterm-256color", **environment},
             preexec_fn=_own_terminal,
         )
         os.close(slave)
@@ -86,6 +86,11 @@ class OnTerminal:
         self.process.kill()
         self.process.wait()
         os.close(self._master)
+
+
+def _without_a_size(environment: Mapping[str, str]) -> dict[str, str]:
+    """The pty's own size is the one that counts; pytest's processes are told another."""
+    return {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
 
 
 def _own_terminal() -> None:

@@ -208,7 +208,7 @@ def test_an_answer_whose_connection_is_lost_goes_on_where_it_was(
     chat: Browser, served: ScriptedServer, by: str
 ) -> None:
     served.engine.step_s = 0.004
-    served.engine.tokens_a_step = 40
+    served.engine.tokens_a_step = 8  # an event each: what is read between two notes of the page must still be held
     if by == "cut":
         served.cut_after = 60
     ask(chat, "a long")
