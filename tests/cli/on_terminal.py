@@ -56,14 +56,15 @@ class OnTerminal:
         return self.plain()
 
     def press_until_end(self, key: str, timeout_s: float = 30.0) -> str:
-        """Like `read_all`, pressing `key` each second as a person would: Python loses a Ctrl-C that comes in the moment
-        between its look for signals and readline's wait for input."""
+        """Like `read_all`, pressing `key` every few seconds as a person would: Python loses a Ctrl-C that comes in the
+        moment between its look for signals and readline's wait for input; and one more would end a command that is
+        leaving."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # it has just ended
                 self.send(key)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=1.0)
+                self.process.wait(timeout=8.0)
         return self.read_all(max(1.0, deadline - time.monotonic()))
 
     def plain(self) -> str:

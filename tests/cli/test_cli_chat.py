@@ -274,7 +274,7 @@ def test_chat_on_a_terminal_completes_commands_and_stops_an_answer(client: ApiCl
         terminal.send("\x03")
         terminal.read_until("stopped]")
         terminal.send("\x03")
-        terminal.read_until("Ctrl-C again leaves")
+        terminal.read_until("Ctrl-C again leaves, so does /exit)\n> ")
         terminal.press_until_end("\x03")
     assert terminal.process.returncode == 0
     history = tmp_path / ".cache" / "rayllm" / "chat_history"

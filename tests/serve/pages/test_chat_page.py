@@ -207,15 +207,15 @@ def test_an_api_key_is_asked_for_and_kept_for_the_tab_alone(browser: Browser) ->
 def test_an_answer_whose_connection_is_lost_goes_on_where_it_was(
     chat: Browser, served: ScriptedServer, by: str
 ) -> None:
-    served.engine.step_s = 0.004
-    served.engine.tokens_a_step = 8  # an event each: what is read between two notes of the page must still be held
+    served.engine.step_s, served.engine.tokens_a_step = 0.004, 4  # no faster than the page reads and notes its place
     if by == "cut":
         served.cut_after = 60
     ask(chat, "a long")
-    chat.wait_text(LAST_ANSWER, "word200")
+    chat.wait_text(LAST_ANSWER, "word100")
     if by == "reload":
         chat.wait(lambda: "eventId" in (chat.run("return sessionStorage['rayllm.pending']") or ""), "kept")
         chat.driver.refresh()
+    served.engine.tokens_a_step = 40
     chat.wait_text(LAST_ANSWER, LAST_WORD)
     ended(chat)
     assert served.num_resumed == 1
