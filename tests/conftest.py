@@ -36,27 +36,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @functools.cache
-def _starts_ray(file: Path) -> bool:
-    return "pytest.mark.cluster" in file.read_text(encoding="utf-8")
+def _share(file: Path) -> str:
+    """What goes to one process: the files that start servers, those that share a Ray, or any other file by itself."""
+    text = file.read_text(encoding="utf-8")
+    if "pytest.mark.cluster" not in text:
+        return str(file)
+    return "servers" if "served_process" in text else "ray"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests start Ray go first: they take the longer half of the time."""
-    items.sort(key=lambda item: not _starts_ray(item.path))
+    """The longest shares first."""
+    order = {"servers": 0, "ray": 1}
+    items.sort(key=lambda item: order.get(_share(item.path), 2))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     from xdist.scheduler import LoadScopeScheduling
 
-    class RayApart(LoadScopeScheduling):
-        """All files that start Ray to one process, one Ray at a time; the others file by file. (xdist's own groups do
-        nothing under pytest 9.2.)"""
+    class Shares(LoadScopeScheduling):
+        """Not xdist's own groups: under pytest 9.2 they do nothing."""
 
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return "ray" if _starts_ray(config.rootpath / file) else file
+            return _share(config.rootpath / nodeid.split("::")[0])
 
-    return RayApart(config, log)
+    return Shares(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
