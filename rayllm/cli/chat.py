@@ -206,7 +206,10 @@ def converse(conversation: Conversation, read_line: Callable[[bool], str]) -> bo
             if interrupted:
                 return ok
             interrupted = True
-            conversation.note("\n(Ctrl-C again leaves, so does /exit)\n")
+            try:
+                conversation.note("\n(Ctrl-C again leaves, so does /exit)\n")
+            except KeyboardInterrupt:  # pressed again while this is said
+                return ok
         except (UsageError, ServerError, OSError) as error:
             ok = False
             conversation.note(f"! {error}\n")

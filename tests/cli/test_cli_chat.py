@@ -125,6 +125,14 @@ def from_lines(*lines: str) -> Callable[[bool], str]:
     return read_line
 
 
+def test_a_second_ctrl_c_leaves_also_while_the_first_is_answered(chat: Conversation) -> None:
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    chat.note = interrupted
+    assert converse(chat, from_lines("^C"))
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
