@@ -50,6 +50,8 @@ _BUSY_ANSWER_TIMEOUT_S = 4.0
 _QUIET_S = 5.0
 _START_ANSWER_TIMEOUT_S = 15.0
 """The same for a rank that starts, asked after `_QUIET_S`: loading a library can hold up all of a process's threads."""
+_FIRST_START_ANSWER_TIMEOUT_S = 60.0
+"""The same while no request waits for the engine yet: on a busy machine it may well start slowly."""
 _SETTLE_S = 5.0
 """For survivors to notice that their peer or the driver has left them."""
 _MAX_ATTEMPTS = 3
@@ -392,7 +394,8 @@ class WorkerGroup:
             _raise_ended({rank: ref for rank, ref in refs.items() if ref in done}, is_first_load=not self.num_blocks)
             self._raise_if_closed()
             if not done and are_up:
-                for rank in self._silent([r for r, ref in refs.items() if ref in pending], _START_ANSWER_TIMEOUT_S):
+                timeout_s = _START_ANSWER_TIMEOUT_S if self.num_blocks else _FIRST_START_ANSWER_TIMEOUT_S
+                for rank in self._silent([r for r, ref in refs.items() if ref in pending], timeout_s):
                     raise WorkerDiedError(rank, "it hangs: its process does not answer")
         return {rank: ray.get(ref) for rank, ref in refs.items()}
 

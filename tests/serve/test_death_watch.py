@@ -103,7 +103,7 @@ def test_a_server_that_stops_in_order_is_left_alone(server: subprocess.Popen[byt
     server.wait(10)
 
     assert folder.exists()
-    assert not [p for p in started if p.is_alive() and p != sleeper]
+    assert _until(lambda: not [p for p in started if p.is_alive() and p != sleeper])  # the child's input has ended
     assert sleeper.is_alive()
     sleeper.send(signal.SIGKILL)
 
