@@ -6,8 +6,8 @@
 Each server is up already and serves the same model; a round asks each in turn: `--requests` completions of one token
 over `--connections` kept-alive connections, then `--connections` streams of `--stream-tokens` tokens each. Prompts are
 token ids, other ones in each round, so that no prefix cache helps. The client is a few lines over plain sockets, since
-it runs on the same cores. With `--cpu`, no server is asked: the time that validation, templating, sampling parameters
-and events take of one process, with an engine that computes nothing, is told a request and a token.
+it runs on the same cores. With `--cpu`, no server is asked: the CPU time of one process, with an engine that computes
+nothing, is told for a request through the whole app, for its parts, and for a token.
 Prints a table and one line of JSON.
 """
 
@@ -19,11 +19,13 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 _VOCAB = 2000
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -140,28 +142,103 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 # ------------------------------------------------------------------------------------------- CPU time, no server
 
 
+_BODY = {"model": "idle", "messages": [{"role": "user", "content": "Say a few words about the weather."}]}
+
+
 def measure_cpu(options: argparse.Namespace) -> None:
-    """A request of one token against one of `--stream-tokens`, through the whole app: the slope is a token's cost."""
+    """A request of one token against one of `--stream-tokens`, through the whole app: the slope is a token's cost. Then
+    the parts of a streamed request of one token, each by itself."""
     from idle_engine import served_by_idle_engine
 
     with served_by_idle_engine() as post:
-        body = {"model": "idle", "messages": [{"role": "user", "content": "Say a few words about the weather."}]}
         few, many = 1, 1 + options.stream_tokens
 
-        def cost_s(num_tokens: int, stream: bool) -> float:
-            fields = {**body, "max_tokens": num_tokens, "stream": stream}
-            for _ in range(50):
-                post(fields)
-            began_s = time.process_time()
-            for _ in range(options.requests):
-                post(fields)
-            return (time.process_time() - began_s) / options.requests
+        def posted(num_tokens: int, stream: bool) -> Callable[[], None]:
+            return lambda: post({**_BODY, "max_tokens": num_tokens, "stream": stream})
 
-        rounds = [(cost_s(few, False), cost_s(few, True), cost_s(many, True)) for _ in range(options.rounds)]
-    whole = statistics.median(r[0] for r in rounds) * 1e6
-    token = statistics.median((r[2] - r[1]) / options.stream_tokens for r in rounds) * 1e6
-    print(f"chat request, one token, not streamed: {whole:.0f} us of CPU; each streamed token: {token:.1f} us")
-    print(json.dumps({"benchmark": "http_cpu", "request_us": round(whole), "token_us": round(token, 1)}))
+        works = {"whole": posted(few, False), "few": posted(few, True), "many": posted(many, True), **_parts()}
+        costs: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(options.rounds):
+            for name, work in works.items():
+                costs[name].append(_cpu_s(work, options.requests) * 1e6)
+    found = {name: statistics.median(values) for name, values in costs.items()}
+    found["token"] = statistics.median(
+        (many - few) / options.stream_tokens for few, many in zip(costs["few"], costs["many"])
+    )
+    print(f"chat request, one token, not streamed: {found['whole']:.0f} us of CPU; streamed: {found['few']:.0f} us")
+    for name in _PARTS:
+        print(f"  {name:<52}{found[name]:6.0f} us")
+    print(f"each streamed token: {found['token']:.1f} us")
+    del found["many"]
+    print(json.dumps({"benchmark": "http_cpu", "us": {name: round(value, 1) for name, value in found.items()}}))
+
+
+_PARTS = (
+    "body: JSON, unknown fields, pydantic",
+    "template",
+    "tokens",
+    "parameters and request",
+    "answer and its events",
+)
+
+
+def _parts() -> dict[str, Callable[[], Any]]:
+    """The parts of a chat's way, in the order of `_PARTS`."""
+    from idle_engine import idle_service
+
+    from rayllm.api.answer import new_id
+    from rayllm.api.body import parse_object
+    from rayllm.api.chat import ChatAnswer, prepare_chat, render
+    from rayllm.api.protocol import ChatBody, read_body
+    from rayllm.api.sampling import build_request, sampling_params
+
+    model = idle_service().model()
+    data = json.dumps({**_BODY, "max_tokens": 1, "stream": True}).encode()
+    body = read_body(parse_object(data), ChatBody)
+    prompt = render(body, body.messages, model)
+
+    def tokens() -> list[int]:
+        return model.tokenize(prompt, add_special_tokens=False, param="messages")
+
+    token_ids = tokens()
+
+    def read() -> ChatBody:
+        return read_body(parse_object(data), ChatBody)
+
+    def rest() -> None:
+        params = sampling_params(body, model, max_tokens=1, logprobs=None, structured_outputs=None)
+        build_request(new_id("chatcmpl-"), token_ids, params, body, model.config)
+
+    chat = _run(prepare_chat(body, model, "", "chatcmpl-"))
+
+    async def answer() -> None:
+        answer = ChatAnswer(model, body, chat)
+        await answer.start()
+        async for _ in answer.stream():
+            pass
+        answer.close()
+
+    return dict(zip(_PARTS, (read, lambda: render(body, body.messages, model), tokens, rest, lambda: _run(answer()))))
+
+
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of what never waits: no event loop to pay for."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        found: _T = end.value
+        return found
+    raise AssertionError("it waits")
+
+
+def _cpu_s(work: Callable[[], Any], num: int) -> float:
+    """Seconds of CPU a call."""
+    for _ in range(50):
+        work()
+    began_s = time.process_time()
+    for _ in range(num):
+        work()
+    return (time.process_time() - began_s) / num
 
 
 def main() -> None:

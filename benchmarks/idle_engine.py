@@ -20,11 +20,15 @@ from rayllm.text.tokenizer import Tokenizer
 
 class _IdleStream:
     def __init__(self, deltas: list[TokenDelta]):
-        self._deltas = deltas
+        self._deltas = iter(deltas)
 
-    async def __aiter__(self) -> AsyncIterator[list[TokenDelta]]:
+    def __aiter__(self) -> AsyncIterator[list[TokenDelta]]:
+        return self
+
+    async def __anext__(self) -> list[TokenDelta]:
         for delta in self._deltas:
-            yield [delta]
+            return [delta]
+        raise StopAsyncIteration
 
     def abort_choice(self, choice: int) -> None:
         pass
@@ -54,14 +58,19 @@ class IdleEngine:
         raise NotImplementedError
 
 
-@contextmanager
-def served_by_idle_engine() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that posts a chat to the app, straight through ASGI: no sockets, no client to pay for."""
+def idle_service() -> ModelService:
+    """The built-in model's tokenizer and template over an idle engine."""
     config = resolve(EngineConfig(served_model_name="idle"), num_gpus=0, num_cores=1, backend="inproc")
     tokenizer = Tokenizer.from_path(str(model_path()))
     service = ModelService()
     service.set_ready(config, tokenizer, IdleEngine(tokenizer.encode("the driver plans tokens and ")))
-    app = create_app(service)
+    return service
+
+
+@contextmanager
+def served_by_idle_engine() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that posts a chat to the app, straight through ASGI: no sockets, no client to pay for."""
+    app = create_app(idle_service())
     loop = asyncio.new_event_loop()
 
     async def post(body: bytes) -> None:

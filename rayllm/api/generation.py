@@ -175,7 +175,7 @@ class Generation:
         self._num_unfinished_of = [self.num_choices] * len(requests)
         self._prompts_done: set[int] = set()
         self._streams: list[RequestStream] = []
-        self._pumps: list[asyncio.Task[None]] = []
+        self._arrivals = _Arrivals(self._streams)
         metrics.request_opened()
         try:
             if continued is not None and continued.adopted is not None:
@@ -186,7 +186,6 @@ class Generation:
         except BaseException:
             self.close()
             raise
-        self._merged = _merged(self._streams, self._pumps)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -215,7 +214,7 @@ class Generation:
 
     async def _next(self) -> tuple[int, list[TokenDelta]] | None:
         try:
-            return await anext(self._merged, None)
+            return await self._arrivals.next()
         except EngineError:
             self._failed = True
             raise
@@ -250,8 +249,7 @@ class Generation:
         if self._closed:
             return
         self._closed = True
-        for pump in self._pumps:
-            pump.cancel()
+        self._arrivals.close()
         for stream in self._streams:
             stream.close()
         for choice in self.choices:
@@ -348,32 +346,46 @@ def _span_attributes(model_name: str, requests: Sequence[Request]) -> dict[str, 
     }
 
 
-async def _merged(
-    streams: Sequence[RequestStream], pumps: list[asyncio.Task[None]]
-) -> AsyncIterator[tuple[int, list[TokenDelta]]]:
-    """The deltas of all streams as they come, each with its stream's number. `pumps` takes the tasks that it
-    starts."""
-    if len(streams) == 1:
-        async for deltas in streams[0]:
-            yield 0, deltas
-        return
-    arrivals: asyncio.Queue[tuple[int, list[TokenDelta]] | Exception | None] = asyncio.Queue()
+class _Arrivals:
+    """The deltas of all streams as they come, each with its stream's number. No generator: one that is left before its
+    end costs the event loop a task, to close it.
+    """
 
-    async def pump(number: int, stream: RequestStream) -> None:
+    def __init__(self, streams: Sequence[RequestStream]):
+        self._streams = streams
+        self._single: AsyncIterator[list[TokenDelta]] | None = None
+        self._queue: asyncio.Queue[tuple[int, list[TokenDelta]] | Exception | None] = asyncio.Queue()
+        self._pumps: list[asyncio.Task[None]] = []
+        self._num_open = 0
+
+    async def next(self) -> tuple[int, list[TokenDelta]] | None:
+        """None when all streams have ended."""
+        if len(self._streams) == 1:
+            self._single = self._single or aiter(self._streams[0])
+            try:
+                return 0, await anext(self._single)
+            except StopAsyncIteration:
+                return None
+        if not self._pumps:
+            self._num_open = len(self._streams)
+            self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(self._streams)]
+        while self._num_open:
+            arrival = await self._queue.get()
+            if isinstance(arrival, Exception):
+                raise arrival
+            if arrival is not None:
+                return arrival
+            self._num_open -= 1
+        return None
+
+    async def _pump(self, number: int, stream: RequestStream) -> None:
         try:
             async for deltas in stream:
-                arrivals.put_nowait((number, deltas))
-            arrivals.put_nowait(None)
+                self._queue.put_nowait((number, deltas))
+            self._queue.put_nowait(None)
         except Exception as error:
-            arrivals.put_nowait(error)
+            self._queue.put_nowait(error)
 
-    pumps += [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
-    num_open = len(pumps)
-    while num_open:
-        arrival = await arrivals.get()
-        if isinstance(arrival, Exception):
-            raise arrival
-        if arrival is None:
-            num_open -= 1
-        else:
-            yield arrival
+    def close(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()

@@ -1,4 +1,5 @@
-"""Answers on a server's port from its first moment on, until Serve's own proxy can: 503 with the stage.
+"""Answers on a server's port from its first moment on, until Serve's own proxy can: 503 with the stage, as JSON or, to
+a browser that opens a page, as a page that asks again by itself.
 
 Both listen on the port at once (SO_REUSEPORT). A program in the kernel, one instruction long, sends every new
 connection to the first listener, which is this one, and at the handover to the second: no connection is refused and
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import html
 import json
 import logging
 import socket
@@ -28,6 +30,18 @@ _FIRST, _SECOND = 0, 1
 _LAST_CALLERS_S = 0.1
 """How long connections that came before the handover are still answered."""
 _READ_TIMEOUT_S = 10.0
+_RETRY_S = 1
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<title>RayLLM starts</title>
+<body>
+<h1>RayLLM starts</h1>
+<p role="status">{stage} ...</p>
+<p>This page comes up by itself when the model answers.</p>
+"""
 
 
 class EarlyPort:
@@ -107,12 +121,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         stage = self.server.early.stage
-        body = envelope(503, f"not healthy: {stage}", code="not_ready")
-        content = json.dumps({**body, "status": "unavailable", "stage": stage, "reason": ""}).encode()
+        as_page = self.command in ("GET", "HEAD") and "text/html" in self.headers.get("accept", "")
+        if as_page:
+            content = _PAGE.format(stage=html.escape(stage)).encode()
+        else:
+            body = envelope(503, f"not healthy: {stage}", code="not_ready")
+            content = json.dumps({**body, "status": "unavailable", "stage": stage, "reason": ""}).encode()
         self.send_response_only(503)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", "text/html; charset=utf-8" if as_page else "application/json")
         self.send_header("content-length", str(len(content)))
-        self.send_header("retry-after", "1")
+        self.send_header("retry-after", str(_RETRY_S))
+        if as_page:
+            self.send_header("refresh", str(_RETRY_S))
+            self.send_header("content-security-policy", "default-src 'none'")
         self.send_header("connection", "close")
         self.end_headers()
         if self.command != "HEAD":

@@ -69,6 +69,18 @@ def test_every_path_says_503_and_the_stage(early: EarlyPort, port: int, body: by
     assert (status, answer["stage"], answer["error"]["code"]) == (503, "starting Ray", "not_ready")
 
 
+def test_a_browser_gets_a_page_that_asks_again(early: EarlyPort, port: int) -> None:
+    early.stage = "loading <weights>"
+    browser = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/", headers=browser), timeout=5)
+    with refused.value as answer:
+        page = answer.read().decode()
+    assert (answer.code, answer.headers["content-type"]) == (503, "text/html; charset=utf-8")
+    assert answer.headers["refresh"] == "1"
+    assert "loading &lt;weights&gt; ..." in page
+
+
 def test_nobody_reaches_the_second_listener_before_the_handover(early: EarlyPort, late: None, port: int) -> None:
     assert {ask(port)[0] for _ in range(20)} == {503}
 
