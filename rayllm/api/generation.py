@@ -23,6 +23,9 @@ from rayllm.request import Request, unpack_ids
 from rayllm.text.detokenizer import ChoiceText
 from rayllm.text.tokenizer import Tokenizer
 
+_Arrival = tuple[int, list[TokenDelta]] | Exception | None
+"""A stream's number and deltas; what it raised; or its end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -354,7 +357,7 @@ class _Arrivals:
     def __init__(self, streams: Sequence[RequestStream]):
         self._streams = streams
         self._single: AsyncIterator[list[TokenDelta]] | None = None
-        self._queue: asyncio.Queue[tuple[int, list[TokenDelta]] | Exception | None] = asyncio.Queue()
+        self._arrived: asyncio.Queue[_Arrival] | None = None
         self._pumps: list[asyncio.Task[None]] = []
         self._num_open = 0
 
@@ -366,11 +369,13 @@ class _Arrivals:
                 return 0, await anext(self._single)
             except StopAsyncIteration:
                 return None
-        if not self._pumps:
+        if self._arrived is None:
+            self._arrived = asyncio.Queue()
             self._num_open = len(self._streams)
-            self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(self._streams)]
+            pumps = [_pump(number, stream, self._arrived) for number, stream in enumerate(self._streams)]
+            self._pumps = [asyncio.create_task(pump) for pump in pumps]
         while self._num_open:
-            arrival = await self._queue.get()
+            arrival = await self._arrived.get()
             if isinstance(arrival, Exception):
                 raise arrival
             if arrival is not None:
@@ -378,14 +383,15 @@ class _Arrivals:
             self._num_open -= 1
         return None
 
-    async def _pump(self, number: int, stream: RequestStream) -> None:
-        try:
-            async for deltas in stream:
-                self._queue.put_nowait((number, deltas))
-            self._queue.put_nowait(None)
-        except Exception as error:
-            self._queue.put_nowait(error)
-
     def close(self) -> None:
         for pump in self._pumps:
             pump.cancel()
+
+
+async def _pump(number: int, stream: RequestStream, arrived: asyncio.Queue[_Arrival]) -> None:
+    try:
+        async for deltas in stream:
+            arrived.put_nowait((number, deltas))
+        arrived.put_nowait(None)
+    except Exception as error:
+        arrived.put_nowait(error)
