@@ -92,25 +92,25 @@ class Pace:
     def __init__(self, scheduler: Scheduler, clock: Callable[[], float]):
         self._scheduler = scheduler
         self._clock = clock
-        self._num_slack_plans = scheduler.num_slack_plans
+        self._num_slack_plans = scheduler.totals.num_slack_plans
         self._all = Recent(clock(), self._read())
         self._lines: WeakKeyDictionary[Line, Recent] = WeakKeyDictionary()
 
     def _read(self) -> Sequence[int]:
-        scheduler = self._scheduler
+        totals = self._scheduler.totals
         return (
-            scheduler.num_started_tokens,
-            scheduler.num_plans,
-            scheduler.num_ended_tokens,
-            scheduler.num_ended_max_tokens,
+            totals.num_started_tokens,
+            self._scheduler.num_plans,
+            totals.num_ended_tokens,
+            totals.num_ended_max_tokens,
         )
 
     def look(self, line: Line | None = None) -> None:
         """Takes what happened since the last look into account, in `line` too."""
         scheduler, now = self._scheduler, self._clock()
-        always_some = len(scheduler.waiting) > 0 and scheduler.num_slack_plans == self._num_slack_plans
+        always_some = len(scheduler.waiting) > 0 and scheduler.totals.num_slack_plans == self._num_slack_plans
         self._all.look(now, self._read(), counts=always_some)
-        self._num_slack_plans = scheduler.num_slack_plans
+        self._num_slack_plans = scheduler.totals.num_slack_plans
         if line is not None:
             started = (line.num_started_tokens,)
             self._lines.setdefault(line, Recent(now, started)).look(now, started)

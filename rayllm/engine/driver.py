@@ -157,7 +157,7 @@ class Driver:
             self.link = ClientLink()
             scheduler = build_scheduler(config, self.executor.num_blocks)
             loop = EngineLoop(config, scheduler, self.executor, self.link.send, wake=self.link.wake)
-            loop.num_driver_restarts = num_restarts
+            loop.figures.num_driver_restarts = num_restarts
             loop.tracer = open_tracer(config.engine.otlp_traces_endpoint, "driver")
         except BaseException as error:
             self._set_stage(f"failed: {error}")
@@ -200,9 +200,9 @@ class Driver:
 
     def _say_statistics(self, loop: EngineLoop) -> None:
         assert self.config is not None
-        line = StatisticsLine(time.monotonic(), loop.figures(), is_gpu=self.config.device == "cuda")
+        line = StatisticsLine(time.monotonic(), loop.figures.line(), is_gpu=self.config.device == "cuda")
         while not self._stop.wait(STATISTICS_PERIOD_S):
-            if (text := line.look(time.monotonic(), loop.figures())) is not None:
+            if (text := line.look(time.monotonic(), loop.figures.line())) is not None:
                 log.info(text)
 
     def _fail(self, error: EngineError) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import msgspec
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.admission import Admission, check_request
-from rayllm.engine.mirror import Kept, Mirror
+from rayllm.engine.figures import EngineFigures
+from rayllm.engine.mirror import Mirror
+from rayllm.engine.open_requests import Client, OpenRequest, OpenRequests, Outbox
 from rayllm.engine.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
-from rayllm.engine.totals import Totals
 from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
@@ -29,7 +29,6 @@ from rayllm.messages import (
     Adopted,
     ClientMessage,
     Deltas,
-    DriverMessage,
     EngineStats,
     Finish,
     Forget,
@@ -41,48 +40,15 @@ from rayllm.messages import (
     Times,
     TokenDelta,
 )
-from rayllm.observability.statistics import Figures
 from rayllm.observability.trace import DriverSpans, Tracer
-from rayllm.request import Request, pack_ids, unpack_ids
-from rayllm.scheduler.scheduler import Scheduler, SequenceUpdate
-from rayllm.scheduler.sequence import Sequence
+from rayllm.request import pack_ids
+from rayllm.scheduler.scheduler import Scheduler
+from rayllm.scheduler.sequence import SequenceUpdate
 
 log = logging.getLogger(__name__)
 
 MAX_FAULTS_OF_REQUEST = 3
 """A request in the plans at so many faults is refused: it may be what kills the workers."""
-
-Client = Hashable
-Outbox = Callable[[Client, DriverMessage], None]
-
-
-@dataclass(slots=True)
-class _Open:
-    """A request that is being served, and where its choices' tokens go."""
-
-    client: Client
-    first_stream: int
-    sequences: dict[int, Sequence]
-    deadline_s: float | None
-    arrived_at: float
-    log_id: str
-    spans: DriverSpans | None
-    started_at: dict[int, float] = field(default_factory=dict)
-    """Of each choice that is in plans and has no token yet."""
-    unfinished: set[int] = field(default_factory=set)
-    num_faults: int = 0
-    """Faults at which it was in a plan that was out."""
-    kept: Kept | None = None
-    """Where it outlives its client."""
-
-    @property
-    def is_queued(self) -> bool:
-        """Whether nothing of it was ever computed."""
-        return all(sequence.row is None and not sequence.num_emitted for sequence in self.sequences.values())
-
-    @property
-    def max_tokens(self) -> int:
-        return next(iter(self.sequences.values())).request.max_tokens
 
 
 class EngineLoop:
@@ -112,20 +78,13 @@ class EngineLoop:
         self._clock = clock
         first_steps_s = FIRST_STEPS_S if config.device == "cpu" else COMPILING_STEPS_S
         self._supervisor = Supervisor(executor, wake, clock, first_steps_s)
-        self._progress_at = clock()
-        self._open: dict[str, _Open] = {}
-        self._streams: dict[tuple[Client, int], tuple[str, int]] = {}
-        self._pending: dict[Client, list[TokenDelta]] = {}
-        self._totals = Totals()
-        self._failure: EngineError | None = None
-        self._num_deadlines = 0
-        self._reports: dict[Client, IngressReport] = {}
+        self._open = OpenRequests(outbox)
         self._mirror = Mirror()
-        self._step_after_idleness = 0
+        self._reports: dict[Client, IngressReport] = {}
+        self._failure: EngineError | None = None
+        self.figures = EngineFigures(scheduler, self._supervisor, clock)
         self.meanwhile: Callable[[float], None] | None = None
         """Waits at most so long for a sign of the workers, and has messages taken that come meanwhile."""
-        self.num_driver_restarts = 0
-        """For `EngineStats`."""
         self.tracer: Tracer | None = None
         """Where spans of requests that carry a `traceparent` go."""
 
@@ -149,65 +108,59 @@ class EngineLoop:
 
     def _submit(self, client: Client, message: Submit) -> None:
         request = message.request
-        streams = range(message.stream, message.stream + request.params.n)
         try:
             if self._failure is not None:
                 raise self._failure
             check_request(request, self._config)
             self._admission.check(request)
         except OverloadedError as error:
-            self._totals.refusals[error.limit] = self._totals.refusals.get(error.limit, 0) + 1
+            self.figures.note_refusal(error.limit)
             finish = Finish("error", code="overloaded", message=str(error), retry_after_s=error.retry_after_s)
-            self._refuse(client, request, streams, finish)
-            return
+            self._refuse(client, message, finish)
         except (RequestError, EngineError) as error:
-            self._refuse(client, request, streams, Finish("error", code=error.code, message=str(error)))
-            return
-        # Clients choose their ids freely; the scheduler's must be unique among all of them.
-        open_id = f"{client}/{message.stream}"
-        kept = self._mirror.add(request, open_id) if request.keep is not None else None
-        request = msgspec.structs.replace(request, request_id=open_id, keep=None)
-        now = self._clock()
-        if not self._scheduler.has_work:
-            self._progress_at = now
-            self._step_after_idleness = self._scheduler.num_plans + 1
-        spans = DriverSpans(self.tracer, request.traceparent, now) if self.tracer and request.traceparent else None
-        sequences = {sequence.choice: sequence for sequence in self._scheduler.add(request)}
-        self._open[open_id] = _Open(
-            client,
-            message.stream,
-            sequences,
-            request.deadline_s,
-            now,
-            request.log_id,
-            spans,
-            unfinished=set(sequences),
-            kept=kept,
-        )
-        self._num_deadlines += request.deadline_s is not None
-        for choice in sequences:
-            self._streams[client, message.stream + choice] = open_id, choice
-        self._totals.num_prompt_tokens += len(request.prompt) // 4
-        for choice, sequence in sequences.items():
-            if sequence.finish is not None:  # a continued choice that had come to its end already
-                self._queue(self._open[open_id], choice, TokenDelta(message.stream + choice, b"", sequence.finish))
-                self._close_choice(open_id, choice)
-        self._flush()
+            self._refuse(client, message, Finish("error", code=error.code, message=str(error)))
+        else:
+            self._open_request(client, message)
 
-    def _refuse(self, client: Client, request: Request, streams: range, finish: Finish) -> None:
+    def _refuse(self, client: Client, message: Submit, finish: Finish) -> None:
+        request = message.request
         log.info("refused (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
+        streams = range(message.stream, message.stream + request.params.n)
         self._outbox(client, Deltas([TokenDelta(stream, b"", finish) for stream in streams]))
 
+    def _open_request(self, client: Client, message: Submit) -> None:
+        # Clients choose their ids freely; the scheduler's must be unique among all of them.
+        open_id = f"{client}/{message.stream}"
+        kept = self._mirror.add(message.request, open_id) if message.request.keep is not None else None
+        request = msgspec.structs.replace(message.request, request_id=open_id, keep=None)
+        now = self._clock()
+        self.figures.note_arrival(len(request.prompt) // 4, now)
+        opened = OpenRequest(
+            request_id=open_id,
+            client=client,
+            first_stream=message.stream,
+            sequences={sequence.choice: sequence for sequence in self._scheduler.add(request)},
+            deadline_s=request.deadline_s,
+            arrived_at=now,
+            log_id=request.log_id,
+            spans=DriverSpans(self.tracer, request.traceparent, now) if self.tracer and request.traceparent else None,
+            kept=kept,
+        )
+        self._open.add(opened)
+        for choice, sequence in opened.sequences.items():
+            if sequence.finish is not None:  # a continued choice that had come to its end already
+                self._close_choice(opened, choice, sequence.finish)
+        self._open.flush()
+
     def _abort_stream(self, client: Client, stream: int, *, pauses: bool = False) -> None:
-        found = self._streams.get((client, stream))
+        found = self._open.find(client, stream)
         if found is None:
             return
-        request_id, choice = found
-        request = self._open[request_id]
+        request, choice = found
         self._scheduler.abort_sequence(request.sequences[choice])
         if request.kept is not None and not pauses:
             request.kept.history.append(choice, TokenDelta(stream, b"", Finish("abort")))
-        self._close_choice(request_id, choice)
+        self._open.close_choice(request, choice, self._clock())
 
     def _adopt(self, client: Client, message: Adopt) -> None:
         """Gives a kept request to this client, from its first token on; who had it is told."""
@@ -228,44 +181,31 @@ class EngineLoop:
             kept.alone_since = None
             moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the answer goes on at another connection")
             choices = sorted(request.unfinished)
-            self._outbox(request.client, Deltas([TokenDelta(request.first_stream + c, b"", moved) for c in choices]))
-            for choice in choices:
-                name = self._streams.pop((request.client, request.first_stream + choice))
-                self._streams[client, message.stream + choice] = name
-            request.client, request.first_stream = client, message.stream
-            log.info("adopted by another client", extra={"request_id": request.log_id})
+            self._outbox(request.client, Deltas([TokenDelta(request.stream(c), b"", moved) for c in choices]))
+            self._open.move(request, client, message.stream)
+            log.info("adopted by another client", extra=request.log_fields)
         if deltas:
             self._outbox(client, Deltas(deltas))
 
     def client_gone(self, client: Client) -> None:
         """A client left: everything of its is aborted and its KV freed at once, but for what is kept."""
-        open_ids = {name for (owner, _), (name, _) in self._streams.items() if owner == client}
-        for open_id in open_ids:
-            request = self._open[open_id]
+        for request in self._open.of_client(client):
             if request.kept is not None and self._mirror.holds(request.kept):
                 request.kept.alone_since = self._clock()
-                log.info("goes on without its client", extra={"request_id": request.log_id})
+                log.info("goes on without its client", extra=request.log_fields)
                 continue
-            log.info("aborted: its client is gone", extra={"request_id": request.log_id})
+            log.info("aborted: its client is gone", extra=request.log_fields)
             self._abort_all(request)
-        self._pending.pop(client, None)
         self._reports.pop(client, None)
 
-    def _abort_all(self, request: _Open) -> None:
+    def _abort_all(self, request: OpenRequest) -> None:
         for choice in sorted(request.unfinished):
-            self._abort_stream(request.client, request.first_stream + choice)
+            self._abort_stream(request.client, request.stream(choice))
 
-    def _close_choice(self, request_id: str, choice: int) -> None:
-        request = self._open[request_id]
-        request.unfinished.discard(choice)
-        self._streams.pop((request.client, request.first_stream + choice), None)
-        if not request.unfinished:
-            del self._open[request_id]
-            if request.kept is not None:
-                request.kept.alone_since = self._clock()
-            if request.spans is not None:
-                request.spans.close(self._clock())
-            self._num_deadlines -= request.deadline_s is not None
+    def _close_choice(self, request: OpenRequest, choice: int, finish: Finish) -> None:
+        """It has ended without another token, of which its client is told."""
+        self._open.tell(request, choice, TokenDelta(request.stream(choice), b"", finish))
+        self._open.close_choice(request, choice, self._clock())
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -320,7 +260,7 @@ class EngineLoop:
         except WorkerDiedError as fault:
             self._supervisor.mend(fault)
             return True
-        self._note_result(result)
+        self.figures.note_result(result)
         self._deliver(scheduler.commit(result))
         return True
 
@@ -339,24 +279,13 @@ class EngineLoop:
             self.meanwhile(min(left_s, LOOK_S))
 
     def _note_plan(self, plan: StepPlan) -> None:
-        self._totals.step_tokens.observe(sum(unpack_ids(plan.counts)))
+        self.figures.note_plan(plan)
         started = self._scheduler.take_started()
         now = self._clock() if started else 0.0
         for sequence in started:
             request = self._open.get(sequence.request.request_id)
             if request is not None:
-                request.started_at[sequence.choice] = now
-                if request.spans is not None:
-                    request.spans.started(now)
-
-    def _note_result(self, result: StepResult) -> None:
-        totals = self._totals
-        totals.num_steps += 1
-        totals.worker_s += result.elapsed_s
-        if result.step != self._step_after_idleness:  # before that one there was nothing to plan
-            totals.step_wait_s += result.waited_s
-            totals.step_gaps.observe(result.waited_s)
-        self._progress_at = self._clock()
+                request.note_started(sequence.choice, now)
 
     def _is_mended(self) -> bool:
         """Whether steps may go on; after a fault, from the tokens committed and with nothing else."""
@@ -368,7 +297,7 @@ class EngineLoop:
         return outcome is not None
 
     def _rewind(self) -> None:
-        scheduler, totals = self._scheduler, self._totals
+        scheduler = self._scheduler
         for request_id in scheduler.planned_requests():
             request = self._open[request_id]
             request.num_faults += 1
@@ -377,52 +306,33 @@ class EngineLoop:
             log.warning(
                 "running when a worker failed, %d times now; it goes on from its tokens",
                 request.num_faults,
-                extra={"request_id": request.log_id},
+                extra=request.log_fields,
             )
-        totals.num_replays += scheduler.num_running
-        totals.num_recomputed_tokens += scheduler.num_slots_filled
-        blamed = {id_: open_.num_faults for id_, open_ in self._open.items() if open_.num_faults > 1}
-        scheduler.rewind(self._supervisor.epoch, suspects=blamed)
-        self._progress_at = self._clock()
-        for request_id, num_faults in blamed.items():
-            if num_faults >= MAX_FAULTS_OF_REQUEST:
-                message = f"workers failed {num_faults} times while this request ran: it is not tried again"
-                self._end(request_id, Finish("error", code="poison_request", message=message))
-        self._flush()
+        self.figures.note_rewind()
+        blamed = [request for request in self._open if request.num_faults > 1]
+        scheduler.rewind(self._supervisor.epoch, suspects=[request.request_id for request in blamed])
+        for request in blamed:
+            if request.num_faults >= MAX_FAULTS_OF_REQUEST:
+                message = f"workers failed {request.num_faults} times while this request ran: it is not tried again"
+                self._end(request, Finish("error", code="poison_request", message=message))
+        self._open.flush()
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        open_requests, now, num_tokens = self._open, self.figures.progress_at, 0
         for update in updates:
-            sequence = update.sequence
-            request_id, choice = sequence.request.request_id, sequence.choice
-            request = self._open.get(request_id)
+            choice = update.sequence.choice
+            request = open_requests.get(update.sequence.request.request_id)
             if request is None or choice not in request.unfinished:
                 continue
-            self._totals.num_generation_tokens += len(update.token_ids)
-            times = self._times(request, choice) if request.started_at else None
-            self._queue(request, choice, _delta(request.first_stream + choice, update, times))
+            num_tokens += len(update.token_ids)
+            times = request.take_times(choice, now) if request.started_at else None
+            open_requests.tell(request, choice, _delta(request.stream(choice), update, times))
             if update.finish is not None:
-                self._close_choice(request_id, choice)
+                open_requests.close_choice(request, choice, now)
                 if update.finish.reason == "error" and request.unfinished:
-                    self._end(request_id, update.finish)
-        self._flush()
-
-    def _times(self, request: _Open, choice: int) -> Times | None:
-        """Once for each choice, with its first token."""
-        started_at = request.started_at.pop(choice, None)
-        if request.spans is not None and started_at is not None:
-            request.spans.first_token(self._progress_at)
-        return None if started_at is None else Times(started_at - request.arrived_at, self._progress_at - started_at)
-
-    def _queue(self, request: _Open, choice: int, delta: TokenDelta) -> None:
-        if request.kept is not None:
-            request.kept.history.append(choice, delta)
-        self._pending.setdefault(request.client, []).append(delta)
-
-    def _flush(self) -> None:
-        """One message a client for all that was queued."""
-        pending, self._pending = self._pending, {}
-        for client, deltas in pending.items():
-            self._outbox(client, Deltas(deltas))
+                    self._end(request, update.finish)
+        self.figures.note_tokens(num_tokens)
+        open_requests.flush()
 
     # ------------------------------------------------------------------------------------------------ ends
 
@@ -430,71 +340,42 @@ class EngineLoop:
         for kept in self._mirror.expired(self._clock()):
             request = self._open.get(kept.open_id)
             if request is not None and request.kept is kept:
-                log.info("aborted: no client came for it", extra={"request_id": request.log_id})
+                log.info("aborted: no client came for it", extra=request.log_fields)
                 self._abort_all(request)
-        if not self._num_deadlines:
+        with_deadline = self._open.with_deadline()
+        if not with_deadline:
             return
         now = self._wall_clock()
         # While all rows are taken, who waits too long to be finished in time takes none from who can be.
         token_s = 0.0 if self._scheduler.num_free_rows else self._admission.token_s
-        for request_id, request in list(self._open.items()):
-            if request.deadline_s is None:
-                continue
+        for request in with_deadline:
+            assert request.deadline_s is not None
             if request.deadline_s <= now:
                 message = "the request's deadline passed before it was finished"
-                self._end(request_id, Finish("error", code="deadline_exceeded", message=message))
             elif token_s and request.deadline_s < now + token_s * request.max_tokens and request.is_queued:
                 message = "the request waited for so long that it could not be finished before its deadline"
-                self._end(request_id, Finish("error", code="deadline_exceeded", message=message))
-        self._flush()
+            else:
+                continue
+            self._end(request, Finish("error", code="deadline_exceeded", message=message))
+        self._open.flush()
 
-    def _end(self, request_id: str, finish: Finish) -> None:
-        request = self._open[request_id]
-        log.warning("ended (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
+    def _end(self, request: OpenRequest, finish: Finish) -> None:
+        """Ends what is unfinished of it, for this reason."""
+        log.warning("ended (%s): %s", finish.code, finish.message, extra=request.log_fields)
         for choice in sorted(request.unfinished):
             self._scheduler.abort_sequence(request.sequences[choice])
-            self._queue(request, choice, TokenDelta(request.first_stream + choice, b"", finish))
-            self._close_choice(request_id, choice)
+            self._close_choice(request, choice, finish)
 
     def fail(self, error: EngineError) -> None:
         """The executor is lost: every open request ends with the reason, and new ones are refused with it."""
         self._failure = error
-        for request_id in list(self._open):
-            self._end(request_id, Finish("error", code=error.code, message=str(error)))
-        self._flush()
-
-    # ------------------------------------------------------------------------------------------------ figures
-
-    def figures(self) -> Figures:
-        """For the statistics line. May be called from another thread."""
-        scheduler = self._scheduler
-        return Figures(
-            num_prompt_tokens=scheduler.num_started_tokens,
-            num_generation_tokens=self._totals.num_generation_tokens,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_blocks=self._executor.num_blocks,
-            num_blocks_used=scheduler.num_blocks_used,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
-        )
+        for request in self._open:
+            self._end(request, Finish("error", code=error.code, message=str(error)))
+        self._open.flush()
 
     def stats(self, ticket: int = 0) -> EngineStats:
         """Counters and gauges as they stand."""
-        scheduler, supervisor = self._scheduler, self._supervisor
-        stalled_s = self._clock() - self._progress_at if scheduler.has_work else 0.0
-        reason = str(self._failure or "")
-        if not reason and not supervisor.mending and stalled_s > 2 * supervisor.limit_s():
-            reason = f"work waits and no step was finished for {stalled_s:.1f} s"
-        return self._totals.stats(
-            scheduler,
-            supervisor,
-            ticket=ticket,
-            reason=reason,
-            stalled_s=stalled_s,
-            num_blocks=self._executor.num_blocks,
-            num_driver_restarts=self.num_driver_restarts,
-        )
+        return self.figures.stats(ticket, str(self._failure or ""))
 
 
 def _delta(stream: int, update: SequenceUpdate, times: Times | None) -> TokenDelta:

@@ -8,37 +8,27 @@ fault are this one rule.
 **Two plans may be out.** Step n+1 is planned while n runs. A sequence that n samples for has then one token
 more than the driver has seen; the worker holds it, so n+1 can compute it. Known lengths are never planned
 past; a stop token is seen only at commit, and what n+1 sampled after it is dropped at its own commit.
-
-**Why freed blocks and rows may be given away at once.** Plans still out may write to the blocks of a sequence
-that has ended or was preempted. All workers run all plans in order, so those writes come before anything that
-a plan made later does with the block, and a new owner writes each slot before it attends to it. The prefix
-cache is safe too: such a write goes to a slot after the last one that was committed, and a block is published
-only when all its slots are.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections import deque
 from collections.abc import Collection, Iterable
-from operator import attrgetter
 
-from rayllm.errors import ConfigError, EngineError
-from rayllm.messages import Finish, RowStart, StepPlan, StepResult
-from rayllm.request import Request, pack_ids, unpack_ids
-from rayllm.scheduler.block_pool import BlockPool
+from rayllm.errors import ConfigError
+from rayllm.messages import Finish, StepPlan, StepResult
+from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
-from rayllm.scheduler.flight import Draft, Flight
-from rayllm.scheduler.prefix_cache import PrefixCache
+from rayllm.scheduler.flight import Draft, Flights
+from rayllm.scheduler.places import Places
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
+from rayllm.scheduler.totals import SchedulerTotals
 
 MAX_UNCOMMITTED = 2  # one runs and one is ready; a third would only add to what a stop token throws away
 _INVALID_LOGITS = (
     "the model's logits for this request hold NaN or infinity, so no token can be drawn; check the weights and the "
     "dtype (float16 overflows where bfloat16 does not)"
 )
-_row = attrgetter("row")
 
 
 class Scheduler:
@@ -73,21 +63,7 @@ class Scheduler:
         self._enable_prefix_caching = enable_prefix_caching
         self._eos_token_ids = eos_token_ids
 
-        self.num_preemptions = 0
-        self.prefix_queries = 0
-        """Prompt tokens looked up in the prefix cache, each sequence's once."""
-        self.prefix_hits = 0
-        self.num_started_tokens = 0
-        """Prompt tokens of the sequences that ran, each counted once."""
-        self.num_ended_tokens = 0
-        """Tokens of the sequences that came to their own end."""
-        self.num_ended_max_tokens = 0
-        """Tokens that those might have had."""
-        self.num_slack_plans = 0
-        """Times that a plan, or the attempt at one, left nothing waiting."""
-
-        self._epoch = 0
-        self._step = 0
+        self.totals = SchedulerTotals()
         self._num_arrivals = 0
         self._suspects: frozenset[str] = frozenset()
         self._requests: dict[str, list[Sequence]] = {}  # with their unfinished sequences
@@ -96,14 +72,16 @@ class Scheduler:
         self.waiting = FairQueue(self._counters)
         """Read-only for others."""
         self._started: list[Sequence] = []
-        self._start_empty()
+        self._flights = Flights()
+        self._places = self._free_places()
 
-    def _start_empty(self) -> None:
-        self._pool = BlockPool(self._num_blocks)
-        self._cache = PrefixCache(self._pool, self._block_size, enabled=self._enable_prefix_caching)
-        self._free_rows = list(range(self._max_num_seqs - 1, -1, -1))
-        self._finished_rows: list[int] = []  # since the last plan
-        self._flights: deque[Flight] = deque()  # the oldest first
+    def _free_places(self) -> Places:
+        return Places(
+            num_rows=self._max_num_seqs,
+            num_blocks=self._num_blocks,
+            block_size=self._block_size,
+            enable_prefix_caching=self._enable_prefix_caching,
+        )
 
     # ------------------------------------------------------------------------------------------ what is there
 
@@ -122,17 +100,17 @@ class Scheduler:
     @property
     def num_plans(self) -> int:
         """All that were ever made."""
-        return self._step
+        return self._flights.num_plans
 
     @property
     def num_free_rows(self) -> int:
         """Sequences that could begin at once, as far as rows go."""
-        return len(self._free_rows)
+        return self._places.num_free_rows
 
     @property
     def num_free_slots(self) -> int:
         """Tokens for which KV could be computed at once."""
-        return self._pool.num_free * self._block_size
+        return self._places.num_free_blocks * self._block_size
 
     @property
     def num_uncommitted(self) -> int:
@@ -141,8 +119,7 @@ class Scheduler:
 
     def planned_requests(self) -> set[str]:
         """Ids of the unfinished requests that the plans still out compute: what workers may have failed over."""
-        sequences = (sequence for flight in self._flights for sequence in flight.by_row.values())
-        return {sequence.request.request_id for sequence in sequences if sequence.finish is None}
+        return self._flights.request_ids()
 
     @property
     def num_blocks(self) -> int:
@@ -151,15 +128,13 @@ class Scheduler:
     @property
     def num_blocks_used(self) -> int:
         """Blocks that running sequences own; cached ones without an owner are not counted."""
-        return self._pool.num_used
+        return self._places.num_used_blocks
 
     @property
     def num_slots_filled(self) -> int:
         """Slots with KV (planned or computed) in the used blocks. Takes time proportional to the running
         sequences."""
-        size = self._block_size
-        num_empty = sum(len(sequence.blocks) * size - sequence.num_computed for sequence in self._running)
-        return self._pool.num_used * size - num_empty  # shared blocks are full: none is counted as empty twice
+        return self._places.num_slots_filled(self._running)
 
     # ----------------------------------------------------------------------------------- requests come and go
 
@@ -208,7 +183,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
-            self._vacate(sequence)
+            self._places.leave(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
@@ -218,15 +193,6 @@ class Scheduler:
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request.request_id]
-
-    def _vacate(self, sequence: Sequence) -> None:
-        """Gives back row and blocks; why at once, see the top of this file."""
-        assert sequence.row is not None
-        self._finished_rows.append(sequence.row)
-        self._free_rows.append(sequence.row)
-        self._cache.withdraw(sequence)
-        self._pool.release(sequence.blocks)
-        sequence.leave()
 
     # ----------------------------------------------------------------------------------------------- planning
 
@@ -238,8 +204,10 @@ class Scheduler:
         draft = Draft(self._max_num_batched_tokens)
         self._plan_running(draft)
         self._plan_waiting(draft)
-        self.num_slack_plans += not len(self.waiting)
-        return self._send(draft) if draft.counts else None
+        self.totals.num_slack_plans += not len(self.waiting)
+        if not draft.counts:
+            return None
+        return self._flights.send(draft, self._places.take_left_rows(), self._block_size)
 
     def take_started(self) -> list[Sequence]:
         """Those that came into a plan for the first time, since this was last asked."""
@@ -271,23 +239,20 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> bool:
         """Gives `sequence` blocks for its first `num_tokens`; the last in order are preempted where none is
         free. False where that came to be `sequence` itself."""
-        num_blocks = self._num_blocks_for(num_tokens) - len(sequence.blocks)
-        while (blocks := self._pool.allocate(num_blocks)) is None:
+        while (blocks := self._places.grow(sequence, num_tokens)) is None:
             if self._preempt_last(draft) is sequence:
                 return False
-        sequence.blocks += blocks
         draft.grown[sequence] = blocks
         return True
 
     def _preempt_last(self, draft: Draft) -> Sequence:
         """The last running sequence waits again, in its place of order; what it had planned is taken back."""
         sequence = self._running.pop()
-        draft.budget += draft.counts.pop(sequence, 0)
-        draft.grown.pop(sequence, None)
-        self._vacate(sequence)
-        sequence.resume_after = self._step
+        draft.take_back(sequence)
+        self._places.leave(sequence)
+        sequence.resume_after = self._flights.num_plans
         self.waiting.add(sequence)
-        self.num_preemptions += 1
+        self.totals.num_preemptions += 1
         return sequence
 
     def _plan_waiting(self, draft: Draft) -> None:
@@ -297,7 +262,7 @@ class Scheduler:
         for sequence in self.waiting.walk():
             if not draft.budget or num_deferred == self._max_num_seqs or not self._may_run(sequence):
                 return
-            hits = None if self._is_held_back(sequence) else self._cache.lookup(sequence)
+            hits = None if self._is_held_back(sequence) else self._places.find(sequence)
             if hits is None:
                 num_deferred += 1
             elif not self._admit(sequence, hits, draft):
@@ -313,67 +278,38 @@ class Scheduler:
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Whether to try at all: quick, so that a full engine spends no time on those that wait."""
-        if self._flights and sequence.resume_after >= self._flights[0].step:
+        if self._flights.is_out(sequence.resume_after):
             return False  # its tokens are not all known yet
         if not self._running or self._running[-1].priority > sequence.priority:
             return True
-        return len(self._running) < self._max_num_seqs and self._pool.num_free >= sequence.num_blocks_wanted
+        return self._places.has_room(sequence.num_blocks_wanted)
 
     def _admit(self, sequence: Sequence, hits: list[int], draft: Draft) -> bool:
         """Starts it where there is room for all its tokens, so that it is not cut off half-way."""
-        self._pool.share(hits)
-        num_new_blocks = self._num_blocks_for(len(sequence.tokens)) - len(hits)
-        if not self._make_room(sequence, num_new_blocks, draft):
-            self._pool.release(hits)
+        self._places.hold(hits)
+        if not self._make_room(sequence, self._places.num_blocks_for(len(sequence.tokens)) - len(hits), draft):
+            self._places.let_go(hits)
             return False
-        new_blocks = self._pool.allocate(num_new_blocks)
-        assert new_blocks is not None
-        sequence.blocks = hits + new_blocks
-        sequence.num_published = len(hits)
-        sequence.num_computed = len(hits) * self._block_size
-        self._start(sequence, draft)
-        return True
-
-    def _start(self, sequence: Sequence, draft: Draft) -> None:
+        self._places.take(sequence, hits)
         self._note_start(sequence)
         self.waiting.remove(sequence)
         self._running.add(sequence)
-        sequence.status = Status.RUNNING
-        sequence.row = row = self._free_rows.pop()
-        self._cache.announce(sequence)
-        draft.starts.append(
-            RowStart(
-                row=row,
-                tokens=sequence.tokens.tobytes(),
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                num_computed_tokens=sequence.num_computed,
-                blocks=pack_ids(sequence.blocks),
-                params=sequence.request.params,
-                seed=sequence.request.seed,
-                choice=sequence.choice,
-                traceparent=sequence.request.traceparent,
-            )
-        )
-        count = min(len(sequence.tokens) - sequence.num_computed, draft.budget)
-        draft.counts[sequence] = count
-        draft.budget -= count
+        draft.start(sequence)
+        return True
 
     def _make_room(self, sequence: Sequence, num_blocks: int, draft: Draft) -> bool:
         """Whether there is a row for it, and `num_blocks` besides those the running ones will soon grow into.
         Sequences of lower priority are preempted for it, but only if that is enough."""
+        running, places = self._running, self._places
         while True:
-            num_lower = 0
-            for other in reversed(self._running):
-                if other.priority <= sequence.priority:
-                    break
-                num_lower += 1
-            num_staying = len(self._running) - num_lower
+            lower = running.lower_than(sequence.priority)
+            num_staying = len(running) - len(lower)
             # Half a block for each one that stays: fewer and they are soon preempted, more and blocks lie idle.
             wanted = sequence.num_blocks_wanted = num_blocks + (num_staying + 1) // 2
-            if len(self._running) < self._max_num_seqs and self._pool.num_free >= wanted:
+            if places.has_room(wanted):
                 return True
-            reclaimable = sum(len(other.blocks) for other in self._running[num_staying:])
-            if not num_lower or self._pool.num_free + reclaimable < wanted:
+            reclaimable = sum(len(other.blocks) for other in lower)
+            if not lower or places.num_free_blocks + reclaimable < wanted:
                 return False
             self._preempt_last(draft)
 
@@ -382,46 +318,14 @@ class Scheduler:
             sequence.charged = True
             self._counters.charge(sequence.client, PROMPT_WEIGHT * (len(sequence.tokens) - sequence.num_computed))
             self.waiting.note_start(sequence)
-            self.num_started_tokens += sequence.num_prompt_tokens
+            self.totals.num_started_tokens += sequence.num_prompt_tokens
             self._started.append(sequence)
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs.clear()  # computed anew, from the first position
         elif self._enable_prefix_caching and sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
-            self.prefix_queries += sequence.num_prompt_tokens
-            self.prefix_hits += sequence.num_cached_tokens
-
-    def _send(self, draft: Draft) -> StepPlan:
-        """Turns the draft into a plan and moves its sequences forward."""
-        self._step += 1
-        sequences = [sequence for sequence, count in draft.counts.items() if count == 1]
-        sequences += [sequence for sequence, count in draft.counts.items() if count > 1]
-        counts = [draft.counts[sequence] for sequence in sequences]
-        num_samples = 0
-        filled = []
-        for sequence, count in zip(sequences, counts):
-            end = sequence.num_computed = sequence.num_computed + count
-            if end == len(sequence.tokens) + sequence.num_pending:
-                sequence.num_pending += 1
-                num_samples += 1
-            if count > 1 or end % self._block_size == 0:
-                filled.append((sequence, end))
-        rows = list(map(_row, sequences))
-        self._flights.append(Flight(self._step, dict(zip(rows, sequences)), num_samples, filled))
-        finished_rows, self._finished_rows = self._finished_rows, []
-        return StepPlan(
-            step=self._step,
-            epoch=self._epoch,
-            finished_rows=pack_ids(finished_rows),
-            new_rows=draft.starts,
-            grown_rows=pack_ids(_row(sequence) for sequence, blocks in draft.grown.items() for _ in blocks),
-            grown_blocks=pack_ids(block for blocks in draft.grown.values() for block in blocks),
-            rows=pack_ids(rows),
-            counts=pack_ids(counts),
-        )
-
-    def _num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+            self.totals.prefix_queries += sequence.num_prompt_tokens
+            self.totals.prefix_hits += sequence.num_cached_tokens
 
     # --------------------------------------------------------------------------------------------- committing
 
@@ -431,12 +335,12 @@ class Scheduler:
         Nothing is said of sequences that ended after the plan was made. `EngineError` where the result is not
         the answer to that plan.
         """
-        flight, rows = self._land(result)
+        flight, rows = self._flights.land(result)
         updates = self._give_up(flight.by_row[row] for row in unpack_ids(result.invalid_rows))
         if self._enable_prefix_caching:
             for sequence, end in flight.filled:
                 if sequence.status is Status.RUNNING:  # since that plan: see `resume_after`
-                    self._cache.publish(sequence, end // self._block_size)
+                    self._places.publish(sequence, end)
         for row, prompt_logprobs in result.prompt_logprobs.items():
             sequence = flight.by_row[row]
             if sequence.prompt_logprobs is not None:
@@ -464,22 +368,10 @@ class Scheduler:
                 if told is not None and (update.finish is None or update.finish.reason == "length"):
                     update.finish = told
                 if update.finish:
-                    self.num_ended_tokens += sequence.num_emitted
-                    self.num_ended_max_tokens += sequence.max_length - sequence.num_prompt_tokens
+                    self.totals.note_end(sequence)
                     self._end(sequence, update.finish)
             updates.append(update)
         return updates
-
-    def _land(self, result: StepResult) -> tuple[Flight, array[int]]:
-        """The plan that `result` answers, and the rows that it brings tokens for."""
-        if not self._flights or (self._flights[0].step, self._epoch) != (result.step, result.epoch):
-            expected = f"step {self._flights[0].step} of epoch {self._epoch}" if self._flights else "none"
-            raise EngineError(f"result of step {result.step} of epoch {result.epoch} came, expected {expected}")
-        flight, rows = self._flights[0], unpack_ids(result.rows)
-        if len(rows) != flight.num_samples:
-            raise EngineError(f"step {flight.step} samples {flight.num_samples} tokens, but {len(rows)} came")
-        self._flights.popleft()
-        return flight, rows
 
     def _give_up(self, sequences: Iterable[Sequence]) -> list[SequenceUpdate]:
         """Ends sequences for which the model computed no numbers."""
@@ -487,7 +379,7 @@ class Scheduler:
         updates = [SequenceUpdate(sequence, [], finish) for sequence in sequences if sequence.finish is None]
         for update in updates:
             if update.sequence.status is Status.RUNNING:
-                self._cache.distrust(update.sequence)
+                self._places.distrust(update.sequence)
             self._end(update.sequence, finish)
         return updates
 
@@ -504,7 +396,6 @@ class Scheduler:
         its old order, with its prompt and the tokens committed. Workers begin the new epoch with no rows.
 
         Of the requests with ids in `suspects` only one runs at a time from now on, beside all others."""
-        self._epoch = epoch
         self._suspects = frozenset(suspects)
         for sequence in self._running:
             sequence.leave()
@@ -512,7 +403,8 @@ class Scheduler:
         self._running.clear()
         for sequence in self.waiting:
             sequence.num_pending = 0
-        self._start_empty()
+        self._flights.forget(epoch)
+        self._places = self._free_places()
 
     # -------------------------------------------------------------------------------------------------- check
 
@@ -520,10 +412,7 @@ class Scheduler:
         """`AssertionError` if an invariant is broken. Slow: for tests."""
         self._running.check()
         self.waiting.check()
-        self._pool.check(sequence.blocks for sequence in self._running)
-        self._cache.check(self._running)
-        rows = list(map(_row, self._running))
-        assert sorted([*rows, *self._free_rows]) == list(range(self._max_num_seqs)), "a row is lost or taken twice"
+        self._places.check(self._running)
         sequences = [*self._running, *self.waiting]
         self._counters.check(sequences)
         live = [sequence for siblings in self._requests.values() for sequence in siblings]
@@ -533,10 +422,7 @@ class Scheduler:
             assert 0 <= sequence.num_pending <= len(self._flights), f"{sequence} has too many pending tokens"
             assert sequence.num_tokens <= sequence.max_length, f"{sequence} is planned past its length"
         for sequence in self._running:
-            assert sequence.status is Status.RUNNING
             assert sequence.num_computed <= sequence.num_tokens, f"{sequence} has KV for unknown tokens"
-            assert sequence.num_computed <= len(sequence.blocks) * self._block_size, f"{sequence} lacks a block"
-            assert sequence.num_published <= sequence.num_computed // self._block_size
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING
             assert sequence.row is None, f"{sequence} waits and has a row"

@@ -38,10 +38,10 @@ class _Queue:
         """As if in that time sequences had come to run, others to half of their length, and some had always waited."""
         self.admission._pace.look()
         self.now += elapsed_s
-        self.scheduler.num_started_tokens += num_started_tokens
-        self.scheduler.num_ended_tokens += 5
-        self.scheduler.num_ended_max_tokens += 10
-        self.scheduler._step += num_plans
+        self.scheduler.totals.num_started_tokens += num_started_tokens
+        self.scheduler.totals.num_ended_tokens += 5
+        self.scheduler.totals.num_ended_max_tokens += 10
+        self.scheduler._flights.num_plans += num_plans
         self.admission._pace.look()
 
     def request(self, prompt: list[int], n: int = 1, **changes: Any) -> Request:
@@ -159,7 +159,7 @@ def test_time_in_which_nothing_waited_says_nothing_of_the_pace() -> None:
     queue.submit([1] * 100)
     queue.pass_time(2.0, num_started_tokens=200)
     queue.now += 1000.0
-    queue.scheduler.num_slack_plans += 1  # at some moment in it nothing waited
+    queue.scheduler.totals.num_slack_plans += 1  # at some moment in it nothing waited
     with pytest.raises(OverloadedError) as caught:
         queue.submit([1])
     assert caught.value.retry_after_s == pytest.approx(1.0)

@@ -248,6 +248,20 @@ def make_request(
     )
 
 
+def make_sequence(
+    tokens: list[int], *, arrival: int = 0, max_model_len: int = 999, eos_token_ids=frozenset(), **request
+) -> Sequence:
+    """Choice 0 of a request of its own."""
+    return Sequence(
+        make_request(str(arrival), tokens, **request),
+        0,
+        arrival=arrival,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids,
+        prompt_hashes=[],
+    )
+
+
 class Engine:
     """A scheduler and a simulated worker; steps on demand, and remembers what was delivered."""
 

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from scheduler.simulated_worker import Engine, make_request
+from scheduler.simulated_worker import Engine, make_request, make_sequence
 
 from rayllm.scheduler.fairness import FairQueue, ServiceCounters
 from rayllm.scheduler.sequence import Sequence
@@ -13,9 +13,8 @@ from rayllm.scheduler.sequence import Sequence
 def sequence(
     counters: ServiceCounters, arrival: int, client: str = "", priority: int = 0, num_tokens: int = 1
 ) -> Sequence:
-    request = make_request(str(arrival), [1] * num_tokens, priority=priority, client_key=client)
     counters.enter(client)
-    return Sequence(request, 0, arrival=arrival, max_model_len=999, eos_token_ids=frozenset(), prompt_hashes=[])
+    return make_sequence([1] * num_tokens, arrival=arrival, priority=priority, client_key=client)
 
 
 def queue_of(*members: tuple[str, int]) -> tuple[FairQueue, ServiceCounters, list[Sequence]]:
@@ -178,7 +177,7 @@ def test_recomputing_after_preemption_is_not_charged_again():
     while engine.scheduler._counters._num_open.get("a"):
         service = engine.scheduler._counters["a"]
         engine.step()
-    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.totals.num_preemptions > 0
     assert service <= 3 * (4 + 2 * 16)
     engine.drain()
 

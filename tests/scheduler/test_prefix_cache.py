@@ -1,4 +1,4 @@
-from scheduler.simulated_worker import make_request
+from scheduler.simulated_worker import make_sequence
 
 from rayllm.scheduler.block_pool import BlockPool
 from rayllm.scheduler.prefix_cache import PrefixCache
@@ -18,15 +18,7 @@ class Cache:
 
     def sequence(self, tokens: list[int], **request) -> Sequence:
         self.num_arrivals += 1
-        made = make_request(str(self.num_arrivals), tokens, **request)
-        return Sequence(
-            made,
-            0,
-            arrival=self.num_arrivals,
-            max_model_len=99,
-            eos_token_ids=frozenset(),
-            prompt_hashes=[],
-        )
+        return make_sequence(tokens, arrival=self.num_arrivals, **request)
 
     def start(self, tokens: list[int], **request) -> Sequence:
         sequence = self.sequence(tokens, **request)

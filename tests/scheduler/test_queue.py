@@ -1,13 +1,12 @@
 import pytest
-from scheduler.simulated_worker import make_request
+from scheduler.simulated_worker import make_sequence
 
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence
 
 
 def sequence(arrival: int, priority: int = 0) -> Sequence:
-    request = make_request(str(arrival), [1], priority=priority)
-    return Sequence(request, 0, arrival=arrival, max_model_len=9, eos_token_ids=frozenset(), prompt_hashes=[])
+    return make_sequence([1], arrival=arrival, priority=priority)
 
 
 def test_order_is_priority_then_arrival_whatever_the_order_of_adding():
@@ -35,6 +34,16 @@ def test_removing_what_is_not_there_is_an_error():
         with pytest.raises(ValueError, match="not in the queue"):
             queue.remove(stranger)
     assert len(queue) == 1
+
+
+def test_those_of_lower_priority_stand_at_the_end():
+    queue, members = ServiceQueue(), [sequence(0, -1), sequence(1, 0), sequence(2, 0), sequence(3, 5)]
+    for member in members:
+        queue.add(member)
+    assert queue.lower_than(-2) == members
+    assert queue.lower_than(-1) == members[1:]
+    assert queue.lower_than(0) == members[3:]
+    assert queue.lower_than(5) == []
 
 
 def test_check_sees_disorder():

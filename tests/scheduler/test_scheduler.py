@@ -113,11 +113,11 @@ def test_the_newest_is_preempted_when_blocks_run_out_and_its_tokens_are_the_same
     engine = Engine(num_blocks=8, max_model_len=32, enable_prefix_caching=False)
     requests = [make_request(name, [n] * 10, max_tokens=20) for n, name in enumerate("ab", start=1)]
     [[first], [second]] = [engine.add(request) for request in requests]
-    while not engine.scheduler.num_preemptions:
+    while not engine.scheduler.totals.num_preemptions:
         engine.step()
     assert (first.status, second.status) == (Status.RUNNING, Status.WAITING)
     engine.drain()
-    assert engine.scheduler.num_preemptions == 1
+    assert engine.scheduler.totals.num_preemptions == 1
     for sequence in (first, second):
         assert engine.tokens_of(sequence) == expected_answer(sequence.request, 0, 32)[0]
 
@@ -126,7 +126,7 @@ def test_a_preempted_sequence_comes_back_before_those_that_arrived_after_it():
     engine = Engine(num_blocks=8, max_model_len=32, enable_prefix_caching=False)
     for n, name in enumerate("ab", start=1):
         engine.add(make_request(name, [n] * 10, max_tokens=20))
-    while not engine.scheduler.num_preemptions:
+    while not engine.scheduler.totals.num_preemptions:
         engine.step()
     engine.add(make_request("c", [3]))
     assert [s.request.request_id for s in engine.scheduler.waiting] == ["b", "c"]
@@ -188,7 +188,7 @@ def test_a_higher_priority_is_served_first_and_preempts_for_a_row():
     [high] = engine.add(make_request("high", [9] * 5, priority=0))
     engine.step()
     assert [s.status.value for s in (*low, high)] == ["running", "waiting", "waiting", "running"]
-    assert engine.scheduler.num_preemptions == 1
+    assert engine.scheduler.totals.num_preemptions == 1
     engine.drain()
 
 
@@ -212,7 +212,7 @@ def test_no_one_is_preempted_where_that_would_not_be_enough():
     engine.step()
     engine.add(make_request("middle", [3] * 16, priority=0))
     engine.step()
-    assert engine.scheduler.num_preemptions == 0
+    assert engine.scheduler.totals.num_preemptions == 0
     engine.drain()
 
 
@@ -222,7 +222,7 @@ def test_equal_priority_never_preempts():
     engine.step()
     engine.add(make_request("b", PROMPT))
     engine.drain()
-    assert engine.scheduler.num_preemptions == 0
+    assert engine.scheduler.totals.num_preemptions == 0
 
 
 # --------------------------------------------------------------------------------------------------- prefixes
@@ -245,8 +245,8 @@ def test_requests_that_come_together_compute_their_shared_prefix_once():
     engine.drain()
     assert engine.worker.num_tokens_computed == 41 + 31
     assert all(engine.tokens_of(s) == expected_answer(s.request, 0, 128)[0] for s in sequences)
-    assert engine.scheduler.prefix_hits == 31 * 40
-    assert engine.scheduler.prefix_queries == 32 * 41
+    assert engine.scheduler.totals.prefix_hits == 31 * 40
+    assert engine.scheduler.totals.prefix_queries == 32 * 41
 
 
 def test_others_go_ahead_of_a_sequence_that_waits_for_a_prefix():
@@ -299,7 +299,7 @@ def test_nothing_is_shared_or_deferred_with_prefix_caching_off():
     plan = engine.plan()
     assert counts(plan) == [10, 10, 10]
     engine.drain()
-    assert engine.scheduler.prefix_queries == 0
+    assert engine.scheduler.totals.prefix_queries == 0
 
 
 def test_prompt_logprobs_come_whole_and_once_however_the_prompt_was_cut():

@@ -1,15 +1,13 @@
 import pytest
-from scheduler.simulated_worker import EOS, make_request
+from scheduler.simulated_worker import EOS, make_sequence
 
 from rayllm.messages import Finish
 from rayllm.scheduler.sequence import Sequence
 
 
-def make_sequence(emitted: list[int], *, max_model_len: int = 100, **params) -> Sequence:
+def answered(emitted: list[int], **params) -> Sequence:
     params = {"ignore_eos": False, "max_tokens": 6} | params
-    request = make_request("r", [1, 2, 3], emitted=[emitted], **params)
-    eos = frozenset({EOS})
-    return Sequence(request, 0, arrival=0, max_model_len=max_model_len, eos_token_ids=eos, prompt_hashes=[])
+    return make_sequence([1, 2, 3], emitted=[emitted], eos_token_ids=frozenset({EOS}), **params)
 
 
 @pytest.mark.parametrize(
@@ -31,17 +29,16 @@ def make_sequence(emitted: list[int], *, max_model_len: int = 100, **params) -> 
     ],
 )
 def test_a_sequence_ends_by_stop_tokens_and_lengths(emitted, params, finish):
-    assert make_sequence(emitted, **params).finish_reason() == finish
+    assert answered(emitted, **params).finish_reason() == finish
 
 
 def test_a_stop_token_that_ends_the_prompt_ends_nothing():
-    request = make_request("r", [1, EOS], ignore_eos=False)
-    sequence = Sequence(request, 0, arrival=0, max_model_len=9, eos_token_ids=frozenset({EOS}), prompt_hashes=[])
+    sequence = make_sequence([1, EOS], ignore_eos=False, eos_token_ids=frozenset({EOS}))
     assert sequence.finish_reason() is None
 
 
 def test_emitted_tokens_are_part_of_it_and_not_of_its_prompt():
-    sequence = make_sequence([7, 8])
+    sequence = answered([7, 8])
     assert list(sequence.tokens) == [1, 2, 3, 7, 8]
     assert (sequence.num_prompt_tokens, sequence.num_emitted, sequence.max_length) == (3, 2, 9)
     assert sequence.answered

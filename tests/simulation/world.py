@@ -275,6 +275,7 @@ class World:
             loop.check()
         self.num_steps += 1
         loop._scheduler.check()
+        loop._open.check()
 
     def _check_gone(self, driver: Driver) -> None:
         """What no one wants has no row, no KV and no place in the queue, from the moment it is known."""

@@ -1,0 +1,127 @@
+"""What running sequences hold at the workers: a row each, and blocks of KV.
+
+**Why what is left may be given away at once.** Plans still out may write to the blocks of a sequence that has ended
+or was preempted. All workers run all plans in order, so those writes come before anything that a plan made later does
+with the block, and a new owner writes each slot before it attends to it. The prefix cache is safe too: such a write
+goes to a slot after the last one that was committed, and a block is published only when all its slots are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rayllm.scheduler.block_pool import BlockPool
+from rayllm.scheduler.prefix_cache import PrefixCache
+from rayllm.scheduler.sequence import Sequence, Status
+
+
+class Places:
+    """`num_rows` rows, and `num_blocks` blocks of `block_size` tokens: none taken at first, and nothing computed, as it
+    is at the workers when an epoch begins.
+
+    A sequence takes its place, grows by blocks, and leaves. What it computed meanwhile others find, until the blocks
+    are needed.
+    """
+
+    def __init__(self, *, num_rows: int, num_blocks: int, block_size: int, enable_prefix_caching: bool):
+        self.block_size = block_size
+        self._num_rows = num_rows
+        self._pool = BlockPool(num_blocks)
+        self._cache = PrefixCache(self._pool, block_size, enabled=enable_prefix_caching)
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._left_rows: list[int] = []
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Cached ones without an owner are free."""
+        return self._pool.num_free
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self._pool.num_used
+
+    def num_slots_filled(self, running: Iterable[Sequence]) -> int:
+        """Slots with KV (planned or computed) in the used blocks, which are those of `running`."""
+        size = self.block_size
+        num_empty = sum(len(sequence.blocks) * size - sequence.num_computed for sequence in running)
+        return self._pool.num_used * size - num_empty  # shared blocks are full: none is counted as empty twice
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def has_room(self, num_blocks: int) -> bool:
+        """Whether a row is free, and so many blocks."""
+        return bool(self._free_rows) and self._pool.num_free >= num_blocks
+
+    # ------------------------------------------------------------------------------------------- coming and going
+
+    def find(self, sequence: Sequence) -> list[int] | None:
+        """Computed blocks that `sequence` can start with; None while one that it needs next is being computed. Valid
+        until blocks are given to anyone, or as long as they are held."""
+        return self._cache.lookup(sequence)
+
+    def hold(self, blocks: list[int]) -> None:
+        """Found blocks are not free from now on: they have one more owner."""
+        self._pool.share(blocks)
+
+    def let_go(self, blocks: list[int]) -> None:
+        """The inverse."""
+        self._pool.release(blocks)
+
+    def take(self, sequence: Sequence, held: list[int]) -> None:
+        """Gives it a row, the blocks that were found and `held` for it, and new ones for the rest of its tokens.
+        There must be room."""
+        new_blocks = self._pool.allocate(self.num_blocks_for(len(sequence.tokens)) - len(held))
+        assert new_blocks is not None, f"there is no room for {sequence}"
+        sequence.status = Status.RUNNING
+        sequence.row = self._free_rows.pop()
+        sequence.blocks = held + new_blocks
+        sequence.num_published = len(held)
+        sequence.num_computed = len(held) * self.block_size
+        self._cache.announce(sequence)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> list[int] | None:
+        """The blocks that it is given beside its own, for its first `num_tokens`; None where fewer are free."""
+        blocks = self._pool.allocate(self.num_blocks_for(num_tokens) - len(sequence.blocks))
+        if blocks is not None:
+            sequence.blocks += blocks
+        return blocks
+
+    def leave(self, sequence: Sequence) -> None:
+        """Takes back row and blocks; why at once, see the top of this file."""
+        assert sequence.row is not None, f"{sequence} has no place to leave"
+        self._left_rows.append(sequence.row)
+        self._free_rows.append(sequence.row)
+        self._cache.withdraw(sequence)
+        self._pool.release(sequence.blocks)
+        sequence.leave()
+
+    def take_left_rows(self) -> list[int]:
+        """Rows that were left since this was last asked: workers are to forget them."""
+        rows, self._left_rows = self._left_rows, []
+        return rows
+
+    # --------------------------------------------------------------------------------------------- what is computed
+
+    def publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """The KV of its first `num_tokens` is computed, and the step committed: others may find the full blocks."""
+        self._cache.publish(sequence, num_tokens // self.block_size)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Nobody shall find what it has computed."""
+        self._cache.distrust(sequence)
+
+    def check(self, running: list[Sequence]) -> None:
+        """`AssertionError` unless rows and blocks are those of `running`, or free."""
+        self._pool.check(sequence.blocks for sequence in running)
+        self._cache.check(running)
+        rows = [sequence.row for sequence in running if sequence.row is not None]
+        assert sorted([*rows, *self._free_rows]) == list(range(self._num_rows)), "a row is lost or taken twice"
+        for sequence in running:
+            assert sequence.status is Status.RUNNING
+            assert sequence.num_computed <= len(sequence.blocks) * self.block_size, f"{sequence} lacks a block"
+            assert sequence.num_published <= sequence.num_computed // self.block_size
