@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
 
@@ -33,6 +33,11 @@ class BlockPool:
     def num_used(self) -> int:
         """Blocks that have an owner."""
         return self.num_blocks - self.num_free
+
+    def num_owned_by_none_but(self, tables: Iterable[Iterable[int]]) -> int:
+        """Blocks that would be free, were all of `tables` released."""
+        num_released = Counter(block for table in tables for block in table)
+        return sum(self._num_owners[block] == num for block, num in num_released.items())
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """Blocks for one new owner, or None (and nothing changed) where fewer are free."""
@@ -68,9 +73,11 @@ class BlockPool:
         self.kept.add(block)
 
     def forget(self, block: int) -> None:
-        """An owned block is not worth keeping after all."""
-        assert self._num_owners[block], f"block {block} has no owner"
+        """A kept block is not worth keeping after all."""
         self.kept.remove(block)
+        if not self._num_owners[block]:
+            del self._cached[block]
+            self._free.append(block)
         self.on_evict(block)
 
     def _evict(self) -> int:

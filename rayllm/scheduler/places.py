@@ -57,6 +57,16 @@ class Places:
         """Whether a row is free, and so many blocks."""
         return bool(self._free_rows) and self._pool.num_free >= num_blocks
 
+    def would_have_room(self, num_blocks: int, without: list[Sequence]) -> bool:
+        """`has_room`, had these left."""
+        num_missing = num_blocks - self._pool.num_free
+        tables = [sequence.blocks for sequence in without]
+        return (
+            bool(self._free_rows or without)
+            and num_missing <= sum(map(len, tables))  # true of nearly all for which the next is, and quick
+            and num_missing <= self._pool.num_owned_by_none_but(tables)
+        )
+
     # ------------------------------------------------------------------------------------------- coming and going
 
     def find(self, sequence: Sequence) -> list[int] | None:
@@ -112,7 +122,7 @@ class Places:
         self._cache.publish(sequence, num_tokens // self.block_size)
 
     def distrust(self, sequence: Sequence) -> None:
-        """Nobody shall find what it has computed."""
+        """Nobody shall find what it has computed, whether it still has its place or not."""
         self._cache.distrust(sequence)
 
     def check(self, running: list[Sequence]) -> None:

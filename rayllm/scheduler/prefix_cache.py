@@ -85,10 +85,10 @@ class PrefixCache:
                 del self._announced[block_hash]
 
     def distrust(self, sequence: Sequence) -> None:
-        """The KV of the running `sequence` is not to be used again."""
-        for block in sequence.blocks:
-            if block in self._hash_of:
-                self._pool.forget(block)
+        """KV of the prefixes of `sequence` is not to be used again, whoever has it."""
+        for block_hash in sequence.block_hashes or ():
+            if block_hash in self._published:
+                self._pool.forget(self._published[block_hash])
 
     def _is_coming(self, block_hash: bytes, sequence: Sequence) -> bool:
         """Whether `sequence` can expect the block from another that runs."""

@@ -300,18 +300,15 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_blocks: int, draft: Draft) -> bool:
         """Whether there is a row for it, and `num_blocks` besides those the running ones will soon grow into.
         Sequences of lower priority are preempted for it, but only if that is enough."""
-        running, places = self._running, self._places
-        while True:
-            lower = running.lower_than(sequence.priority)
-            num_staying = len(running) - len(lower)
-            # Half a block for each one that stays: fewer and they are soon preempted, more and blocks lie idle.
-            wanted = sequence.num_blocks_wanted = num_blocks + (num_staying + 1) // 2
-            if places.has_room(wanted):
-                return True
-            reclaimable = sum(len(other.blocks) for other in lower)
-            if not lower or places.num_free_blocks + reclaimable < wanted:
-                return False
+        lower = self._running.lower_than(sequence.priority)
+        num_staying = len(self._running) - len(lower)
+        # Half a block for each one that stays: fewer and they are soon preempted, more and blocks lie idle.
+        wanted = sequence.num_blocks_wanted = num_blocks + (num_staying + 1) // 2
+        if not self._places.would_have_room(wanted, without=lower):
+            return False
+        while not self._places.has_room(wanted):
             self._preempt_last(draft)
+        return True
 
     def _note_start(self, sequence: Sequence) -> None:
         if not sequence.charged:
@@ -378,8 +375,7 @@ class Scheduler:
         finish = Finish("error", code="invalid_logits", message=_INVALID_LOGITS)
         updates = [SequenceUpdate(sequence, [], finish) for sequence in sequences if sequence.finish is None]
         for update in updates:
-            if update.sequence.status is Status.RUNNING:
-                self._places.distrust(update.sequence)
+            self._places.distrust(update.sequence)
             self._end(update.sequence, finish)
         return updates
 

@@ -74,6 +74,29 @@ def test_a_tail_is_evicted_before_its_head():
     assert evicted == table[::-1]
 
 
+def test_a_block_that_is_not_worth_keeping_is_plainly_free_once_it_has_no_owner():
+    pool = BlockPool(2)
+    owned, cached = pool.allocate(1), pool.allocate(1)
+    for block in owned + cached:
+        pool.keep(block)
+    pool.release(cached)
+    for block in owned + cached:
+        pool.forget(block)
+    pool.check([owned])
+    assert (pool.kept, pool.num_free) == (set(), 1)
+    assert pool.allocate(1) == cached
+
+
+def test_owned_by_none_but_some_tables_are_the_blocks_that_no_other_shares():
+    pool = BlockPool(6)
+    mine, theirs = pool.allocate(3), pool.allocate(2)
+    pool.share(mine[:1])
+    pool.share(theirs[:1])
+    assert pool.num_owned_by_none_but([mine]) == 2
+    assert pool.num_owned_by_none_but([mine, mine[:1], theirs]) == 4
+    assert pool.num_owned_by_none_but([]) == 0
+
+
 def test_releasing_a_block_without_an_owner_is_an_error():
     pool = BlockPool(1)
     with pytest.raises(AssertionError, match="no owner"):

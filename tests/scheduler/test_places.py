@@ -81,13 +81,27 @@ def test_what_is_held_is_given_to_no_one():
     assert places.has_room(3)
 
 
-def test_what_is_distrusted_is_found_no_more():
+def test_what_is_missing_may_be_had_from_those_who_leave():
+    places, first, second = make_places(), make_sequence(PROMPT), make_sequence([9], arrival=1)
+    take(places, first)
+    take(places, second)
+    assert not places.would_have_room(1, without=[]), "no row"
+    assert places.would_have_room(5, without=[first])
+    assert not places.would_have_room(6, without=[first])
+    assert places.would_have_room(6, without=[first, second])
+
+
+@pytest.mark.parametrize("leaves_before", [True, False])
+def test_what_is_distrusted_is_found_no_more(leaves_before):
     places, first = make_places(), make_sequence(PROMPT)
     take(places, first)
     first.num_computed = 10
     places.publish(first, 10)
+    if leaves_before:
+        places.leave(first)
     places.distrust(first)
-    places.leave(first)
+    if not leaves_before:
+        places.leave(first)
     assert places.find(make_sequence(PROMPT, arrival=1)) == []
     places.check([])
 

@@ -216,6 +216,20 @@ def test_no_one_is_preempted_where_that_would_not_be_enough():
     engine.drain()
 
 
+def test_blocks_that_others_share_are_no_reason_to_preempt():
+    engine = Engine(num_blocks=8, max_model_len=32)
+    shared = [1] * 16
+    engine.add(make_request("top", [*shared, 9], priority=-1, max_tokens=3))
+    engine.step()
+    [low] = engine.add(make_request("low", [*shared, 8], priority=1, max_tokens=3))
+    engine.step()
+    assert (low.status, low.num_cached_tokens) == (Status.RUNNING, 16)
+    engine.add(make_request("middle", [3] * 16))
+    engine.plan()
+    assert engine.scheduler.totals.num_preemptions == 0, "without low, one block more would be free, not five"
+    engine.drain()
+
+
 def test_equal_priority_never_preempts():
     engine = Engine(max_num_seqs=1)
     engine.add(make_request("a", PROMPT))
@@ -474,5 +488,22 @@ def test_a_prefix_is_distrusted_once_a_sequence_that_used_it_had_invalid_logits(
     engine.commit()
     assert bad.num_cached_tokens == 8
     [again] = engine.add(make_request("again", prompt))
+    engine.drain()
+    assert again.num_cached_tokens == 0
+
+
+def test_the_prefix_of_a_sequence_that_was_preempted_before_its_logits_were_seen_to_be_invalid_is_distrusted():
+    engine = Engine(max_num_seqs=1, max_num_batched_tokens=8)
+    [bad] = engine.add(make_request("bad", PROMPT, priority=1))
+    engine.step()
+    engine.plan()
+    engine.results[0] = msgspec.structs.replace(engine.results[0], invalid_rows=pack_ids([bad.row]))
+    engine.add(make_request("high", [5], max_tokens=1))
+    engine.plan()
+    assert bad.status is Status.WAITING
+    engine.commit()
+    assert bad.finish.code == "invalid_logits"
+    engine.drain()
+    [again] = engine.add(make_request("again", PROMPT))
     engine.drain()
     assert again.num_cached_tokens == 0
