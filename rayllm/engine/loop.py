@@ -16,7 +16,7 @@ import msgspec
 from rayllm.config import ResolvedConfig
 from rayllm.engine.admission import Admission, check_request
 from rayllm.engine.figures import EngineFigures
-from rayllm.engine.mirror import Mirror
+from rayllm.engine.mirror import Kept, Mirror
 from rayllm.engine.open_requests import Client, OpenRequest, OpenRequests, Outbox
 from rayllm.engine.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
 from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
@@ -79,7 +79,7 @@ class EngineLoop:
         first_steps_s = FIRST_STEPS_S if config.device == "cpu" else COMPILING_STEPS_S
         self._supervisor = Supervisor(executor, wake, clock, first_steps_s)
         self._open = OpenRequests(outbox)
-        self._mirror = Mirror()
+        self._mirror = Mirror(self._let_go)
         self._reports: dict[Client, IngressReport] = {}
         self._failure: EngineError | None = None
         self.figures = EngineFigures(scheduler, self._supervisor, clock)
@@ -197,6 +197,13 @@ class EngineLoop:
             log.info("aborted: its client is gone", extra=request.log_fields)
             self._abort_all(request)
         self._reports.pop(client, None)
+
+    def _let_go(self, kept: Kept) -> None:
+        """Nobody can adopt it any more: where it has no client, it goes on for no one."""
+        request = self._open.get(kept.open_id)
+        if request is not None and request.kept is kept and kept.alone_since is not None:
+            log.info("aborted: no client will come for it", extra=request.log_fields)
+            self._abort_all(request)
 
     def _abort_all(self, request: OpenRequest) -> None:
         for choice in sorted(request.unfinished):
@@ -337,11 +344,7 @@ class EngineLoop:
     # ------------------------------------------------------------------------------------------------ ends
 
     def _expire(self) -> None:
-        for kept in self._mirror.expired(self._clock()):
-            request = self._open.get(kept.open_id)
-            if request is not None and request.kept is kept:
-                log.info("aborted: no client came for it", extra=request.log_fields)
-                self._abort_all(request)
+        self._mirror.expire(self._clock())
         with_deadline = self._open.with_deadline()
         if not with_deadline:
             return

@@ -7,7 +7,7 @@ and another client may adopt it: that one is sent everything from the first toke
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -121,8 +121,11 @@ class Kept:
 
 @dataclass
 class Mirror:
-    """All that one driver keeps. Beyond `max_bytes` the oldest are let go, those first that nobody waits for."""
+    """All that one driver keeps. Beyond `max_bytes` the oldest are let go, those first that nobody waits for.
 
+    `on_let_go` is called with each that could be adopted until now."""
+
+    on_let_go: Callable[[Kept], None] = lambda kept: None
     hold_s: float = HOLD_S
     max_bytes: int = MAX_BYTES
     _kept: dict[tuple[str, str], Kept] = field(default_factory=dict)
@@ -135,6 +138,7 @@ class Mirror:
         history = History.decode(keep.history)
         bare = msgspec.structs.replace(request, emitted=(), keep=msgspec.structs.replace(keep, history=b""))
         kept = Kept(bare, history, open_id)
+        self.forget(request.client_key, keep.answer_id)
         self._kept[request.client_key, keep.answer_id] = kept
         self._trim()
         return kept
@@ -143,30 +147,36 @@ class Mirror:
         return self._kept.get((client_key, answer_id))
 
     def forget(self, client_key: str, answer_id: str) -> None:
-        self._kept.pop((client_key, answer_id), None)
+        if (client_key, answer_id) in self._kept:
+            self._let_go((client_key, answer_id))
+
+    def _let_go(self, name: tuple[str, str]) -> Kept:
+        kept = self._kept.pop(name)
+        self.on_let_go(kept)
+        return kept
 
     def holds(self, kept: Kept) -> bool:
         """Whether it could be adopted."""
         return kept in self._kept.values()
 
-    def expired(self, now: float) -> list[Kept]:
-        """Forgets what was alone for too long, and returns it; looks once a second."""
+    def expire(self, now: float) -> None:
+        """Lets go of what was alone for too long; looks once a second."""
         if now < self._next_look_s or not self._kept:
-            return []
+            return
         self._next_look_s = now + _LOOK_S
         gone = [
             name
             for name, kept in self._kept.items()
             if kept.alone_since is not None and now - kept.alone_since >= self.hold_s
         ]
-        return [self._kept.pop(name) for name in gone]
+        for name in gone:
+            self._let_go(name)
 
     def _trim(self) -> None:
         num_bytes = sum(kept.num_bytes for kept in self._kept.values())
         if num_bytes <= self.max_bytes:
             return
-        for name, kept in sorted(self._kept.items(), key=lambda item: item[1].alone_since is None):
-            del self._kept[name]
-            num_bytes -= kept.num_bytes
+        for name, _ in sorted(self._kept.items(), key=lambda item: item[1].alone_since is None):
+            num_bytes -= self._let_go(name).num_bytes
             if num_bytes <= self.max_bytes:
                 return

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rayllm.engine.local import build_scheduler
 from rayllm.engine.loop import EngineLoop
-from rayllm.engine.mirror import HOLD_S, History, Mirror
+from rayllm.engine.mirror import HOLD_S, History, Kept, Mirror
 from rayllm.messages import (
     ADOPTED_BY_ANOTHER,
     READER_PAUSED,
@@ -182,6 +182,40 @@ def test_a_request_that_nothing_keeps_ends_with_its_client() -> None:
     assert not engine.loop._open
 
 
+def test_a_request_that_goes_on_alone_ends_when_its_client_submits_it_again() -> None:
+    engine = _Engine()
+    request = _kept([5, 6, 7], max_tokens=40)
+    engine.loop.submit("first", Submit(0, request))
+    for _ in range(4):
+        engine.loop.step()
+    engine.loop.client_gone("first")
+    engine.loop.submit("first again", Submit(0, request))
+    stats = engine.loop.stats()
+    assert (stats.num_running + stats.num_waiting, len(engine.loop._open)) == (1, 1)
+    engine.run()
+    assert engine.tokens("first again", 0) == expected_tokens(request)
+
+
+def test_a_request_that_goes_on_alone_ends_when_it_is_forgotten() -> None:
+    engine = _Engine()
+    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=40)))
+    engine.loop.step()
+    engine.loop.client_gone("first")
+    engine.loop.submit("second", Forget("me", "a"))
+    assert not engine.loop._open
+    assert engine.loop.stats().num_blocks_used == 0
+
+
+def test_a_request_that_is_served_goes_on_when_it_is_forgotten() -> None:
+    engine = _Engine()
+    request = _kept([5, 6, 7], max_tokens=12)
+    engine.loop.submit("first", Submit(0, request))
+    engine.loop.step()
+    engine.loop.submit("first", Forget("me", "a"))
+    engine.run()
+    assert engine.tokens("first", 0) == expected_tokens(request)
+
+
 def test_what_a_former_driver_sent_is_part_of_it() -> None:
     engine = _Engine()
     request = _kept([5, 6, 7], max_tokens=10, n=2)
@@ -241,7 +275,8 @@ def test_long_answers_take_little_more_than_their_tokens() -> None:
 
 
 def test_the_oldest_that_nobody_waits_for_is_let_go_first() -> None:
-    mirror = Mirror(max_bytes=3000)
+    let_go: list[Kept] = []
+    mirror = Mirror(let_go.append, max_bytes=3000)
     prompt = list(range(200))  # 800 bytes
     kept = [mirror.add(_kept(prompt, answer_id), answer_id) for answer_id in "abc"]
     kept[1].alone_since = 0.0
@@ -250,3 +285,4 @@ def test_the_oldest_that_nobody_waits_for_is_let_go_first() -> None:
     mirror.add(_kept(prompt, "e"), "e")
     assert mirror.find("me", "a") is None
     assert not mirror.holds(kept[0])
+    assert let_go == [kept[1], kept[0]]
