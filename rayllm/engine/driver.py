@@ -54,6 +54,9 @@ class Steps(Protocol):
     @property
     def is_interrupted(self) -> bool: ...
 
+    @property
+    def deadline_in_s(self) -> float | None: ...
+
 
 def run_loop(
     loop: Steps,
@@ -63,8 +66,8 @@ def run_loop(
     on_failed: Callable[[EngineError], None],
 ) -> None:
     """The loop's thread: messages in, a step, and so on until `stop` is set (and `link.wake` called). Without
-    work it blocks until a message comes or a worker is lost. Messages are taken while a step runs too: a refusal, an
-    abort or figures do not wait for it.
+    work it blocks until a message comes, a worker is lost or a request's deadline passes. Messages are taken while a
+    step runs too: a refusal, an abort or figures do not wait for it.
 
     A lost worker is the loop's to have replaced. When that fails, `on_failed` is told once, and from then on the loop
     only answers: new requests are refused with the reason.
@@ -104,7 +107,7 @@ def run_loop(
                 loop.check()
             except EngineError as error:
                 on_failed(error)
-            wait(None if loop.is_interrupted else executor.result_socket(), None)
+            wait(None if loop.is_interrupted else executor.result_socket(), loop.deadline_in_s)
 
 
 # ---------------------------------------------------------------------------------------------- the driver

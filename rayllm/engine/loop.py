@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 MAX_FAULTS_OF_REQUEST = 3
 """A request in the plans at so many faults is refused: it may be what kills the workers."""
+_MAX_SLEEP_S = 3600.0  # `select` does not take any number
 
 
 class EngineLoop:
@@ -241,6 +242,13 @@ class EngineLoop:
         """Whether the workers are lost, for good or until they are replaced: nothing comes from them."""
         return self._failure is not None or self._supervisor.mending
 
+    @property
+    def deadline_in_s(self) -> float | None:
+        """In so many seconds, or earlier, `step` has to end a request whatever else comes; None where no request has a
+        deadline."""
+        deadlines_s = [request.deadline_s for request in self._open.with_deadline() if request.deadline_s is not None]
+        return min(max(0.0, min(deadlines_s) - self._wall_clock()), _MAX_SLEEP_S) if deadlines_s else None
+
     def check(self) -> None:
         """For a loop without work: looks for a lost worker, and has it replaced."""
         if self._failure is None and not self._supervisor.mending:
@@ -276,13 +284,17 @@ class EngineLoop:
         if self.meanwhile is None:
             return self._supervisor.receive()
         limit_s = self._supervisor.limit_s()
-        deadline = self._clock() + limit_s
+        began_at = looked_at = self._clock()
         while True:
             with contextlib.suppress(TimeoutError):
                 return self._supervisor.receive(0.0)
-            left_s = deadline - self._clock()
+            now = self._clock()
+            left_s = began_at + limit_s - now
             if left_s <= 0 or self._supervisor.sees_stopped_rank():
                 raise TimeoutError(f"no result of the step within {limit_s:g} s, or a rank is stopped")
+            if now - looked_at >= LOOK_S:
+                looked_at = now
+                self._expire()
             self.meanwhile(min(left_s, LOOK_S))
 
     def _note_plan(self, plan: StepPlan) -> None:

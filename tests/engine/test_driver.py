@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fakes
+import msgspec
 import pytest
 from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 
@@ -204,6 +205,28 @@ def test_a_worker_lost_in_a_step_costs_no_request(make_engine: Callable[..., _En
     assert _finish(engine.client, 0) == (expected_tokens(request), Finish("length"))
     assert (engine.executor.recovered, engine.failures) == ([[1]], [])
     assert engine.client.stats().num_faults == 1
+
+
+def test_a_deadline_is_kept_while_a_step_lasts(make_engine: Callable[..., _Engine]) -> None:
+    engine = make_engine()
+    engine.executor.hold_results()
+    request = msgspec.structs.replace(make_request([1], max_tokens=20), deadline_s=time.time() + 0.2)
+    engine.client.submit(0, request)
+    assert _finish(engine.client, 0)[1].code == "deadline_exceeded"
+    assert (engine.client.stats().num_steps, engine.client.stats().num_faults) == (0, 0)
+    engine.executor.release_results()
+
+
+def test_a_deadline_is_kept_while_a_worker_is_replaced(make_engine: Callable[..., _Engine]) -> None:
+    engine, replaced = make_engine(dies=[3]), threading.Event()
+    recover = engine.executor.recover
+    engine.executor.recover = lambda lost: replaced.wait(10.0) and recover(lost)  # type: ignore
+    request = msgspec.structs.replace(make_request([1], max_tokens=20), deadline_s=time.time() + 0.2)
+    engine.client.submit(0, request)
+    assert _finish(engine.client, 0)[1].code == "deadline_exceeded"
+    assert engine.client.stats().recovering
+    replaced.set()
+    _until(lambda: not engine.client.stats().recovering)
 
 
 def test_a_worker_lost_without_work_is_replaced_at_once(make_engine: Callable[..., _Engine]) -> None:
