@@ -126,6 +126,8 @@ class OutputParser:
             yield from self._calls(form, known_only=True)
         while True:
             marks = [mark for mark in (form.begin, *form.noise, form.end if self.num_calls else "") if mark]
+            if self.num_calls and (yield from self._text.ends_within(marks)):
+                return
             mark = yield from self._text.flow(marks, Text)
             if mark is None:
                 return

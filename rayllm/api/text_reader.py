@@ -79,6 +79,11 @@ class TextReader:
                 return None
             yield None
 
+    def ends_within(self, texts: Sequence[str]) -> Reading[bool]:
+        """Whether nothing comes but the beginning of one of the texts, cut by the end."""
+        found = yield from self.next_of(texts)
+        return found is None and self.ended and any(text.startswith(self.rest) for text in texts)
+
     def until(self, mark: str) -> Reading[tuple[str, bool]]:
         """What stands before the mark, which is taken too; and whether it came."""
         while (start := self.rest.find(mark)) < 0:

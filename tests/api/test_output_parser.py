@@ -361,6 +361,20 @@ def test_a_call_that_is_cut_keeps_what_was_written_of_it() -> None:
     ]
 
 
+@pytest.mark.parametrize("cut", ["\n</tool_c", "</tool_call>\n<tool_"])
+def test_a_mark_after_a_call_that_the_end_cuts_is_no_text(cut: str) -> None:
+    whole = _HERMES.format("weather", ARGUMENTS)
+
+    events = parse("hermes", whole.removesuffix("\n</tool_call>") + cut)
+
+    assert calls_of(events) == [("weather", ARGUMENTS)]
+    assert text_of(events) == ""
+
+
+def test_text_after_a_call_that_is_no_mark_stays() -> None:
+    assert text_of(parse("hermes", f"{_HERMES.format('now', '{}')} is 1 <")) == "is 1 <"
+
+
 def test_malformed_arguments_end_where_the_call_ends() -> None:
     text = '<tool_call>{"name": "weather", "arguments": {"city": 1</tool_call> and more'
 
