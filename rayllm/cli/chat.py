@@ -118,10 +118,11 @@ class Conversation:
         try:
             content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]]
-            self.system, self.turns = content.get("system"), turns
-            self.params.update({name: v for name, v in content.get("params", {}).items() if name in PARAMS})
+            params = {name: v for name, v in content.get("params", {}).items() if name in PARAMS}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path!r} holds no saved conversation") from None
+        self.system, self.turns = content.get("system"), turns
+        self.params.update(params)
 
     def set_params(self, words: Sequence[str]) -> None:
         for word in words:

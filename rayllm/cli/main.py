@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rayllm.errors import did_you_mean
 
         kind = "option" if verb.startswith("-") else "verb"
-        return complain(f"rayllm: unknown {kind} {verb!r}{did_you_mean(verb, VERBS)} (see rayllm --help)", USAGE)
+        near = did_you_mean(verb, [*VERBS, "help", "--help", "--version"])
+        return complain(f"rayllm: unknown {kind} {verb!r}{near} (see rayllm --help)", USAGE)
     return _run(verb, rest)
 
 

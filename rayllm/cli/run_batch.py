@@ -145,6 +145,8 @@ def finished_ids(output: Path) -> set[str]:
     one id the last counts. `UsageError`, and the file as it was, for one that is no output of ours."""
     if not output.exists():
         return set()
+    if output.is_dir() or not os.access(output, os.R_OK | os.W_OK):
+        raise UsageError(f"{str(output)!r} cannot be read and written: give another --output-file")
     is_final: dict[str, bool] = {}
     num_whole, torn = 0, b""
     with output.open("rb") as lines:
@@ -166,8 +168,8 @@ def finished_ids(output: Path) -> set[str]:
 def _output_line(line: bytes, output: Path) -> dict[str, Any]:
     try:
         found = json.loads(line)
-        return {"custom_id": str(found["custom_id"]), "response": found.get("response"), "error": found.get("error")}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return {"custom_id": str(found["custom_id"]), "response": found["response"], "error": found["error"]}
+    except (ValueError, KeyError, TypeError):
         raise _no_output(output) from None
 
 

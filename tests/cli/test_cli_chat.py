@@ -103,6 +103,14 @@ def test_saved_conversations_come_back(chat: Conversation, echo: Echo, tmp_path:
     assert (other.messages, other.params) == (chat.messages, chat.params)
 
 
+def test_a_file_that_holds_no_conversation_changes_none(chat: Conversation, tmp_path: Path) -> None:
+    handle(chat, "hello")
+    (tmp_path / "c.json").write_text('{"messages": [], "params": 3}')
+    with pytest.raises(UsageError, match="holds no saved conversation"):
+        handle(chat, f"/load {tmp_path}/c.json")
+    assert len(chat.turns) == 2
+
+
 def test_mistakes_are_told_and_the_conversation_goes_on(chat: Conversation) -> None:
     lines = iter(["/regn", "/load /nowhere", "hello", "/exit", "never read"])
     assert not converse(chat, lambda goes_on: next(lines))
@@ -281,8 +289,7 @@ def test_chat_on_a_terminal_completes_commands_and_stops_an_answer(client: ApiCl
         terminal.read_until("wait for it")
         terminal.send("\x03")
         terminal.read_until("stopped]")
-        terminal.send("\x03")
-        terminal.read_until("Ctrl-C again leaves, so does /exit)\n> ")
+        terminal.press_until("\x03", "Ctrl-C again leaves, so does /exit)\n> ")
         terminal.press_until_end("\x03")
     assert terminal.process.returncode == 0
     history = tmp_path / ".cache" / "rayllm" / "chat_history"

@@ -110,7 +110,8 @@ def test_help_and_typos_import_nothing_heavy() -> None:
     ("argv", "expected"),
     [
         (["srve"], "unknown verb 'srve'; did you mean 'serve'?"),
-        (["--verson"], "unknown option '--verson'"),
+        (["--verson"], "unknown option '--verson'; did you mean '--version'?"),
+        (["hlep"], "unknown verb 'hlep'; did you mean 'help'?"),
         (["serve", "--tensor-paralel-size", "2"], "did you mean '--tensor-parallel-size'?"),
         (["serve", "--no-enable-prefix-cachin"], "did you mean '--no-enable-prefix-caching'?"),
         (["serve", "-pp", "2"], "-pp is not supported yet: RayLLM has no pipeline parallelism; leave it out"),

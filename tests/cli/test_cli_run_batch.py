@@ -201,6 +201,19 @@ def test_a_file_that_is_no_output_is_left_alone(text: str, tmp_path: Path, capsy
     assert (tmp_path / "out").read_text() == text
 
 
+def test_the_input_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its lines have ids too, and must not count as answered."""
+    (tmp_path / "in").write_text(line("a", "x"))
+    assert main(["run-batch", "-i", f"{tmp_path}/in", "-o", f"{tmp_path}/in", "--url", "http://127.0.0.1:1"]) == 2
+    assert "is no output of run-batch" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").write_text(line("a", "x"))
+    assert main(["run-batch", "-i", f"{tmp_path}/in", "-o", str(tmp_path), "--url", "http://127.0.0.1:1"]) == 2
+    assert "cannot be read and written" in capsys.readouterr().err
+
+
 def test_no_server_exits_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").write_text(line("a", "x"))
     assert batch("http://127.0.0.1:1", tmp_path) == 3
