@@ -21,7 +21,7 @@ from rayllm.observability.trace import RequestSpan, Tracer
 from rayllm.serve.http_answers import error_response
 from rayllm.serve.routes_pages import PAGE_PATHS
 
-_QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/load"})
+_QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/load", "/dashboard/state"})
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"}) | PAGE_PATHS
 MAX_HEADER_BYTES = 32 * 1024
 _LOG = logging.getLogger("rayllm.serve.access")

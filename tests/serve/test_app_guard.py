@@ -120,11 +120,13 @@ async def test_each_request_is_one_log_line_with_its_id_and_tokens(caplog: pytes
     async with served.client(authorization=f"Bearer {KEY}") as client:
         await client.post("/v1/completions", json=completion(prompt="my secret"), headers={"x-request-id": "job-7"})
         await client.get("/health")
+        await client.get("/dashboard/state")  # which an open page asks for every few seconds
 
     access = [record for record in caplog.records if record.name == "rayllm.serve.access"]
     assert [(record.levelname, vars(record)["fields"]["path"]) for record in access] == [
         ("INFO", "/v1/completions"),
         ("DEBUG", "/health"),
+        ("DEBUG", "/dashboard/state"),
     ]
     fields = vars(access[0])["fields"]
     assert (vars(access[0])["request_id"], fields["method"], fields["status"]) == ("job-7", "POST", 200)
