@@ -25,7 +25,11 @@ from rayllm.api.sampling import named_as
 from rayllm.api.service import ModelService
 from rayllm.errors import RequestError
 
-_PARAMS = {"stop": "stop_sequences", "response_format": "output_config", "reasoning_effort": "thinking"}
+_PARAMS = {
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+}
 """A chat's field and the one that it came from."""
 
 
@@ -129,8 +133,7 @@ def _output_config(config: dict[str, Any] | None) -> dict[str, Any]:
     check_names("output_config", config, ("effort", "format"), "output_config")
     found: dict[str, Any] = {}
     if config.get("effort") is not None:
-        effort = config["effort"]
-        found["reasoning_effort"] = "xhigh" if effort == "max" else effort
+        found["reasoning_effort"] = config["effort"]
     wanted = config.get("format")
     if wanted is not None:
         if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":

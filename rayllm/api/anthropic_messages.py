@@ -65,9 +65,7 @@ _RESULT_FIELDS = ("type", "tool_use_id", "content", "is_error", "cache_control",
 
 
 def _tool_message(block: Mapping[str, Any], where: str) -> _Message:
-    check_names(
-        where, block, ("type", "tool_use_id", "content", "is_error", "cache_control", "toolset_name"), "messages"
-    )
+    check_names(where, block, _RESULT_FIELDS, "messages")
     call_id = block.get("tool_use_id")
     if not isinstance(call_id, str) or not call_id:
         raise RequestError(f"{where}.tool_use_id must be text, got {shorten(call_id)}", param="messages")

@@ -145,6 +145,8 @@ def request_error_of(error: ValidationError) -> RequestError:
     """The first field at fault, in words: every way in which it could have been right."""
     faults = error.errors(include_url=False, include_context=False)
     param = str(faults[0]["loc"][0]) if faults[0]["loc"] else None
+    if faults[0]["type"] == "missing":
+        return RequestError(f"{param} is required", param=param)
     same = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
     reasons = list(dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in same))
     return RequestError(f"{param or 'body'}: {' or '.join(reasons[:3])}, got {shorten(same[0]['input'])}", param=param)

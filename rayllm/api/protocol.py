@@ -31,6 +31,7 @@ WITHOUT_EFFECT = frozenset(
         "service_tier",
         "safety_identifier",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "prediction",
     }
@@ -49,7 +50,8 @@ NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "modalities": ((["text"],), "can only be ['text']: this server writes text"),
     "audio": ((), "is not supported: this server writes text"),
     "web_search_options": ((), "is not supported"),
-    "suffix": ((), "is not supported: the model has no infill"),
+    "moderation": ((), "is not supported"),
+    "suffix": (("",), "is not supported: the model has no infill"),
     "prompt_embeds": ((), "is not supported; send text or token ids"),
     "logits_processors": ((), "is not supported: requests run no code"),
     "chat_template": ((), "is for chats"),
@@ -124,7 +126,7 @@ Objects = Annotated[Any, AfterValidator(_objects), WithJsonSchema({"anyOf": [_OB
 TextOrObjects = Annotated[Any, AfterValidator(_text_or_objects), WithJsonSchema({"anyOf": [_STRING, _OBJECTS, _NULL]})]
 
 
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class SamplingFields(Body):

@@ -47,9 +47,9 @@ _ECHOED = ("user", "safety_identifier", "prompt_cache_key")
 _PARAMS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
-    "response_format": "text",
-    "reasoning_effort": "reasoning",
-    "verbosity": "text",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
 }
 """A chat's field and the one that it came from."""
 
@@ -80,6 +80,9 @@ class ResponsesBody(SamplingFields):
         "prompt": ((), "is not supported: this server keeps no prompt templates"),
         "context_management": (([],), "is not supported"),
         "moderation": ((), "is not supported"),
+        "access_programs": ((), "is not supported"),
+        "background_options": ((), "is not supported"),
+        "image": ((), "is not supported: this server writes text"),
         "messages": ((), "is called input here"),
         "max_tokens": ((), "is called max_output_tokens here"),
         "response_format": ((), "is called text.format here"),

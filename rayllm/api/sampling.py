@@ -185,7 +185,11 @@ def named_as(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        error.param = names.get(error.param or "", error.param)
+        ours = error.param or ""
+        if ours in names:
+            error.param = names[ours]
+            error.message = re.sub(rf"^{ours}\b", names[ours], error.message)
+            error.args = (error.message,)
         raise
 
 

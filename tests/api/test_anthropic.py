@@ -117,6 +117,7 @@ async def test_tokens_are_counted_as_they_would_be_sent(service: ModelService, e
     [
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": None}, "max_tokens", ""),
+        ({"output_config": {"effort": "huge"}}, "output_config.effort", "output_config.effort: "),
         ({"stop": "x"}, "stop", "stop_sequences"),
         ({"stop_sequence": ["x"]}, "stop_sequence", "did you mean 'stop_sequences'"),
         ({"messages": []}, "messages", "empty"),

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
+from openai.types.shared import ReasoningEffort
 
-from rayllm.api.protocol import NOT_SUPPORTED, WITHOUT_EFFECT, ChatBody, CompletionBody, read_body
+from rayllm.api.protocol import NOT_SUPPORTED, WITHOUT_EFFECT, Body, ChatBody, CompletionBody, read_body
+from rayllm.api.responses import ResponsesBody
 from rayllm.errors import RequestError
 
 COMPLETION = {"model": "m", "prompt": "hi"}
@@ -29,6 +34,24 @@ def test_a_huge_name_is_shown_in_part() -> None:
     with pytest.raises(RequestError) as caught:
         read_body({**COMPLETION, "k" * 1_000_000: 1}, CompletionBody)
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("body", "params"),
+    [
+        (CompletionBody, completion_create_params.CompletionCreateParamsBase),
+        (ChatBody, chat_create_params.CompletionCreateParamsBase),
+        (ResponsesBody, response_create_params.ResponseCreateParamsBase),
+    ],
+)
+def test_no_field_of_openais_is_unknown(body: type[Body], params: Any) -> None:
+    known = {*body.model_fields, *body.without_effect, *body.not_supported}
+    assert sorted(params.__annotations__.keys() - known) == []
+
+
+def test_every_effort_of_openais_can_be_asked_for() -> None:
+    for effort in get_args(get_args(ReasoningEffort)[0]):
+        assert read_body({**CHAT, "reasoning_effort": effort}, ChatBody).reasoning_effort == effort
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
@@ -88,7 +111,7 @@ def test_null_means_not_given() -> None:
 
 def test_a_missing_field_is_named() -> None:
     for body, missing in (({"prompt": "x"}, "model"), ({"model": "m"}, "prompt")):
-        with pytest.raises(RequestError, match="required") as caught:
+        with pytest.raises(RequestError, match=f"^{missing} is required$") as caught:
             read_body(body, CompletionBody)
         assert caught.value.param == missing
 
