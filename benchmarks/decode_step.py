@@ -64,7 +64,9 @@ class Ours:
             self._decoder = load_decoder(folder, spec, tp, dtype=dtype, device=device, load_format="dummy")
         self._blocks_a_row = -(-max(args.context + 1, args.prompt) // BLOCK_SIZE)
         num_blocks = self._blocks_a_row * args.batch
-        self._kv = allocate_kv(args.layers, num_blocks, 2, BLOCK_SIZE, spec.head_dim, dtype, device).layers
+        pool = allocate_kv(args.layers, num_blocks, 2, BLOCK_SIZE, spec.head_dim, dtype, device)
+        pool.clear(range(num_blocks))
+        self._kv = pool.layers
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
         self._table = order.view(args.batch, self._blocks_a_row).int()
 

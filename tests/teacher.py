@@ -31,7 +31,7 @@ class PagedRun:
         blocks = list(range(sum(counts) + 3))
         random.Random(seed).shuffle(blocks)
         self._tables = [[blocks.pop() for _ in range(count)] for count in counts]
-        self.kv = allocate_kv(
+        pool = allocate_kv(
             decoder.spec.num_layers,
             sum(counts) + 3,
             decoder.num_local_kv_heads,
@@ -39,7 +39,9 @@ class PagedRun:
             decoder.head_dim,
             torch.float32,
             CPU,
-        ).layers
+        )
+        pool.clear(range(sum(counts) + 3))
+        self.kv = pool.layers
 
     def batch(self, counts: dict[int, int]) -> tuple[Batch, list[int]]:
         """The batch that computes the next `counts[i]` tokens of sequence i, all positions wanted; and its rows."""

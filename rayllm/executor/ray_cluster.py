@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,12 +31,17 @@ def ray_is_initialized() -> bool:
 
 
 @contextlib.contextmanager
-def connected_ray(num_cpus: int, environment: Callable[[str], Mapping[str, str]] = lambda folder: {}) -> Iterator[bool]:
+def connected_ray(
+    num_cpus: int,
+    environment: Callable[[str], Mapping[str, str]] = lambda folder: {},
+    meanwhile: Callable[[], None] | None = None,
+) -> Iterator[bool]:
     """A connection to Ray for the length of the block; yields whether that Ray is our own and ends with it.
 
     Our own listens on loopback alone, prints nothing, and counts `num_cpus` logical CPUs; its processes find what
-    `environment` says, given a folder that goes with it. Raises `EngineUnreachableError` where no Ray answers at
-    RAY_ADDRESS, and `EngineError` where our own does not start.
+    `environment` says, given a folder that goes with it. `meanwhile` runs in a thread while Ray connects.
+
+    Raises `EngineUnreachableError` where no Ray answers at RAY_ADDRESS, and `EngineError` where our own does not start.
     """
     if ray_is_initialized():
         yield False
@@ -51,7 +57,7 @@ def connected_ray(num_cpus: int, environment: Callable[[str], Mapping[str, str]]
     try:
         if address is None:
             os.environ.update(environment(temp_dir))
-        _connect(address, num_cpus, temp_dir)
+        _connect(address, num_cpus, temp_dir, meanwhile)
         yield address is None
     finally:
         if ray_is_initialized():
@@ -59,10 +65,12 @@ def connected_ray(num_cpus: int, environment: Callable[[str], Mapping[str, str]]
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def _connect(address: str | None, num_cpus: int, temp_dir: str) -> None:
+def _connect(address: str | None, num_cpus: int, temp_dir: str, meanwhile: Callable[[], None] | None) -> None:
     import ray
 
     quieten_ray()
+    if meanwhile is not None:  # not before Ray is imported: that reads the environment
+        threading.Thread(target=meanwhile, name="meanwhile", daemon=True).start()
     common: dict[str, Any] = {
         "namespace": RAY_NAMESPACE,
         "log_to_driver": False,

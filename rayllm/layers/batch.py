@@ -68,7 +68,7 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVPool:
-    """A pool of `num_blocks` blocks for every layer, zeroed: memory that is not there is better missed now than when
-    the first request comes to it."""
+    """A pool of `num_blocks` blocks for every layer. What they hold is not known: a block is cleared when it is first
+    given away. On CPU the operating system gives memory to those blocks alone that are used."""
     shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
-    return KVPool(torch.zeros(shape, dtype=dtype, device=device))
+    return KVPool(torch.empty(shape, dtype=dtype, device=device))

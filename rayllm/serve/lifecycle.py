@@ -8,6 +8,7 @@ that nothing is left.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import signal
@@ -31,11 +32,18 @@ from rayllm.serve.haproxy import proxy_environment
 from rayllm.serve.processes import Process, descendants, end_all
 
 if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
+
     from rayllm.engine.driver import EngineDescription
     from rayllm.executor.worker import WorkerPlace
 
 logger = logging.getLogger(__name__)
 
+_LOOK_PERIOD_S = 0.1
+_STATUS_PERIOD_S = 0.3
+"""Between two questions to Serve for its applications: each costs it and us about 30 ms of CPU, just when both have
+enough to do."""
+_LOOKS_PER_STATUS = 10
 _PROCESS_GRACE_S = 10.0
 _WATCH_PERIOD_S = 2.0
 _RAY_CORE = ("gcs_server", "raylet")
@@ -90,42 +98,39 @@ class RunningServer:
         """Returns once requests are served. `EngineError` with the engine's own reason when it cannot start."""
         deadline = time.monotonic() + (timeout_s or float("inf"))
         last = ""
-        while True:
+        for number in itertools.count(1):
             ready, stage = self.health()
             if ready:
                 return
             if stage != last and not stage.startswith("not reachable"):
                 on_stage(stage)
                 last = stage
-            self.raise_if_failed()
+            if number % _LOOKS_PER_STATUS == 0:
+                self.application()
             if time.monotonic() > deadline:
                 raise EngineError(f"the server was not ready within {timeout_s:g} s; last seen: {stage or 'starting'}")
-            time.sleep(0.1)
+            time.sleep(_LOOK_PERIOD_S)
 
     def wait_ingress(self) -> None:
         """Returns once an ingress replica runs: from then on Serve's proxy has somebody to ask. `EngineError` where
         none comes."""
-        from ray import serve
-
         from rayllm.serve.builder import INGRESS
 
-        name = app_name(self.engine.name)
         while True:
-            app = serve.status().applications.get(name)
-            ingress = app.deployments.get(INGRESS) if app else None
+            ingress = self.application().deployments.get(INGRESS)
             if ingress is not None and ingress.replica_states.get("RUNNING"):
                 return
-            self.raise_if_failed()
-            time.sleep(0.1)
+            time.sleep(_STATUS_PERIOD_S)
 
-    def raise_if_failed(self) -> None:
-        """`EngineError` when Serve has given up on the application."""
+    def application(self) -> ApplicationStatusOverview:
+        """What Serve says of the application. `EngineError` when it has given up on it."""
         from ray import serve
 
         status = serve.status().applications.get(app_name(self.engine.name))
         if status is None or status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             messages = [status.message, *(d.message for d in status.deployments.values())] if status else [""]
             raise EngineError(failure_reason("\n".join(filter(None, messages))))
+        return status
 
     def describe(self) -> EngineDescription:
         """The engine's resolved config, blocks and processes, as its driver tells them."""
@@ -316,10 +321,16 @@ def _ray(engine: EngineConfig, server: ServerConfig) -> Iterator[bool]:
     """`connected_ray`, leaving the program's own SIGTERM handler in place (Ray would replace it)."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
-    with connected_ray(num_logical_cpus(engine, server), partial(proxy_environment, server)) as owns_ray:
+    environment = partial(proxy_environment, server)
+    with connected_ray(num_logical_cpus(engine, server), environment, meanwhile=_import_serve) as owns_ray:
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
         yield owns_ray
+
+
+def _import_serve() -> None:
+    """What comes after Ray's start, which is mostly a wait for its processes."""
+    import rayllm.serve.builder  # noqa: F401
 
 
 @contextlib.contextmanager
