@@ -59,13 +59,25 @@ class ClientGone:
 
 
 class _Client:
-    __slots__ = ("accepted", "backlog", "closed", "hello_deadline", "id", "lock", "name", "reader", "sock")
+    __slots__ = (
+        "accepted",
+        "backlog",
+        "closed",
+        "has_spoken",
+        "hello_deadline",
+        "id",
+        "lock",
+        "name",
+        "reader",
+        "sock",
+    )
 
     def __init__(self, client_id: int, sock: socket.socket):
         self.id = client_id
         self.sock = sock
         self.name = f"client {client_id}"
         self.reader = FrameReader(self.name, MAX_HELLO_BYTES)
+        self.has_spoken = False
         self.accepted = False
         self.hello_deadline = time.monotonic() + HELLO_TIMEOUT_S
         self.lock = threading.Lock()  # guards the three below
@@ -269,8 +281,11 @@ class ClientLink:
         except BlockingIOError:
             return
         if num_bytes == 0:
-            self._drop(client, f"{client.name} closed the connection")
+            # Who only looks whether somebody listens here (`serve.death_watch`) leaves without a word.
+            level = logging.WARNING if client.has_spoken else logging.DEBUG
+            self._drop(client, f"{client.name} closed the connection", level)
             return
+        client.has_spoken = True
         client.reader.received(num_bytes)
         while not client.closed and (frame := client.reader.next_frame()) is not None:
             if client.accepted:
@@ -312,7 +327,8 @@ class ClientLink:
             client.backlog = bytearray()
         self._command(lambda: self._drop(client, reason))
 
-    def _drop(self, client: _Client, reason: str) -> None:
+    def _drop(self, client: _Client, reason: str, level: int = logging.WARNING) -> None:
+        """`level`: of the line in the log for one that was never accepted."""
         with client.lock:
             client.closed = True
             client.backlog = bytearray()
@@ -322,7 +338,7 @@ class ClientLink:
             client.sock.close()
         self._strangers.discard(client)
         if self._clients.pop(client.id, None) is None:
-            log.warning("refused a client: %s", reason)
+            log.log(level, "refused a client: %s", reason)
             return
         log.info("%s left: %s", client.name, reason)
         self._inbox.append((client.id, ClientGone(reason)))

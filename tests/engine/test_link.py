@@ -123,6 +123,20 @@ def test_a_stranger_may_not_send_a_long_frame_or_stay_silent(link: ClientLink, m
         assert mute.recv(1) == b""
 
 
+def test_one_that_only_looks_whether_somebody_listens_is_no_warning(
+    link: ClientLink, caplog: pytest.LogCaptureFixture
+) -> None:
+    for said in (b"", b"\0"):  # the first has left before the second comes
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(link.unix_path)
+            caller.sendall(said)
+    deadline = time.monotonic() + 5.0
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.01)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "closed the connection" in warning
+
+
 def test_rubbish_from_a_client_ends_that_client_alone(link: ClientLink, join: Callable[..., Channel]) -> None:
     bad, good = join("bad"), join("good")
     bad.sock.sendall(struct.pack("<I", 3) + b"\xc1\xc1\xc1")
