@@ -50,6 +50,9 @@ _RAY_CORE = ("gcs_server", "raylet")
 _DRAIN_CALL_TIMEOUT_S = 2.0
 _DRAIN_POLL_S = 0.1
 _END_TIMEOUT_S = 3.0
+_DELETE_TIMEOUT_S = 15.0
+"""For Serve to end the application, once its requests have ended. An ingress that was replaced while it streamed may have
+some left, and Serve would give it an hour."""
 _LOG_TAIL_BYTES = 4000
 StageListener = Callable[[str], None]
 
@@ -416,10 +419,17 @@ def _stop_serve(running: RunningServer, *, ends_serve: bool) -> None:
     here, the end of our own Ray follows."""
     from ray import serve
 
+    name = app_name(running.engine.name)
     try:
         _drain(running)
-        serve.delete(app_name(running.engine.name))
-        if running.owns_ray or (ends_serve and not serve.status().applications):
+        serve.delete(name, _blocking=False)
+        deadline = time.monotonic() + _DELETE_TIMEOUT_S
+        while name in (applications := serve.status().applications):
+            if time.monotonic() > deadline:
+                logger.warning("a replica is still at its last streams after %g s", _DELETE_TIMEOUT_S)
+                return
+            time.sleep(_STATUS_PERIOD_S)
+        if running.owns_ray or (ends_serve and not applications):
             serve.shutdown()
     except Exception:
         logger.warning("Serve did not stop in order", exc_info=True)

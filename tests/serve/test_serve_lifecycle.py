@@ -91,12 +91,29 @@ def test_only_the_serve_that_was_started_ends_and_only_where_nobody_else_uses_it
     ended: bool,
 ) -> None:
     did: list[str] = []
-    serves.update(dict.fromkeys(others, "RUNNING"))
-    monkeypatch.setattr(ray.serve, "delete", did.append)
+    serves.update(dict.fromkeys(("rayllm-default", *others), "RUNNING"))
+
+    def delete(name: str, _blocking: bool) -> None:
+        did.append(name)
+        threading.Timer(0.05, serves.pop, [name]).start()
+
+    monkeypatch.setattr(ray.serve, "delete", delete)
     monkeypatch.setattr(ray.serve, "shutdown", lambda: did.append("shutdown"))
     monkeypatch.setattr(lifecycle, "_drain", lambda running: None)
     lifecycle._stop_serve(RunningServer(ENGINE, SERVER, "http://nowhere", owns_ray), ends_serve=ends_serve)
     assert did == ["rayllm-default"] + ["shutdown"] * ended
+
+
+def test_a_stop_does_not_wait_for_the_streams_of_a_replica_that_was_replaced(
+    serves: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    serves["rayllm-default"] = "DELETING"
+    monkeypatch.setattr(lifecycle, "_DELETE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(ray.serve, "delete", lambda name, _blocking: None)
+    monkeypatch.setattr(ray.serve, "shutdown", lambda: pytest.fail("it waits for the same replica"))
+    monkeypatch.setattr(lifecycle, "_drain", lambda running: None)
+    lifecycle._stop_serve(RunningServer(ENGINE, SERVER, "http://nowhere", True), ends_serve=True)
+    assert "still at its last streams" in caplog.text
 
 
 class _Unready(BaseHTTPRequestHandler):
