@@ -51,8 +51,8 @@ _DRAIN_CALL_TIMEOUT_S = 2.0
 _DRAIN_POLL_S = 0.1
 _END_TIMEOUT_S = 3.0
 _DELETE_TIMEOUT_S = 15.0
-"""For Serve to end the application, once its requests have ended. An ingress that was replaced while it streamed may have
-some left, and Serve would give it an hour."""
+"""For Serve to end the application, once its requests have ended. An ingress that was replaced while it streamed may
+have some left, and Serve would give it an hour."""
 _LOG_TAIL_BYTES = 4000
 StageListener = Callable[[str], None]
 
