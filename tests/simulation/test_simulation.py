@@ -69,7 +69,7 @@ def test_the_runs_meet_every_fault_and_every_end() -> None:
     worker = ["before a plan", "during a plan", "before a result", "by a hang", "after a result", "while idle"]
     worker += ["by NaN in one row"]
     ends = ["length", "stop", "overloaded", "deadline_exceeded", "poison_request", "ingress 0 lost", "ingress 1 lost"]
-    ends += ["invalid_logits", "adopted", "complete"]
+    ends += ["invalid_logits", "adopted", "complete", "connection lost"]
     wanted = {f"driver killed {place}" for place in driver} | {f"worker broken {place}" for place in worker} | {*ends}
     assert seen - {"abort"} == wanted | {"worker broken for good, in its replacement"}
 

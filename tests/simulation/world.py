@@ -58,10 +58,12 @@ class Pipe:
 
 
 class Socket:
-    """One ingress's connection to one driver: the transport of its `EngineConnection`, and the driver's end."""
+    """One ingress's connection to one driver: the transport of its `EngineConnection`, and the driver's end, which
+    knows it as `client`."""
 
-    def __init__(self, client: int):
+    def __init__(self, client: int, ingress: int):
         self.client = client
+        self.ingress = ingress
         self.up, self.down = Pipe(), Pipe()
         self.closed = False
         self.connection = EngineConnection()
@@ -125,7 +127,8 @@ class Driver:
     loop: EngineLoop
     executor: FaultyExecutor
     sockets: list[Socket] = field(default_factory=list)
-    gone_ingresses: list[int] = field(default_factory=list)
+    lost_sockets: list[Socket] = field(default_factory=list)
+    """Those whose end it has not read yet."""
     gone: set[object] = field(default_factory=set)
     """Clients that it knows to be gone."""
     unwanted: set[tuple[object, int]] = field(default_factory=set)
@@ -187,6 +190,9 @@ class World:
         """Of readers that went on to another ingress."""
         self.driver: Driver | None = None
         self.num_drivers_lost = 0
+        self.num_connections = 0
+        self.num_connections_lost = 0
+        self.connection_rate = 0.0 if calm else rng.choice([0.0, 0.0, 0.01])
         self.num_steps = 0
         self.num_adopted = 0
 
@@ -254,28 +260,41 @@ class World:
         else:
             for socket in driver.sockets:
                 socket.deliver(self.rng.choice([7, 1000, 1000, 10**6]))
-        self._maybe_lose_ingress()
+            self._maybe_lose_connection(driver)
+            self._maybe_lose_ingress(driver)
 
     def _drive(self, driver: Driver) -> None:
         """One turn of `engine.driver.run_loop`."""
         loop = driver.loop
-        while driver.gone_ingresses:
-            client = driver.gone_ingresses.pop()
-            loop.client_gone(client)
-            driver.gone.add(client)
+        lost_first = self.rng.random() < 0.5  # an ingress may be back before its former connection is known to be lost
+        if lost_first:
+            self._read_lost(driver)
         for socket in driver.sockets:
-            for message in socket.messages(self.rng.choice([40, 1000, 10**6])):
-                self.faults.kill_driver_here("before a message")
-                loop.submit(socket.client, message)
-                if isinstance(message, Abort):
-                    driver.unwanted.add((socket.client, message.stream))
-                self.faults.kill_driver_here("after a message")
+            self._read_messages(driver, socket, self.rng.choice([40, 1000, 10**6]))
+        if not lost_first:
+            self._read_lost(driver)
         self._check_gone(driver)
         if not loop.step():
             loop.check()
         self.num_steps += 1
         loop._scheduler.check()
         loop._open.check()
+
+    def _read_messages(self, driver: Driver, socket: Socket, num_bytes: int) -> None:
+        for message in socket.messages(num_bytes):
+            self.faults.kill_driver_here("before a message")
+            driver.loop.submit(socket.client, message)
+            if isinstance(message, Abort):
+                driver.unwanted.add((socket.client, message.stream))
+            self.faults.kill_driver_here("after a message")
+
+    def _read_lost(self, driver: Driver) -> None:
+        """What had come of connections that are lost, and their end."""
+        while driver.lost_sockets:
+            socket = driver.lost_sockets.pop()
+            self._read_messages(driver, socket, 10**6)
+            driver.loop.client_gone(socket.client)
+            driver.gone.add(socket.client)
 
     def _check_gone(self, driver: Driver) -> None:
         """What no one wants has no row, no KV and no place in the queue, from the moment it is known."""
@@ -284,7 +303,9 @@ class World:
             open_ = driver.loop._open[sequence.request.request_id]
             stream = open_.first_stream + sequence.choice
             assert (open_.client, stream) not in driver.unwanted, f"{sequence} goes on for no one"
-            assert open_.client not in driver.gone or open_.kept is not None, f"{sequence} goes on without its ingress"
+            if open_.client in driver.gone:
+                kept = open_.kept is not None and driver.loop._mirror.holds(open_.kept)
+                assert kept, f"{sequence} goes on without its ingress"
 
     def _settle(self) -> None:
         """No one wants anything any more: the driver comes back to its base line."""
@@ -324,11 +345,16 @@ class World:
         clock = self._clock
         loop = EngineLoop(self.config, scheduler, executor, self._send, wall_clock=clock, clock=clock)
         self.driver = driver = Driver(loop, executor)
-        for number, engine in enumerate(self.engines):
-            if number not in self.lost_ingresses:
-                socket = Socket(number)
-                driver.sockets.append(socket)
-                engine.attach(SmallBuffers(socket.connection, self.rng.choice([1500, 10**6])))
+        for ingress in range(len(self.engines)):
+            self._connect(driver, ingress)
+
+    def _connect(self, driver: Driver, ingress: int) -> None:
+        if ingress in self.lost_ingresses or any(socket.ingress == ingress for socket in driver.sockets):
+            return
+        socket = Socket(self.num_connections, ingress)
+        self.num_connections += 1
+        driver.sockets.append(socket)
+        self.engines[ingress].attach(SmallBuffers(socket.connection, self.rng.choice([1500, 10**6])))
 
     def _clock(self) -> float:
         return self.now
@@ -353,16 +379,39 @@ class World:
         assert driver is not None
         self.num_drivers_lost += 1
         for socket in driver.sockets:
-            if self.rng.random() < 0.5:  # what is in a socket's buffer comes, or not
-                socket.down.cut(self.rng.randint(0, len(socket.down)))
-            socket.deliver(10**6)
-            self.engines[socket.client].detach("the driver is lost")
-            socket.lose()
+            self._end_connection(socket, "the driver is lost")
+
+    def _end_connection(self, socket: Socket, reason: str) -> None:
+        """As the ingress sees it."""
+        if self.rng.random() < 0.5:  # what is in a socket's buffer comes, or not
+            socket.down.cut(self.rng.randint(0, len(socket.down)))
+        socket.deliver(10**6)
+        self.engines[socket.ingress].detach(reason)
+        socket.lose()
 
     # --------------------------------------------------------------------------------------------- ingresses
 
-    def _maybe_lose_ingress(self) -> None:
-        if self.driver is None or self.rng.random() >= 0.006 * (len(self.engines) - 1):
+    def _maybe_lose_connection(self, driver: Driver) -> None:
+        """Driver and ingress live, and the ingress connects again after a while."""
+        if self.rng.random() < 0.3:
+            self._connect(driver, self.rng.randrange(len(self.engines)))
+        if not driver.sockets or self.rng.random() >= self.connection_rate:
+            return
+        socket = self.rng.choice(driver.sockets)
+        self.num_connections_lost += 1
+        self.faults.log.append("connection lost")
+        self._end_connection(socket, "the connection is lost")
+        self._lose_socket(driver, socket)
+
+    def _lose_socket(self, driver: Driver, socket: Socket) -> None:
+        """As the driver will see it."""
+        socket.closed = True
+        driver.sockets.remove(socket)
+        socket.up.cut(self.rng.randint(0, len(socket.up)))
+        driver.lost_sockets.append(socket)
+
+    def _maybe_lose_ingress(self, driver: Driver) -> None:
+        if self.rng.random() >= 0.006 * (len(self.engines) - 1):
             return
         number = self.rng.randrange(len(self.engines))
         if number in self.lost_ingresses:
@@ -374,9 +423,8 @@ class World:
             if reader.ingress == number and reader.request.keep and others and not (reader.task and reader.task.done()):
                 self._move(reader, self.rng.choice(others))
         self._end_readers()
-        driver = self.driver
-        driver.sockets = [socket for socket in driver.sockets if socket.client != number]
-        driver.gone_ingresses.append(number)
+        for socket in [socket for socket in driver.sockets if socket.ingress == number]:
+            self._lose_socket(driver, socket)
 
     def _move(self, reader: Reader, ingress: int) -> None:
         """Its ingress is lost: it asks another one for its answer."""
@@ -445,8 +493,8 @@ class World:
         reader.task = asyncio.create_task(self._read(reader))
 
     def _num_faults(self) -> int:
-        """Those that the engine has met."""
-        return self.faults.num_recoveries + self.num_drivers_lost
+        """Those that the engine and the ingresses have met."""
+        return self.faults.num_recoveries + self.num_drivers_lost + self.num_connections_lost
 
     async def _read(self, reader: Reader) -> None:
         await self._read_all(reader, self.engines[reader.ingress].submit(reader.request))
@@ -508,7 +556,7 @@ class World:
             self._judge_logprobs(reader, choice, deltas)
             finish = finishes.get(choice)
             if finish is not None and finish.reason == "error":
-                self._judge_refusal(reader, str(finish.code), finish.retry_after_s)
+                self._judge_refusal(reader, str(finish.code), str(finish.message), finish.retry_after_s)
             elif finish is not None and finish.reason == "abort":
                 assert choice in reader.dropped, f"{request.request_id}/{choice} was ended by nobody"
             elif finish is not None:
@@ -519,7 +567,7 @@ class World:
                 given_up = reader.closed or reader.error is not None or choice in reader.dropped
                 assert given_up, f"{request.request_id}/{choice} ended with {tokens} of {expected} and no word"
         if reader.error is not None:
-            self._judge_refusal(reader, reader.error.code, 1.0)
+            self._judge_refusal(reader, reader.error.code, str(reader.error), 1.0)
 
     def _judge_logprobs(self, reader: Reader, choice: int, deltas: list[TokenDelta]) -> None:
         params, num_prompt_tokens = reader.request.params, len(reader.request.prompt) // 4
@@ -535,7 +583,7 @@ class World:
         if lists:
             assert [entry.rank for entry in lists[0]] == list(range(1, num_prompt_tokens))
 
-    def _judge_refusal(self, reader: Reader, code: str, retry_after_s: float | None) -> None:
+    def _judge_refusal(self, reader: Reader, code: str, message: str, retry_after_s: float | None) -> None:
         """The few words with which a request may end before its time."""
         engine, request = self.config.engine, reader.request
         if code == "overloaded":
@@ -545,7 +593,8 @@ class World:
             assert retry_after_s is not None
         elif code == "deadline_exceeded":
             assert request.deadline_s is not None, "it has no deadline"
-            assert request.deadline_s <= self.now, "its deadline has not come"
+            given_up = "waited for so long" in message and not reader.num_tokens
+            assert given_up or request.deadline_s <= self.now, "its deadline has not come"
         elif code == "invalid_logits":
             assert (request.prompt, request.seed) in self.faults.spoiled, "no NaN was computed for it"
         else:
