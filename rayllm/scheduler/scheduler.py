@@ -282,7 +282,7 @@ class Scheduler:
             return False  # its tokens are not all known yet
         if not self._running or self._running[-1].priority > sequence.priority:
             return True
-        return self._places.has_room(sequence.num_blocks_wanted)
+        return self._places.has_room(sequence.num_blocks_missing + _num_blocks_to_grow(len(self._running)))
 
     def _admit(self, sequence: Sequence, hits: list[int], draft: Draft) -> bool:
         """Starts it where there is room for all its tokens, so that it is not cut off half-way."""
@@ -302,8 +302,8 @@ class Scheduler:
         Sequences of lower priority are preempted for it, but only if that is enough."""
         lower = self._running.lower_than(sequence.priority)
         num_staying = len(self._running) - len(lower)
-        # Half a block for each one that stays: fewer and they are soon preempted, more and blocks lie idle.
-        wanted = sequence.num_blocks_wanted = num_blocks + (num_staying + 1) // 2
+        sequence.num_blocks_missing = num_blocks
+        wanted = num_blocks + _num_blocks_to_grow(num_staying)
         if not self._places.would_have_room(wanted, without=lower):
             return False
         while not self._places.has_room(wanted):
@@ -423,3 +423,9 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert sequence.row is None, f"{sequence} waits and has a row"
             assert not sequence.blocks, f"{sequence} waits and has blocks"
+
+
+def _num_blocks_to_grow(num_running: int) -> int:
+    """Blocks that no one is admitted to. Half a block for each that runs: with fewer they are soon preempted, with more
+    blocks lie idle."""
+    return (num_running + 1) // 2

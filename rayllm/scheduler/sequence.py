@@ -34,7 +34,7 @@ class Sequence:
         "eos_token_ids",
         "finish",
         "max_length",
-        "num_blocks_wanted",
+        "num_blocks_missing",
         "num_cached_tokens",
         "num_computed",
         "num_pending",
@@ -88,8 +88,8 @@ class Sequence:
         """Whether its prompt was counted as service to its client: once, however often it is computed."""
         self.resume_after = 0
         """The last plan that may hold it, when it was preempted: it waits until that one is committed."""
-        self.num_blocks_wanted = 0
-        """Free blocks that its last attempt to run asked for."""
+        self.num_blocks_missing = 0
+        """New blocks that it asked for when it last tried to run."""
 
         self.prompt_hashes = prompt_hashes
         """Hashes of the prompt's full blocks, one list for all choices; filled when first needed."""

@@ -174,6 +174,24 @@ def test_admission_leaves_blocks_for_the_running_to_grow_into():
     engine.drain()
 
 
+def test_what_admission_leaves_for_the_running_is_counted_by_those_that_run_now():
+    engine = Engine(num_blocks=12, block_size=16, max_num_seqs=16, enable_prefix_caching=False)
+    for n in range(4):
+        engine.add(make_request(f"long{n}", [n] * 13, max_tokens=60))
+        engine.add(make_request(f"short{n}", [n], max_tokens=60))
+    engine.step()
+    [late] = engine.add(make_request("late", [9]))
+    engine.step()
+    assert late.status is Status.WAITING, "one block for it and four for the eight that run: four are free"
+    while engine.scheduler.num_blocks_used < 12:
+        engine.step()
+    for n in range(4):
+        engine.scheduler.abort(f"short{n}")
+    engine.step()
+    assert late.status is Status.RUNNING, "one for it and two for the four that run: four are free"
+    engine.drain()
+
+
 def test_a_sequence_as_long_as_the_pool_runs_alone():
     engine = Engine(num_blocks=4, max_model_len=16)
     sequences = [engine.add(make_request(name, [1] * 3, max_tokens=13))[0] for name in "abc"]
