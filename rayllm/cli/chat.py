@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rayllm.cli.answer import Piece, ServerError, Timing
-from rayllm.cli.connect import PARAMS, add_param_flags, add_server_flags, connected, params_of, parse_param
+from rayllm.cli.connect import PARAMS, add_param_flags, add_server_flags, connected, param_name, params_of, parse_param
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.config import EngineConfig, parse_settings
 
@@ -126,13 +126,14 @@ class Conversation:
 
     def set_params(self, words: Sequence[str]) -> None:
         for word in words:
-            name, equals, value = word.partition("=")
+            given, equals, value = word.partition("=")
             if not equals:
                 raise UsageError(f"give NAME=VALUE, not {word!r}")
+            name = param_name(given)
             if value:
-                self.params[name.replace("-", "_")] = parse_param(name, value)
+                self.params[name] = parse_param(name, value)
             else:
-                self.params.pop(name.replace("-", "_"), None)
+                self.params.pop(name, None)
         shown = {name: value for name, value in self.params.items() if name in PARAMS}
         self.write(f"{json.dumps(shown) if shown else 'the server decides everything'}\n")
 

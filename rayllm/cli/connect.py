@@ -38,13 +38,18 @@ def add_param_flags(parser: Parser) -> None:
         parser.add_argument(flag_name(name), type=kind, metavar=kind.__name__.upper(), help=text)
 
 
-def parse_param(name: str, text: str) -> float | int:
-    """The value of one sampling parameter; `UsageError` names what is wrong."""
+def param_name(word: str) -> str:
+    """A sampling parameter as the API calls it; `UsageError` for what is none."""
     from rayllm.errors import did_you_mean
 
-    name = name.replace("-", "_")
+    name = word.replace("-", "_")
     if name not in PARAMS:
         raise UsageError(f"unknown parameter {name!r}{did_you_mean(name, PARAMS)}")
+    return name
+
+
+def parse_param(name: str, text: str) -> float | int:
+    """The value of a sampling parameter; `UsageError` for what is none."""
     kind = PARAMS[name][0]
     try:
         value: float | int = kind(text)

@@ -91,6 +91,8 @@ def test_params_are_checked_and_sent(chat: Conversation, echo: Echo) -> None:
     assert echo.asked[-1][1] == {"max_tokens": 7}
     with pytest.raises(UsageError, match="did you mean 'temperature'"):
         handle(chat, "/params temprature=1")
+    with pytest.raises(UsageError, match="did you mean 'top_p'"):
+        handle(chat, "/params topp=")
     with pytest.raises(UsageError, match="must be an integer"):
         handle(chat, "/params max_tokens=many")
 
