@@ -22,7 +22,7 @@ const runsOf = (conversation) => [...runs.values()].filter((run) => run.conversa
 
 const models = new Models({
   onLoaded: () => {
-    for (const lane of state.current.lanes) if (!models.has(lane.model)) lane.model = models.first;
+    chooseServed();
     showHead();
     showEmpty();
     showContext();
@@ -233,8 +233,14 @@ function editLast() {
 
 // ------------------------------------------------------------------------------------------------- conversations
 
+/** What was begun with a model that is not here (any more) goes on with one that is. */
+function chooseServed() {
+  for (const lane of state.current.lanes) if (models.first && !models.has(lane.model)) lane.model = models.first;
+}
+
 function openConversation(conversation) {
   state.current = conversation;
+  chooseServed();
   sidebar.close();
   showAll();
   composer.focus();

@@ -286,6 +286,17 @@ def test_conversations_are_exported_and_imported_whole(chat: Browser, served: Sc
     chat.wait_text("#import-problem", "not an export of this page")
 
 
+def test_a_chat_whose_model_is_gone_goes_on_with_the_one_that_is_here(chat: Browser, served: ScriptedServer) -> None:
+    asked(chat, "first")
+    rename = "localStorage.setItem(key, localStorage.getItem(key).replaceAll('\"tiny\"', '\"gone\"'))"
+    chat.run(f"for (const key of Object.keys(localStorage)) {rename}")
+    chat.driver.refresh()
+    chat.wait(lambda: chat.run("return document.querySelector('.picker select')?.value"), "a model in the picker")
+    chat.click("[data-id] .open")
+    asked(chat, "second", 2)
+    assert served.bodies[-1]["model"] == "tiny"
+
+
 def test_everything_can_be_done_by_keyboard(chat: Browser, served: ScriptedServer) -> None:
     assert chat.focused() == "Message"
     chat.press("line one")
