@@ -25,7 +25,7 @@ async def tokenize(fields: dict[str, Any], service: ModelService) -> dict[str, A
         "token_strs": None,
     }
     if body.return_token_strs:
-        answer["token_strs"] = [model.tokenizer.token_text(token_id) for token_id in token_ids]
+        answer["token_strs"] = [model.tokenizer.piece(token_id) for token_id in token_ids]
     return answer
 
 

@@ -231,6 +231,10 @@ class Tokenizer:
         """A token for people to read: bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def piece(self, token_id: int) -> str:
+        """A token as it is written in the vocabulary; empty where there is none of that id."""
+        return self._backend.piece(token_id) or ""
+
     def _compute_bytes(self, token_id: int) -> bytes:
         piece = self._backend.piece(token_id) if token_id >= 0 else None
         if piece is None:

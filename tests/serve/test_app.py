@@ -101,7 +101,7 @@ async def test_texts_become_tokens_and_tokens_text() -> None:
     async with Served().client() as client:
         tokens = (await client.post("/tokenize", json={"prompt": "hé", "return_token_strs": True})).json()
         ids = tokenizer().encode("hé")
-        assert tokens == {"count": 3, "max_model_len": 128, "tokens": ids, "token_strs": ["h", "\ufffd", "\ufffd"]}
+        assert tokens == {"count": 3, "max_model_len": 128, "tokens": ids, "token_strs": ["h", "Ã", "©"]}
         assert (await client.post("/detokenize", json={"tokens": ids})).json() == {"prompt": "hé"}
 
         messages = (await client.post("/tokenize", json={"messages": chat()["messages"]})).json()
