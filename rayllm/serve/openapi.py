@@ -190,6 +190,7 @@ def page(found: dict[str, Any]) -> str:
     error = html.escape(json.dumps({"error": {"message": "...", "type": "...", "param": None, "code": None}}, indent=2))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        "<link rel=icon type=image/svg+xml href=pages/icon.svg>"
         f"<title>{html.escape(info['title'])}</title><style>{_STYLE}</style>"
         f"<h1>{html.escape(info['title'])} {html.escape(info['version'])}</h1><p>{html.escape(info['description'])} "
         f"The same for programs: <a href=openapi.json>openapi.json</a>.</p>{rows}"

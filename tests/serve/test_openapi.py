@@ -82,4 +82,5 @@ async def test_the_page_loads_nothing_from_outside() -> None:
     assert document.json() == DOCUMENT
     assert page.headers["content-type"].startswith("text/html")
     assert "/v1/responses/{response_id}/cancel" in page.text
+    assert "href=pages/icon.svg" in page.text  # else a browser asks for /favicon.ico
     assert not re.search(r"https?://|//cdn|<script", page.text)
