@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import msgspec
 
-from rayllm.engine.link import DriverAddress
+from rayllm.engine.link import MAX_CLIENT_FRAME_BYTES, DriverAddress
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.channel import (
     Address,
@@ -189,7 +189,7 @@ class EngineConnection:
 
     def __init__(self) -> None:
         self._wire = _Wire(self._take, self._lost)
-        self._writer = FrameWriter()
+        self._writer = FrameWriter(MAX_CLIENT_FRAME_BYTES)  # one too long fails alone: the driver would drop the client
         self._decoder = msgspec.msgpack.Decoder(DriverMessage)
         self._next_stream = 0
         self._streams: dict[int, tuple[RequestStream, int]] = {}

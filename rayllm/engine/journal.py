@@ -106,7 +106,10 @@ class Journal:
         emitted = tuple(choice.token_ids.tobytes() for choice in self.choices)
         keep = self.request.keep
         if keep is not None and self.history is not None:
-            keep = msgspec.structs.replace(keep, history=self.history.encode())
+            if self.history.is_too_long:
+                keep = None
+            else:
+                keep = msgspec.structs.replace(keep, history=self.history.encode())
         return msgspec.structs.replace(self.request, params=params, emitted=emitted, keep=keep)
 
 

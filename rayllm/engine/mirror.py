@@ -18,6 +18,9 @@ from rayllm.request import Request
 HOLD_S = 120.0
 """How long a request goes on without a client, and how long one that has ended is kept."""
 MAX_BYTES = 256 * 2**20
+MAX_HISTORY_BYTES = 32 * 2**20
+"""A longer answer ends with its ingress: it would fill the connection over which it is sent again, in one frame
+(`link.MAX_CLIENT_FRAME_BYTES`, `link.MAX_BUFFERED_BYTES`), and that connection is many requests'."""
 _LOOK_S = 1.0
 _LINE_BYTES = 200
 _LOGPROBS_BYTES = 200
@@ -83,6 +86,11 @@ class History:
         ended = {line.choice for line in self._lines if line.finish is not None}
         return [choice for choice in range(num_choices) if choice not in ended]
 
+    @property
+    def is_too_long(self) -> bool:
+        """To be sent again, to a driver or to who adopts it."""
+        return self.num_bytes > MAX_HISTORY_BYTES
+
     def encode(self) -> bytes:
         return _ENCODER.encode(self.deltas())
 
@@ -144,7 +152,8 @@ class Mirror:
         return kept
 
     def find(self, client_key: str, answer_id: str) -> Kept | None:
-        return self._kept.get((client_key, answer_id))
+        kept = self._kept.get((client_key, answer_id))
+        return kept if kept is not None and not kept.history.is_too_long else None
 
     def forget(self, client_key: str, answer_id: str) -> None:
         if (client_key, answer_id) in self._kept:
@@ -157,7 +166,7 @@ class Mirror:
 
     def holds(self, kept: Kept) -> bool:
         """Whether it could be adopted."""
-        return kept in self._kept.values()
+        return kept in self._kept.values() and not kept.history.is_too_long
 
     def expire(self, now: float) -> None:
         """Lets go of what was alone for too long; looks once a second."""

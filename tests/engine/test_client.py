@@ -11,8 +11,9 @@ import pytest
 from fakes import make_request
 
 from rayllm.engine.client import BlockingConnection, EngineConnection, connect
-from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
+from rayllm.engine.link import MAX_CLIENT_FRAME_BYTES, ClientGone, ClientLink, DriverAddress
 from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.executor.channel import FrameTooLargeError
 from rayllm.messages import READER_PAUSED, Abort, Deltas, EngineStats, Finish, StatsQuery, Submit, TokenDelta
 from rayllm.request import pack_ids, unpack_ids
 
@@ -122,6 +123,15 @@ async def test_a_reader_that_does_not_read_is_paused_and_others_are_not(driver: 
         assert tokens == list(range(len(tokens)))
         assert 0 < len(tokens) < 20
         assert len((await _collect(other))[0]) == 5000
+
+
+async def test_a_request_too_long_for_a_frame_fails_alone(driver: _FakeDriver) -> None:
+    async with await connect(driver.address) as connection:
+        other = connection.submit(make_request([1], max_tokens=2))
+        with pytest.raises(FrameTooLargeError, match=r"a Submit of .* is longer than a frame may be"):
+            connection.submit(make_request([0] * (MAX_CLIENT_FRAME_BYTES // 4), max_tokens=2))
+        after = connection.submit(make_request([1], max_tokens=2))
+        assert (await _collect(other), await _collect(after)) == ({0: [0, 1]}, {0: [100, 101]})
 
 
 async def test_closing_a_stream_aborts_each_unfinished_choice_once(driver: _FakeDriver) -> None:

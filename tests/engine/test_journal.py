@@ -11,10 +11,11 @@ from fakes import expected_tokens, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayllm.engine import mirror
 from rayllm.engine.journal import MAX_FAULTS, JournaledEngine, JournaledStream
 from rayllm.errors import EngineError
 from rayllm.messages import READER_PAUSED, EngineStats, Finish, TokenDelta, TokenLogprobs
-from rayllm.request import Request, pack_ids, unpack_ids
+from rayllm.request import Keep, Request, pack_ids, unpack_ids
 
 _GONE = EngineError("the engine's driver is gone", code="engine_gone")
 
@@ -203,6 +204,22 @@ async def test_a_request_that_ran_at_three_faults_is_refused_alone() -> None:
         await _read(engine, poison, drivers)
     assert caught.value.code == "poison_request"
     assert await _read(engine, other, [_Driver()])
+
+
+@pytest.mark.parametrize("max_bytes", [150, 1500])
+async def test_a_history_too_long_to_be_sent_again_is_not(monkeypatch: pytest.MonkeyPatch, max_bytes: int) -> None:
+    monkeypatch.setattr(mirror, "MAX_HISTORY_BYTES", max_bytes)
+    engine, former, latter = JournaledEngine(), _Driver(num_batches=2), _Driver()
+    engine.attach(former)
+    request = msgspec.structs.replace(make_request([1, 2], max_tokens=5), keep=Keep("a", b""))
+    stream = engine.submit(request)
+    reading = asyncio.create_task(_collect(stream))
+    await asyncio.sleep(0.01)
+    engine.attach(latter)
+    await reading
+    assert list(stream.journal.choices[0].token_ids) == expected_tokens(request)
+    assert former.requests[0].keep is not None
+    assert (latter.requests[0].keep is None) == (max_bytes == 150)
 
 
 async def test_a_request_waits_for_a_driver_only_so_long() -> None:

@@ -11,6 +11,7 @@ from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayllm.engine import mirror as mirror_module
 from rayllm.engine.local import build_scheduler
 from rayllm.engine.loop import EngineLoop
 from rayllm.engine.mirror import HOLD_S, History, Kept, Mirror
@@ -272,6 +273,18 @@ def test_long_answers_take_little_more_than_their_tokens() -> None:
         history.append(0, TokenDelta(0, pack_ids([token])))
     assert len(history.deltas()) == 1
     assert history.num_bytes < 45_000
+
+
+def test_an_answer_too_long_to_be_sent_again_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror_module, "MAX_HISTORY_BYTES", 210)
+    engine = _Engine()
+    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=40)))
+    for _ in range(4):
+        engine.loop.step()
+    engine.loop.submit("second", Adopt(0, "me", "a"))
+    assert engine.adopted("second") is None
+    engine.loop.client_gone("first")
+    assert not engine.loop._open
 
 
 def test_the_oldest_that_nobody_waits_for_is_let_go_first() -> None:
