@@ -370,7 +370,7 @@ class _Arrivals:
             except StopAsyncIteration:
                 return None
         if self._arrived is None:
-            self._arrived = asyncio.Queue()
+            self._arrived = asyncio.Queue(len(self._streams))  # beyond it they wait: the engine sees who does not read
             self._num_open = len(self._streams)
             pumps = [_pump(number, stream, self._arrived) for number, stream in enumerate(self._streams)]
             self._pumps = [asyncio.create_task(pump) for pump in pumps]
@@ -391,7 +391,7 @@ class _Arrivals:
 async def _pump(number: int, stream: RequestStream, arrived: asyncio.Queue[_Arrival]) -> None:
     try:
         async for deltas in stream:
-            arrived.put_nowait((number, deltas))
-        arrived.put_nowait(None)
+            await arrived.put((number, deltas))
+        await arrived.put(None)
     except Exception as error:
-        arrived.put_nowait(error)
+        await arrived.put(error)
