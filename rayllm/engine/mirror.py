@@ -42,15 +42,20 @@ class History:
     """Deltas of one request in the order in which they were sent on, neighbours of one choice joined.
 
     A delta that ends a choice without a token stays by itself: read token by token (`messages.single_tokens`), a
-    history gives what the deltas themselves would have given."""
+    history gives what the deltas themselves would have given. One of more than `MAX_HISTORY_BYTES` is empty from then
+    on, and says so."""
 
     def __init__(self, deltas: Iterable[TokenDelta] = ()):
         self._lines: list[_Line] = []
         self.num_bytes = 0
+        self.is_too_long = False
+        """To be sent again, to a driver or to who adopts it."""
         for delta in deltas:
             self.append(delta.stream, delta)
 
     def append(self, choice: int, delta: TokenDelta) -> None:
+        if self.is_too_long:
+            return
         logprobs = delta.logprobs
         last = self._lines[-1] if self._lines else None
         if last is not None and last.choice == choice and last.finish is None and _continues(delta):
@@ -66,6 +71,8 @@ class History:
             self._lines.append(line)
             self.num_bytes += _LINE_BYTES + _LOGPROBS_BYTES * len(delta.prompt_logprobs or ())
         self.num_bytes += len(delta.token_ids) + _LOGPROBS_BYTES * len(logprobs or ())
+        if self.num_bytes > MAX_HISTORY_BYTES:
+            self.is_too_long, self._lines, self.num_bytes = True, [], 0
 
     def deltas(self, first_stream: int = 0) -> list[TokenDelta]:
         """All of it, choice i as the stream `first_stream + i`."""
@@ -85,11 +92,6 @@ class History:
         """The choices that have no end in it."""
         ended = {line.choice for line in self._lines if line.finish is not None}
         return [choice for choice in range(num_choices) if choice not in ended]
-
-    @property
-    def is_too_long(self) -> bool:
-        """To be sent again, to a driver or to who adopts it."""
-        return self.num_bytes > MAX_HISTORY_BYTES
 
     def encode(self) -> bytes:
         return _ENCODER.encode(self.deltas())

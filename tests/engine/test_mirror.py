@@ -275,6 +275,15 @@ def test_long_answers_take_little_more_than_their_tokens() -> None:
     assert history.num_bytes < 45_000
 
 
+def test_a_history_that_grows_too_long_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror_module, "MAX_HISTORY_BYTES", 230)
+    history = History()
+    for token in range(100):
+        history.append(0, TokenDelta(0, pack_ids([token])))
+        assert history.is_too_long == (token > 6)
+    assert (history.deltas(), history.num_bytes) == ([], 0)
+
+
 def test_an_answer_too_long_to_be_sent_again_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "MAX_HISTORY_BYTES", 210)
     engine = _Engine()
