@@ -21,7 +21,7 @@ import msgspec
 
 from rayllm.engine.mirror import History
 from rayllm.errors import EngineError, RayLLMError
-from rayllm.messages import READER_PAUSED, EngineStats, Finish, IngressReport, TokenDelta, TokenLogprobs
+from rayllm.messages import READER_PAUSED, EngineStats, Finish, IngressReport, TokenDelta
 from rayllm.request import Request
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ class ChoiceLine:
     """One choice as far as it was sent on."""
 
     token_ids: array[int] = field(default_factory=lambda: array("i"))
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Parallel with `token_ids`, where asked for. What was sent is final."""
     finish: Finish | None = None
     wanted: bool = True
     """False once the reader wants no more of it."""
@@ -50,7 +48,6 @@ class ChoiceLine:
 
     def append(self, delta: TokenDelta) -> None:
         self.token_ids.frombytes(delta.token_ids)
-        self.logprobs += delta.logprobs or ()
         self.finish = delta.finish
 
 
