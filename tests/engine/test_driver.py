@@ -207,20 +207,32 @@ def test_a_worker_lost_in_a_step_costs_no_request(make_engine: Callable[..., _En
     assert engine.client.stats().num_faults == 1
 
 
-def test_a_deadline_is_kept_while_a_step_lasts(make_engine: Callable[..., _Engine]) -> None:
-    engine = make_engine()
-    engine.executor.hold_results()
-    request = msgspec.structs.replace(make_request([1], max_tokens=20), deadline_s=time.time() + 0.2)
-    engine.client.submit(0, request)
-    assert _finish(engine.client, 0)[1].code == "deadline_exceeded"
-    assert (engine.client.stats().num_steps, engine.client.stats().num_faults) == (0, 0)
-    engine.executor.release_results()
+def test_a_deadline_is_kept_while_a_step_lasts() -> None:
+    now, told_at = [100.0], []
+    config, executor = fake_config(), FakeExecutor(num_blocks=64)
+    scheduler, clock = build_scheduler(config, 64), lambda: now[0]
+    loop = EngineLoop(config, scheduler, executor, lambda *message: told_at.append(now[0]), clock, clock=clock)
+
+    def meanwhile(timeout_s: float) -> None:
+        now[0] += timeout_s
+
+    def receive(timeout_s: float | None) -> Any:
+        raise TimeoutError
+
+    loop.meanwhile, executor.receive = meanwhile, receive  # type: ignore[method-assign]
+    loop.submit("me", Submit(0, msgspec.structs.replace(make_request([1], max_tokens=20), deadline_s=100.2)))
+    loop.step()  # fills the pipeline
+    loop.step()
+    assert told_at == [100.5]
+    assert now[0] == 100.0 + FIRST_STEPS_S
 
 
 def test_a_deadline_is_kept_while_a_worker_is_replaced(make_engine: Callable[..., _Engine]) -> None:
-    engine, replaced = make_engine(dies=[3]), threading.Event()
+    engine, replaced = make_engine(), threading.Event()
     recover = engine.executor.recover
     engine.executor.recover = lambda lost: replaced.wait(10.0) and recover(lost)  # type: ignore
+    engine.executor.lose()
+    _until(lambda: engine.client.stats().recovering)
     request = msgspec.structs.replace(make_request([1], max_tokens=20), deadline_s=time.time() + 0.2)
     engine.client.submit(0, request)
     assert _finish(engine.client, 0)[1].code == "deadline_exceeded"
