@@ -25,16 +25,3 @@ class Histogram:
 
     def snapshot(self) -> Distribution:
         return Distribution(list(self.counts), self.total)
-
-
-def cumulative_buckets(edges: Sequence[float], distribution: Distribution) -> list[tuple[str, float]]:
-    """Prometheus' buckets: each edge with the number of values up to it, `+Inf` last.
-
-    Counts of another length, from a process of another version, are an `ValueError`.
-    """
-    names = [*(f"{edge:g}" if edge < 1e6 else str(edge) for edge in edges), "+Inf"]
-    num, buckets = 0, []
-    for name, count in zip(names, distribution.counts, strict=True):
-        num += count
-        buckets.append((name, float(num)))
-    return buckets

@@ -6,14 +6,15 @@ one address with several ingresses, whichever is asked answers for all: their se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.utils import floatToGoString
 
-from rayllm.messages import EngineStats, IngressReport, Times
+from rayllm.messages import Distribution, EngineStats, IngressReport, Times
 from rayllm.observability.declared import METRICS, Declared
-from rayllm.observability.histogram import Histogram, cumulative_buckets
+from rayllm.observability.histogram import Histogram
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _ENGINE = "0"
@@ -148,7 +149,7 @@ class Metrics:
                 family.add_metric([*labels, *(str(info.get(name, "")) for name in metric.labels)], 1)
             elif metric.kind == "histogram":
                 if values[0] is not None:
-                    family.add_metric(labels, cumulative_buckets(metric.edges, values[0]), values[0].total)
+                    family.add_metric(labels, _buckets(metric.edges, values[0]), values[0].total)
             elif metric.labels:
                 for label, value in sorted(values[0].items()):
                     family.add_metric([*labels, label], value)
@@ -166,7 +167,7 @@ class Metrics:
                 labels = [self.model_name, _ENGINE, *((report.ingress,) if several else ())]
                 if metric.kind == "histogram":
                     distribution = report.histograms[metric.name]
-                    family.add_metric(labels, cumulative_buckets(metric.edges, distribution), distribution.total)
+                    family.add_metric(labels, _buckets(metric.edges, distribution), distribution.total)
                     continue
                 for own, value in report.counters[metric.name]:
                     family.add_metric([*labels, *own], value)
@@ -190,6 +191,19 @@ def _family(metric: Declared, more_labels: _Labels = ()) -> Metric:
     return _FAMILIES[metric.kind](
         metric.name, metric.text, labels=("model_name", "engine", *more_labels, *metric.labels)
     )
+
+
+def _buckets(edges: Sequence[float], distribution: Distribution) -> list[tuple[str, float]]:
+    """Each edge, written as vLLM's are, with the number of values up to it, `+Inf` last.
+
+    Counts of another length, from a process of another version, are a `ValueError`.
+    """
+    names = [*map(floatToGoString, edges), "+Inf"]
+    num, buckets = 0, []
+    for name, count in zip(names, distribution.counts, strict=True):
+        num += count
+        buckets.append((name, float(num)))
+    return buckets
 
 
 def _quotient(value: float, by: float | None = None) -> float:

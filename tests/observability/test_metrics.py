@@ -162,6 +162,12 @@ def test_buckets_go_down_to_a_millisecond_and_rise() -> None:
     assert min(LATENCY_EDGES_S) == min(TOKEN_EDGES_S) == 0.001 > min(STEP_EDGES_S)
 
 
+def test_edges_are_written_as_vllms_so_that_queries_for_one_find_it() -> None:
+    shown = read(Metrics("m").render())
+    edges = {dict(labels)["le"] for (name, labels) in shown if name == "vllm:e2e_request_latency_seconds_bucket"}
+    assert {"0.3", "1.0", "2.5", "60.0", "7680.0", "+Inf"} <= edges
+
+
 def test_each_figure_of_the_driver_is_one_that_it_sends() -> None:
     fields = {field for metric in METRICS.values() for field in metric.fields}
     assert fields <= set(EngineStats.__struct_fields__)
