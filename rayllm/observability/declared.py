@@ -104,6 +104,7 @@ _OF_AN_INGRESS = (
     _served("vllm:generation_tokens", "Tokens generated."),
     _served("vllm:request_success", "Choices that ended, by reason.", "finished_reason", values=FINISH_REASONS),
     _observed("vllm:request_prompt_tokens", "Prompt tokens of a request.", COUNT_EDGES),
+    _observed("vllm:request_prefill_kv_computed_tokens", "Those that the prefix cache did not serve.", COUNT_EDGES),
     _observed("vllm:request_generation_tokens", "Tokens of a choice.", COUNT_EDGES),
     _observed("vllm:request_max_num_generation_tokens", "Tokens of a request's longest choice.", COUNT_EDGES),
     _observed("vllm:request_params_n", "Choices that a request asked for.", CHOICE_EDGES),

@@ -72,6 +72,7 @@ class Metrics:
         self._count("vllm:prompt_tokens", amount=num_tokens)
         self._count("vllm:prompt_tokens_cached", amount=num_cached)
         self._observe("vllm:request_prompt_tokens", num_tokens)
+        self._observe("vllm:request_prefill_kv_computed_tokens", num_tokens - num_cached)
         self._observe("vllm:request_params_n", num_choices)
 
     def choice_finished(
