@@ -90,6 +90,10 @@ class Conversation:
                 parts += [] if piece.is_reasoning else [piece.text]
         except KeyboardInterrupt:
             stopped = True
+        except Exception:
+            if parts or self._reasoned:  # what went wrong gets a line of its own
+                self.write("\n")
+            raise
         finally:
             close = getattr(answer, "close", None)
             if close:

@@ -110,7 +110,7 @@ class ApiClient:
 
     def _check(self, answer: httpx.Response) -> None:
         if answer.is_error:
-            raise ServerError(f"{answer.status_code} from {self.url}: {_error_text(answer)}")
+            raise refusal(answer, self.url)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -142,6 +142,12 @@ def _choices(event: dict[str, Any], timing: Timing) -> Iterator[dict[str, Any]]:
     for choice in event["choices"]:
         timing.finish_reason = choice.get("finish_reason") or timing.finish_reason
         yield choice
+
+
+def refusal(answer: httpx.Response, url: str) -> ServerError:
+    """What the server at `url` refused with, in its own words; and the mend where it is the key."""
+    mend = " (give --api-key KEY, or set RLLM_API_KEY)" if answer.status_code == 401 else ""
+    return ServerError(f"{answer.status_code} from {url}: {_error_text(answer)}{mend}")
 
 
 def _error_text(answer: httpx.Response) -> str:

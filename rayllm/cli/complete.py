@@ -32,9 +32,12 @@ def run(argv: Sequence[str]) -> int:
         timing = Timing()
         if given.get("echo"):
             print(prompt, end="", flush=True)
-        for text in client.stream_completion(prompt, {"model": model, **params_of(given)}, timing):
-            print(text, end="", flush=True)
-    print()
+        try:
+            for text in client.stream_completion(prompt, {"model": model, **params_of(given)}, timing):
+                print(text, end="", flush=True)
+        finally:
+            if timing.num_tokens or given.get("echo"):  # what went wrong gets a line of its own
+                print()
     if given.get("stats"):
         print(timing, file=sys.stderr)
     return 0

@@ -25,6 +25,7 @@ class _Handler(BaseHTTPRequestHandler):
     num_good: int
     has_tokenize = True
     stages: list[str]
+    key = ""
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -33,6 +34,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             stage = self.stages.pop(0) if len(self.stages) > 1 else self.stages[0]
             return self._send(200 if stage == "ready" else 503, {"stage": stage})
+        if self.key and self.headers["authorization"] != f"Bearer {self.key}":
+            return self._send(401, {"error": {"message": "wrong key"}})
         return self._send(200, {"data": [{"id": "m"}]})
 
     def do_POST(self) -> None:
@@ -126,6 +129,17 @@ def test_failures_are_counted_and_told(server: tuple[type[_Handler], str], capsy
     captured = capsys.readouterr()
     assert any(line.split() == ["Failed", "requests:", "3"] for line in captured.out.splitlines())
     assert "3 requests failed; the first: 400" in captured.err
+
+
+def test_a_missing_key_is_told_with_the_mend(
+    server: tuple[type[_Handler], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RLLM_API_KEY", raising=False)
+    server[0].key = "sekret"
+    for verb in (["bench", "serve"], ["complete", "hi"]):
+        assert main([*verb, "--url", server[1]]) == 1
+        said = f"401 from {server[1]}: wrong key (give --api-key KEY, or set RLLM_API_KEY)\n"
+        assert capsys.readouterr().err == f"rayllm {verb[0]}: {said}"
 
 
 def test_no_server_exits_3(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from rayllm.cli.answer import Piece, ServerError, Timing
 from rayllm.cli.chat import Conversation, converse, handle, read_message
 from rayllm.cli.client import ApiClient
 from rayllm.cli.flags import UsageError
+from rayllm.cli.main import main
 from rayllm.errors import EngineUnreachableError
 
 
@@ -163,6 +164,16 @@ def test_a_second_interrupt_leaves_and_a_first_does_not(chat: Conversation, echo
     assert "Ctrl-C again leaves" in written(chat)
 
 
+def test_an_answer_that_breaks_off_ends_its_line(chat: Conversation) -> None:
+    def fail(messages: Any, params: Any, timing: Timing) -> Iterator[Piece]:
+        yield Piece("so far")
+        raise ServerError("worker died")
+
+    chat.stream = fail
+    assert not converse(chat, from_lines("hello"))
+    assert written(chat) == "so far\n! worker died\n"
+
+
 def test_reasoning_is_shown_aside_and_not_kept(chat: Conversation) -> None:
     handle(chat, "hmm1 hmm2 yes")
     assert "".join(chat.aside) == "hmm1 hmm2 \n\n"  # type: ignore[attr-defined]
@@ -304,6 +315,12 @@ def test_complete_reads_its_prompt_from_a_pipe(client: ApiClient) -> None:
     done = subprocess.run(command, input="once\n", capture_output=True, text=True, timeout=60)
     assert done.stdout == "onceabc\n"
     assert done.stderr.startswith("3 tokens")
+
+
+def test_a_continuation_that_breaks_off_ends_its_line(client: ApiClient, capsys: pytest.CaptureFixture[str]) -> None:
+    for prompt, shown in (("fail", "abc\n"), ("refuse", "")):
+        assert main(["complete", prompt, "--url", client.url]) == 1
+        assert capsys.readouterr().out == shown
 
 
 def test_no_server_is_unreachable() -> None:

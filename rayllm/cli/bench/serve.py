@@ -142,12 +142,14 @@ async def _send_all(
 async def _first_model(http: httpx.AsyncClient, url: str) -> str:
     import httpx as library
 
+    from rayllm.cli.client import refusal
+
     try:
         answer = await http.get("/v1/models")
         answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
     except library.HTTPStatusError as error:
-        raise RayLLMError(f"{url} answers {error.response.status_code}: {error.response.text[:300]}") from None
+        raise refusal(error.response, url) from None
     except (library.HTTPError, library.InvalidURL):
         raise EngineUnreachableError(
             f"no server answers at {url}: start one with 'rayllm serve', or give another --url"
