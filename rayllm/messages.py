@@ -196,7 +196,8 @@ class Times(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
-    """What one step added to one choice."""
+    """What one step added to one choice. Without tokens and without an end, it says that a request which another driver
+    began to serve (`Request.emitted`) has come to run at this one."""
 
     stream: int
     token_ids: bytes
@@ -209,6 +210,10 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens served from the prefix cache; said with the first delta."""
     times: Times | None = None
     """Said with the first delta; not again after a fault."""
+
+    @property
+    def is_start(self) -> bool:
+        return not self.token_ids and self.finish is None
 
 
 def single_tokens(delta: TokenDelta) -> list[TokenDelta]:

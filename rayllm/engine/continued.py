@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from rayllm.engine.journal import Journal, is_fault
 from rayllm.engine.local import BlockingEngine
 from rayllm.errors import EngineError
@@ -83,11 +85,11 @@ class ContinuedEngine:
         line = self._lines.get(delta.stream)
         if line is None or is_fault(delta.finish):
             return False
-        line.journal.choices[delta.stream - line.first_stream].append(delta)
-        line.journal.has_prompt_logprobs |= delta.prompt_logprobs is not None
+        number = delta.stream - line.first_stream
+        news = line.journal.append([msgspec.structs.replace(delta, stream=number)])
         if delta.finish is not None:
             del self._lines[delta.stream]
-        return True
+        return bool(news)
 
     def _continue(self, error: EngineError) -> None:
         """Submits all that is open to the next driver."""

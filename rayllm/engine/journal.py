@@ -63,7 +63,8 @@ class Journal:
         self.history = History() if request.keep is not None else None
         self.has_prompt_logprobs = False
         self.num_faults = 0
-        """Drivers that were lost while the request was theirs."""
+        """Drivers that were lost while the request may have been running there."""
+        self._may_run = True
 
     @property
     def finished(self) -> bool:
@@ -76,7 +77,8 @@ class Journal:
 
     def append(self, deltas: list[TokenDelta]) -> list[TokenDelta]:
         """Writes down what came and returns what of it is to be sent on: deltas of open choices."""
-        news = [delta for delta in deltas if self.choices[delta.stream].open]
+        self._may_run |= bool(deltas)
+        news = [delta for delta in deltas if self.choices[delta.stream].open and not delta.is_start]
         for delta in news:
             self.choices[delta.stream].append(delta)
             self.has_prompt_logprobs |= delta.prompt_logprobs is not None
@@ -85,7 +87,10 @@ class Journal:
         return news
 
     def note_fault(self, error: EngineError) -> None:
-        """The request's driver is lost. Raises for a request that was running at too many faults."""
+        """The request's driver is lost. Raises for a request that may have been running at too many faults: at the
+        first driver it may always, at later ones when it was said to, or when the driver itself says that it failed."""
+        if not self._may_run and error.code != "engine_error":
+            return
         self.num_faults += 1
         log.warning("its driver is lost: %s", error, extra={"request_id": self.request.log_id})
         if self.num_faults >= MAX_FAULTS:
@@ -97,6 +102,7 @@ class Journal:
 
     def continuation(self) -> Request:
         """The request as the next driver must see it. Choices that are not `open` must be aborted right after."""
+        self._may_run = False
         params = self.request.params
         if self.has_prompt_logprobs:
             params = params.with_(prompt_logprobs=None)

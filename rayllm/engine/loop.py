@@ -300,11 +300,16 @@ class EngineLoop:
     def _note_plan(self, plan: StepPlan) -> None:
         self.figures.note_plan(plan)
         started = self._scheduler.take_started()
-        now = self._clock() if started else 0.0
+        if not started:
+            return
+        now = self._clock()
         for sequence in started:
             request = self._open.get(sequence.request.request_id)
             if request is not None:
                 request.note_started(sequence.choice, now)
+                if sequence.request.emitted:
+                    self._open.tell_start(request, sequence.choice)
+        self._open.flush()  # before the step: should it be the driver's last, the client knows whom it may blame
 
     def _is_mended(self) -> bool:
         """Whether steps may go on; after a fault, from the tokens committed and with nothing else."""

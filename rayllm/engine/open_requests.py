@@ -143,6 +143,10 @@ class OpenRequests:
             request.kept.history.append(choice, delta)
         self._untold.setdefault(request.client, []).append(delta)
 
+    def tell_start(self, request: OpenRequest, choice: int) -> None:
+        """Its client is told with the next `flush` that the choice comes to run."""
+        self._untold.setdefault(request.client, []).append(TokenDelta(request.stream(choice), b""))
+
     def flush(self) -> None:
         untold, self._untold = self._untold, {}
         for client, deltas in untold.items():

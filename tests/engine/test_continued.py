@@ -14,8 +14,8 @@ from rayllm.request import Request, unpack_ids
 class _Driver:
     """A whole engine with fake workers, which is lost after `num_receives` batches: its methods raise then."""
 
-    def __init__(self, num_receives: int | None = None, last_words: Finish | None = None):
-        self._engine = LocalEngine(fake_config(), FakeExecutor())
+    def __init__(self, num_receives: int | None = None, last_words: Finish | None = None, max_num_seqs: int = 8):
+        self._engine = LocalEngine(fake_config(max_num_seqs=max_num_seqs), FakeExecutor())
         self._num_left = num_receives
         self._last_words = last_words
         self._streams: list[int] = []
@@ -105,7 +105,8 @@ def test_what_is_aborted_or_ended_is_not_asked_for_again() -> None:
 
 
 def test_a_request_that_met_too_many_faults_ends_alone() -> None:
-    engine = _engine(*[_Driver(1) for _ in range(MAX_FAULTS)], _Driver())
+    later = [_Driver(2) for _ in range(MAX_FAULTS - 1)]  # they say first that it began
+    engine = _engine(_Driver(1), *later, _Driver())
     engine.submit(0, make_request([1], max_tokens=9))
     for _ in range(MAX_FAULTS):
         [delta] = engine.receive()
@@ -115,6 +116,14 @@ def test_a_request_that_met_too_many_faults_ends_alone() -> None:
     assert delta.finish.code == "poison_request"
     engine.submit(1, make_request([2], max_tokens=1))
     assert _run(engine, 1) == {1: expected_tokens(make_request([2], max_tokens=1))}
+
+
+def test_requests_that_only_waited_when_drivers_were_lost_are_not_to_blame() -> None:
+    engine = _engine(*[_Driver(20, max_num_seqs=1) for _ in range(2 * MAX_FAULTS)], _Driver())
+    requests = [make_request([stream], max_tokens=6) for stream in range(12)]
+    for stream, request in enumerate(requests):
+        engine.submit(stream, request)
+    assert _run(engine, 12) == {stream: expected_tokens(request) for stream, request in enumerate(requests)}
 
 
 def test_without_another_driver_the_caller_is_told() -> None:

@@ -206,6 +206,27 @@ async def test_a_request_that_ran_at_three_faults_is_refused_alone() -> None:
     assert await _read(engine, other, [_Driver()])
 
 
+@pytest.mark.parametrize(
+    ("error", "is_refused"), [(_GONE, False), (EngineError("the step loop failed", code="engine_error"), True)]
+)
+async def test_a_request_that_only_waited_when_drivers_were_lost_is_not_refused(
+    error: EngineError, is_refused: bool
+) -> None:
+    request, engine = make_request([1], max_tokens=6), JournaledEngine()
+    stream = engine.submit(request)
+    reading = asyncio.create_task(_collect(stream))
+    for driver in [*(_Driver(0, error) for _ in range(2 * MAX_FAULTS)), _Driver()]:
+        engine.attach(driver)
+        while not driver.requests and not reading.done():
+            await asyncio.sleep(0)
+    if is_refused:
+        with pytest.raises(EngineError, match="3 faults"):
+            await reading
+    else:
+        await reading
+        assert list(stream.journal.choices[0].token_ids) == expected_tokens(request)
+
+
 @pytest.mark.parametrize("max_bytes", [150, 1500])
 async def test_a_history_too_long_to_be_sent_again_is_not(monkeypatch: pytest.MonkeyPatch, max_bytes: int) -> None:
     monkeypatch.setattr(mirror, "MAX_HISTORY_BYTES", max_bytes)

@@ -4,6 +4,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable
 
+import msgspec
 import pytest
 from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_request
 
@@ -11,7 +12,7 @@ from rayllm.engine.local import build_scheduler
 from rayllm.engine.loop import EngineLoop
 from rayllm.engine.supervisor import MIN_LIMIT_S, PARDON_LIMIT_S
 from rayllm.errors import WorkerDiedError
-from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, StepResult, Submit
+from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, StepPlan, StepResult, Submit
 from rayllm.request import Request, pack_ids, unpack_ids
 
 
@@ -113,6 +114,26 @@ def test_an_aborted_stream_gets_nothing_more_and_frees_its_blocks() -> None:
     _run(loop)
     assert len(clients.tokens["a", 0]) == num_tokens
     assert loop.stats().num_blocks_used == 0
+
+
+@pytest.mark.parametrize("is_continued", [True, False])
+def test_a_continued_request_is_said_to_run_before_the_step_that_it_begins_with(is_continued: bool) -> None:
+    executor = FakeExecutor()
+    loop, clients = _loop(executor, max_num_seqs=1)
+    loop.submit("a", Submit(0, make_request([1], max_tokens=2)))
+    request = make_request([2], max_tokens=2)
+    loop.submit("a", Submit(1, msgspec.structs.replace(request, emitted=(b"",) if is_continued else ())))
+    said_before: list[int] = []
+    send = executor.send
+
+    def note_and_send(plan: StepPlan) -> None:
+        said_before.append(sum(delta.is_start for _, m in clients.messages for delta in m.deltas))  # type: ignore
+        send(plan)
+
+    executor.send = note_and_send  # type: ignore[method-assign]
+    _run(loop)
+    assert said_before == ([0, 0, 1, 1] if is_continued else [0, 0, 0, 0])
+    assert clients.tokens["a", 1] == expected_tokens(request)
 
 
 def test_aborting_one_choice_leaves_the_others() -> None:
@@ -392,8 +413,6 @@ def test_work_that_waits_without_progress_is_not_healthy() -> None:
 
 
 def test_a_passed_deadline_ends_the_request_with_a_reason() -> None:
-    import msgspec
-
     loop, clients = _loop(FakeExecutor())
     request = msgspec.structs.replace(make_request([1, 2], max_tokens=50), deadline_s=10.0)
     loop.submit("a", Submit(0, request))
