@@ -82,7 +82,7 @@ class Conversation:
         """Ctrl-C ends the answer, and what came of it is kept. Reasoning is shown and not kept."""
         parts: list[str] = []
         timing = Timing()
-        stopped = False
+        stopped = self._reasoned = False
         answer = self.stream(self.messages, self.params, timing)
         try:
             for piece in answer:

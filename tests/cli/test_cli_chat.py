@@ -181,6 +181,14 @@ def test_reasoning_is_shown_aside_and_not_kept(chat: Conversation) -> None:
     assert "hmm" not in written(chat)
 
 
+def test_the_answer_after_reasoning_that_was_stopped_begins_at_once(chat: Conversation, echo: Echo) -> None:
+    echo.interrupt_after = 1
+    handle(chat, "hmm1 hmm2")
+    echo.interrupt_after = None
+    handle(chat, "yes")
+    assert "".join(chat.aside) == "hmm1 "  # type: ignore[attr-defined]
+
+
 def test_a_refused_message_is_not_kept(chat: Conversation) -> None:
     def refuse(messages: Any, params: Any, timing: Timing) -> Iterator[Piece]:
         raise ServerError("400: too long")
