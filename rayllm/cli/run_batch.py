@@ -145,8 +145,8 @@ def finished_ids(output: Path) -> set[str]:
     one id the last counts. `UsageError`, and the file as it was, for one that is no output of ours."""
     if not output.exists():
         return set()
-    if output.is_dir() or not os.access(output, os.R_OK | os.W_OK):
-        raise UsageError(f"{str(output)!r} cannot be read and written: give another --output-file")
+    if not output.is_file() or not os.access(output, os.R_OK | os.W_OK):
+        raise UsageError(f"{str(output)!r} is no file to be read and written: give another --output-file")
     is_final: dict[str, bool] = {}
     num_whole, torn = 0, b""
     with output.open("rb") as lines:

@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -208,10 +209,12 @@ def test_the_input_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is no output of run-batch" in capsys.readouterr().err
 
 
-def test_a_folder_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_neither_a_folder_nor_a_pipe_is_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").write_text(line("a", "x"))
-    assert main(["run-batch", "-i", f"{tmp_path}/in", "-o", str(tmp_path), "--url", "http://127.0.0.1:1"]) == 2
-    assert "cannot be read and written" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    for output in (tmp_path, tmp_path / "pipe"):
+        assert main(["run-batch", "-i", f"{tmp_path}/in", "-o", str(output), "--url", "http://127.0.0.1:1"]) == 2
+        assert "is no file to be read and written" in capsys.readouterr().err
 
 
 def test_no_server_exits_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
