@@ -49,6 +49,11 @@ log = logging.getLogger(__name__)
 
 MAX_FAULTS_OF_REQUEST = 3
 """A request in the plans at so many faults is refused: it may be what kills the workers."""
+ACQUITTED_AFTER = 32
+"""Tokens of a request since its second fault, after which it need not run by itself any more: the next fault is its
+second again. What was computed at the faults has been computed again by then, and the other suspects wait for it."""
+MAX_ACQUITTALS = 2
+"""Of one request: it may be what kills the workers now and then."""
 _MAX_SLEEP_S = 3600.0  # `select` does not take any number
 
 
@@ -339,7 +344,16 @@ class EngineLoop:
             if request.num_faults >= MAX_FAULTS_OF_REQUEST:
                 message = f"workers failed {request.num_faults} times while this request ran: it is not tried again"
                 self._end(request, Finish("error", code="poison_request", message=message))
+            request.num_survived_tokens = 0
         self._open.flush()
+
+    def _note_survival(self, request: OpenRequest, num_tokens: int) -> None:
+        """Of a request that was in the plans at two faults."""
+        request.num_survived_tokens += num_tokens
+        if request.num_survived_tokens >= ACQUITTED_AFTER and request.num_acquittals < MAX_ACQUITTALS:
+            request.num_acquittals += 1
+            request.num_faults = 1
+            self._scheduler.acquit(request.request_id)
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         open_requests, now, num_tokens = self._open, self.figures.progress_at, 0
@@ -349,6 +363,8 @@ class EngineLoop:
             if request is None or choice not in request.unfinished:
                 continue
             num_tokens += len(update.token_ids)
+            if request.num_faults > 1:
+                self._note_survival(request, len(update.token_ids))
             times = request.take_times(choice, now) if request.started_at else None
             open_requests.tell(request, choice, _delta(request.stream(choice), update, times))
             if update.finish is not None:

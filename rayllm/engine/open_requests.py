@@ -36,6 +36,10 @@ class OpenRequest:
     """Of each choice that is in plans and has no token yet."""
     num_faults: int = 0
     """Faults at which it was in a plan that was out."""
+    num_survived_tokens: int = 0
+    """Of all choices, since the last fault."""
+    num_acquittals: int = 0
+    """Times that it was no longer suspected."""
 
     def __post_init__(self) -> None:
         self.unfinished.update(self.sequences)

@@ -402,6 +402,10 @@ class Scheduler:
         self._flights.forget(epoch)
         self._places = self._free_places()
 
+    def acquit(self, request_id: str) -> None:
+        """It is no suspect any more, where it was one."""
+        self._suspects -= {request_id}
+
     # -------------------------------------------------------------------------------------------------- check
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_request
 
 from rayllm.engine.local import build_scheduler
-from rayllm.engine.loop import EngineLoop
+from rayllm.engine.loop import ACQUITTED_AFTER, MAX_ACQUITTALS, MAX_FAULTS_OF_REQUEST, EngineLoop
 from rayllm.engine.supervisor import MIN_LIMIT_S, PARDON_LIMIT_S
 from rayllm.errors import WorkerDiedError
 from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, StepPlan, StepResult, Submit
@@ -320,6 +320,40 @@ def test_a_request_that_kills_its_worker_three_times_is_refused_alone() -> None:
         assert clients.tokens["a", stream] == expected_tokens(request)
     assert len(executor.recovered) >= 3
     assert loop.stats().healthy
+
+
+def test_those_that_ran_at_two_faults_run_together_again_once_each_has_run_by_itself_for_a_while() -> None:
+    executor = FakeExecutor(num_blocks=512, dies=[10, 12])
+    loop, clients = _loop(executor)
+    requests = {stream: make_request([stream + 1], max_tokens=100, seed=stream) for stream in range(8)}
+    for stream, request in requests.items():
+        loop.submit("a", Submit(stream, request))
+    _run(loop)
+    assert clients.tokens == {("a", stream): expected_tokens(request) for stream, request in requests.items()}
+    sizes = [len(unpack_ids(plan.rows)) for plan in executor.sent]
+    assert sizes[20] == 1
+    assert max(sizes[20:]) == 3, "the third begins before the first has ended"
+    assert len(sizes) < 10 + 8 * ACQUITTED_AFTER + 100
+
+
+def test_a_request_that_kills_its_worker_now_and_then_is_refused_in_the_end() -> None:
+    class _Sometimes(FakeExecutor):
+        """Rank 1 dies each time that the request has come 40 tokens further."""
+
+        num_left = 40
+
+        def receive(self, timeout_s: float | None) -> StepResult:
+            self.num_left -= 1
+            if not self.num_left:
+                self.num_left = 40
+                raise WorkerDiedError(1, "killed by a request")
+            return super().receive(timeout_s)
+
+    loop, clients = _loop(_Sometimes(num_blocks=512), max_model_len=2000)
+    loop.submit("a", Submit(0, make_request([1], max_tokens=1000)))
+    _run(loop)
+    assert clients.finishes["a", 0].code == "poison_request"
+    assert loop.stats().num_faults == MAX_FAULTS_OF_REQUEST + MAX_ACQUITTALS
 
 
 def test_a_machine_that_fails_at_every_step_is_given_up_with_rank_and_log() -> None:
