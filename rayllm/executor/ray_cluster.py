@@ -48,6 +48,7 @@ def connected_ray(
         return
     address = Environment.ray_address()
     if address is not None:
+        address = running_cluster() if address == "auto" else address
         check_reachable(address)
         # In another mode than the cluster's a program connects, and then nothing of the cluster can answer it.
         os.environ.setdefault("RAY_AUTH_MODE", "token" if asks_for_token(address) else "disabled")
@@ -95,6 +96,20 @@ def _connect(address: str | None, num_cpus: int, temp_dir: str, meanwhile: Calla
         raise EngineError(f"Ray did not start, is the machine too busy or short of memory? {reason}") from error
 
 
+def running_cluster() -> str:
+    """`host:port` of the Ray cluster of this machine, the latest that `ray start` started or joined where there are
+    several. `EngineUnreachableError` without any."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if found is None:
+        raise _unreachable("auto", "none runs on this machine")
+    return str(found)
+
+
 def check_reachable(address: str) -> None:
     """Within seconds, what Ray would find out after a minute, if at all. `EngineUnreachableError` where nothing listens
     at `host:port`, and `ConfigError` for what is no address, or a Ray Client's, over which no engine can be reached."""
@@ -103,8 +118,6 @@ def check_reachable(address: str) -> None:
             f"RAY_ADDRESS={address!r} is a Ray Client's address: run this on a node of the cluster, with "
             "RAY_ADDRESS=auto, or send it there with 'ray job submit'"
         )
-    if address == "auto":
-        return  # Ray knows whether it has one here
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         raise ConfigError(f"RAY_ADDRESS={address!r} is no address: give auto, or HOST:PORT")
@@ -118,13 +131,6 @@ def asks_for_token(address: str) -> bool:
     """Whether the Ray cluster there answers only those who have its token. True where nobody answers."""
     import grpc
 
-    if address == "auto":
-        from ray._private.services import canonicalize_bootstrap_address
-
-        try:
-            address = canonicalize_bootstrap_address(address) or ""
-        except ConnectionError:  # there are several: who connects is told so
-            return True
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:

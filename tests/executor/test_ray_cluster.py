@@ -14,7 +14,7 @@ import pytest
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError, EngineUnreachableError
-from rayllm.executor.ray_cluster import asks_for_token, check_reachable
+from rayllm.executor.ray_cluster import asks_for_token, check_reachable, connected_ray, running_cluster
 
 
 @pytest.mark.parametrize(("value", "address"), [("", None), ("local", None), (" auto ", "auto"), ("h:6379", "h:6379")])
@@ -31,7 +31,6 @@ def _unused_address() -> str:
 def test_an_address_is_looked_at_before_ray_is() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         check_reachable(f"127.0.0.1:{listener.getsockname()[1]}")
-    check_reachable("auto")
     for address in (_unused_address(), "no.such.host.invalid:6379", "127.0.0.1:99999"):
         with pytest.raises(EngineUnreachableError, match=rf"at RAY_ADDRESS='{address}' \(.+\): start one there with"):
             check_reachable(address)
@@ -39,6 +38,21 @@ def test_an_address_is_looked_at_before_ray_is() -> None:
         check_reachable("head")
     with pytest.raises(ConfigError, match="Ray Client"):
         check_reachable("ray://head:10001")
+
+
+def test_auto_is_the_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    found = _unused_address()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {found})
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda temp_dir: None)
+    assert running_cluster() == found
+    with pytest.raises(EngineUnreachableError, match=f"'{found}'"), connected_ray(num_cpus=1):
+        pass
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    with pytest.raises(EngineUnreachableError, match=r"'auto' \(none runs on this machine\): start one there"):
+        running_cluster()
 
 
 def test_a_program_that_has_imported_ray_asks_for_the_token_that_its_ray_wants() -> None:
