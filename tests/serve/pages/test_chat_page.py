@@ -350,6 +350,16 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: Browser, se
     assert not browser.run("return document.documentElement.scrollWidth > innerWidth")
 
 
+@pytest.mark.parametrize("dialog", ["share", "help", "settings"])
+def test_dialogs_fit_the_smallest_phones(browser: Browser, served: ScriptedServer, url: str, dialog: str) -> None:
+    open_chat(browser, url, size=(320, 640))
+    browser.run("document.getElementById(arguments[0]).click()", f"open-{dialog}")
+    script = """const dialog = document.getElementById(arguments[0]);
+    const rights = [...dialog.querySelectorAll('.dialog-body *')].map((node) => node.getBoundingClientRect().right);
+    return dialog.getBoundingClientRect().right - Math.max(...rights);"""
+    assert browser.run(script, dialog) >= 20
+
+
 def test_long_answers_do_not_freeze_the_page(chat: Browser, served: ScriptedServer) -> None:
     served.engine.step_s, served.engine.tokens_a_step = 0.002, 80
     chat.run(

@@ -44,6 +44,12 @@ def ask_one(url: str) -> None:
     urllib.request.urlopen(request, timeout=20).read()
 
 
+def test_the_smallest_phones_show_the_state_whole(browser: Browser, served: ScriptedServer, url: str) -> None:
+    browser.open(f"{url}/dashboard", size=(320, 640))
+    browser.wait_text("#state", "Ready")
+    assert browser.run("const state = document.getElementById('state'); return state.scrollWidth <= state.clientWidth")
+
+
 def test_the_figures_move_with_the_traffic(browser: Browser, served: ScriptedServer, url: str) -> None:
     moved(served, num_running=0, num_blocks=100)
     browser.open(f"{url}/dashboard")
