@@ -366,7 +366,7 @@ class EngineLoop:
             if request.num_faults > 1:
                 self._note_survival(request, len(update.token_ids))
             times = request.take_times(choice, now) if request.started_at else None
-            open_requests.tell(request, choice, _delta(request.stream(choice), update, times))
+            open_requests.tell(request, choice, _delta(request.first_stream + choice, update, times))
             if update.finish is not None:
                 open_requests.close_choice(request, choice, now)
                 if update.finish.reason == "error" and request.unfinished:
