@@ -29,7 +29,8 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """What stands after `rayllm`: one word, or two for a verb that has verbs of its own."""
+    """What stands after `rayllm`: one word, or two for a verb that has verbs of its own. `subverbs` are those, or the
+    words that its argument may be."""
 
     words: str
     text: str
@@ -60,11 +61,18 @@ def commands() -> Iterator[Command]:
         module = import_module(name)
         subverbs = getattr(module, "SUBVERBS", {})
         if not subverbs:
-            yield Command(verb, text, _options(module.parser()))
+            made = module.parser()
+            yield Command(verb, text, _options(made), _choices(made))
             continue
         yield Command(verb, text, (), tuple((sub, what) for sub, (_, what) in subverbs.items()))
         for sub, (path, what) in subverbs.items():
             yield Command(f"{verb} {sub}", what, _options(import_module(path).parser()))
+
+
+def _choices(parser: Parser) -> tuple[tuple[str, str], ...]:
+    """What the verb's argument may be, where it is one of a few words."""
+    arguments = [action for action in parser._actions if not action.option_strings]
+    return tuple((str(word), "") for action in arguments for word in action.choices or ())
 
 
 def _options(parser: Parser) -> tuple[Option, ...]:

@@ -66,6 +66,7 @@ def test_the_scripts_know_every_verb_and_flag() -> None:
     assert {words.split()[0] for words in found} == set(VERBS)
     dtype = next(option for option in found["serve"].options if "--dtype" in option.names)
     assert dtype.values == ("auto", "float32", "bfloat16", "float16")
+    assert [word for word, _ in found["completion"].subverbs] == list(SHELLS)
     assert {"config show", "config validate", "bench serve"} < set(found)
 
 
