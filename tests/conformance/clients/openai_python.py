@@ -131,16 +131,15 @@ def test_parsed_tools(client: openai.OpenAI) -> None:
 
 
 def test_responses(client: openai.OpenAI) -> None:
-    answer = client.responses.create(model=MODEL, input="Say hello.", max_output_tokens=16, instructions="Be short.")
+    asked: Any = {"model": MODEL, "instructions": "Be short.", "max_output_tokens": 16}
+    answer = client.responses.create(**asked, input="Say hello.")
     assert answer.object == "response"
     assert answer.status in ("completed", "incomplete")
     assert answer.usage.output_tokens > 0
     assert isinstance(answer.output_text, str)
 
     assert client.responses.retrieve(answer.id).output_text == answer.output_text
-    following = client.responses.create(
-        model=MODEL, input="And again.", previous_response_id=answer.id, max_output_tokens=8
-    )
+    following = client.responses.create(**asked, input="And again.", previous_response_id=answer.id)
     assert following.usage.input_tokens > answer.usage.input_tokens
     client.responses.delete(answer.id)
     with pytest.raises(openai.NotFoundError):
