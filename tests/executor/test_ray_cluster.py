@@ -14,6 +14,7 @@ import pytest
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError, EngineUnreachableError
+from rayllm.executor import ray_cluster
 from rayllm.executor.ray_cluster import asks_for_token, check_reachable, connected_ray, running_cluster
 
 
@@ -48,6 +49,7 @@ def test_auto_is_the_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(services, "find_gcs_addresses", lambda: {found})
     monkeypatch.setattr(services, "find_bootstrap_address", lambda temp_dir: None)
     assert running_cluster() == found
+    monkeypatch.setattr(ray_cluster, "ray_is_initialized", lambda: False)  # other tests may be connected
     with pytest.raises(EngineUnreachableError, match=f"'{found}'"), connected_ray(num_cpus=1):
         pass
     monkeypatch.setattr(services, "find_gcs_addresses", set)
