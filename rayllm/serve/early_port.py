@@ -121,20 +121,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         stage = self.server.early.stage
-        as_page = self.command in ("GET", "HEAD") and "text/html" in self.headers.get("accept", "")
-        if as_page:
+        if self.command in ("GET", "HEAD") and "text/html" in self.headers.get("accept", ""):
             content = _PAGE.format(stage=html.escape(stage)).encode()
+            headers = {
+                "content-type": "text/html; charset=utf-8",
+                "refresh": str(_RETRY_S),
+                "content-security-policy": "default-src 'none'",
+            }
         else:
             body = envelope(503, f"not healthy: {stage}", code="not_ready")
             content = json.dumps({**body, "status": "unavailable", "stage": stage, "reason": ""}).encode()
+            headers = {"content-type": "application/json"}
+        headers |= {"content-length": str(len(content)), "retry-after": str(_RETRY_S), "connection": "close"}
         self.send_response_only(503)
-        self.send_header("content-type", "text/html; charset=utf-8" if as_page else "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.send_header("retry-after", str(_RETRY_S))
-        if as_page:
-            self.send_header("refresh", str(_RETRY_S))
-            self.send_header("content-security-policy", "default-src 'none'")
-        self.send_header("connection", "close")
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
