@@ -156,7 +156,8 @@ def measure_cpu(options: argparse.Namespace) -> None:
         def posted(num_tokens: int, stream: bool) -> Callable[[], None]:
             return lambda: post({**_BODY, "max_tokens": num_tokens, "stream": stream})
 
-        works = {"whole": posted(few, False), "few": posted(few, True), "many": posted(many, True), **_parts()}
+        parts = _parts()
+        works = {"whole": posted(few, False), "few": posted(few, True), "many": posted(many, True), **parts}
         costs: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(options.rounds):
             for name, work in works.items():
@@ -164,24 +165,15 @@ def measure_cpu(options: argparse.Namespace) -> None:
     found = {name: min(values) for name, values in costs.items()}  # what else the machine does only adds to it
     found["token"] = (found["many"] - found["few"]) / options.stream_tokens
     print(f"chat request, one token, not streamed: {found['whole']:.0f} us of CPU; streamed: {found['few']:.0f} us")
-    for name in _PARTS:
+    for name in parts:
         print(f"  {name:<52}{found[name]:6.0f} us")
     print(f"each streamed token: {found['token']:.1f} us")
     del found["many"]
     print(json.dumps({"benchmark": "http_cpu", "us": {name: round(value, 1) for name, value in found.items()}}))
 
 
-_PARTS = (
-    "body: JSON, unknown fields, pydantic",
-    "template",
-    "tokens",
-    "parameters and request",
-    "answer and its events",
-)
-
-
 def _parts() -> dict[str, Callable[[], Any]]:
-    """The parts of a chat's way, in the order of `_PARTS`."""
+    """The parts of a chat's way, in their order."""
     from idle_engine import idle_service
 
     from rayllm.api.answer import new_id
@@ -195,28 +187,27 @@ def _parts() -> dict[str, Callable[[], Any]]:
     body = read_body(parse_object(data), ChatBody)
     prompt = render(body, body.messages, model)
 
-    def tokens() -> list[int]:
-        return model.tokenize(prompt, add_special_tokens=False, param="messages")
+    chat = _run(prepare_chat(body, model, "", "chatcmpl-"))
+    token_ids = chat.request.prompt_token_ids
 
-    token_ids = tokens()
-
-    def read() -> ChatBody:
-        return read_body(parse_object(data), ChatBody)
-
-    def rest() -> None:
+    def make_request() -> None:
         params = sampling_params(body, model, max_tokens=1, logprobs=None, structured_outputs=None)
         build_request(new_id("chatcmpl-"), token_ids, params, body, model.config)
 
-    chat = _run(prepare_chat(body, model, "", "chatcmpl-"))
-
-    async def answer() -> None:
+    async def answer_it() -> None:
         answer = ChatAnswer(model, body, chat)
         await answer.start()
         async for _ in answer.stream():
             pass
         answer.close()
 
-    return dict(zip(_PARTS, (read, lambda: render(body, body.messages, model), tokens, rest, lambda: _run(answer()))))
+    return {
+        "body: JSON, unknown fields, pydantic": lambda: read_body(parse_object(data), ChatBody),
+        "template": lambda: render(body, body.messages, model),
+        "tokens": lambda: model.tokenize(prompt, add_special_tokens=False, param="messages"),
+        "parameters and request": make_request,
+        "answer and its events": lambda: _run(answer_it()),
+    }
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:

@@ -26,9 +26,10 @@ class _IdleStream:
         return self
 
     async def __anext__(self) -> list[TokenDelta]:
-        for delta in self._deltas:
-            return [delta]
-        raise StopAsyncIteration
+        delta = next(self._deltas, None)
+        if delta is None:
+            raise StopAsyncIteration
+        return [delta]
 
     def abort_choice(self, choice: int) -> None:
         pass
