@@ -44,8 +44,30 @@ def _share(file: Path) -> str:
     return "servers" if "served_process" in text else "ray"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_OPTIONAL_MARKERS = {
+    "catalogue": "bad requests against a running server, two minutes",
+    "live": "starts real servers and disturbs them, tens of seconds each",
+    "slow": "takes a minute or much memory",
+}
+"""Tests with one of these markers run only where `-m` names it. CI runs `catalogue` and `live` as steps of their own."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in _OPTIONAL_MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}; runs where -m names it")
+
+
+def _skip_optional(config: pytest.Config, items: list[pytest.Item]) -> None:
+    selected = str(config.getoption("markexpr"))
+    for item in items:
+        name = next((name for name in reversed(_OPTIONAL_MARKERS) if item.get_closest_marker(name)), None)
+        if name is not None and name not in selected:
+            item.add_marker(pytest.mark.skip(reason=f"{name}: run it with -m {name}"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest shares first; between them some seconds of other work, so that no two Rays start at one moment."""
+    _skip_optional(config, items)
     order = {"servers": 0, str(Path(__file__).parent / "simulation" / "test_simulation.py"): 1, "ray": 2}
     items.sort(key=lambda item: order.get(_share(item.path), 3))
 
