@@ -24,7 +24,7 @@ from pathlib import Path
 
 import httpx
 
-from rayllm.serve.processes import Process, descendants
+from rayllm.machine.processes import Process, descendants
 
 READY_TIMEOUT_S = 150.0
 STOP_TIMEOUT_S = 90.0

@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from rayllm.executor.ray_cluster import free_port
-from rayllm.serve.processes import descendants
+from rayllm.machine.processes import descendants
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -38,7 +38,7 @@ READY_TIMEOUT_S = 90.0
 # closes, because the test is over or died, it ends every one of them and then itself.
 KEEPER = """
 import os, subprocess, sys, threading, time
-from rayllm.serve.processes import adopt_orphans, descendants, end_all
+from rayllm.machine.processes import adopt_orphans, descendants, end_all
 adopt_orphans()
 command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr)
 threading.Thread(target=lambda: print(command.wait(), flush=True), daemon=True).start()

@@ -65,7 +65,7 @@ def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
 def default_url() -> str:
     """The address of the server that runs on this machine; the usual one, where there are none or one of several has
     it. `UsageError` where several run elsewhere."""
-    from rayllm.cli.registry import running
+    from rayllm.machine.registry import running
 
     urls = [entry.url for entry in running()]
     if len(urls) == 1:

@@ -159,7 +159,7 @@ def _writable(name: str, folder: Path, mend: str) -> Finding:
 
 
 def _runtime_folder() -> Finding:
-    from rayllm.cli.registry import runtime_folder
+    from rayllm.machine.registry import runtime_folder
 
     try:
         return Finding("runtime folder", True, str(runtime_folder()))

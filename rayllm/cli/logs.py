@@ -14,7 +14,7 @@ from rayllm.cli.flags import Parser, UsageError
 from rayllm.errors import EngineUnreachableError, RayLLMError
 
 if TYPE_CHECKING:
-    from rayllm.cli.registry import Entry
+    from rayllm.machine.registry import Entry
 
 _POLL_S = 0.2
 
@@ -55,8 +55,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _log_of(server: str | None) -> tuple[Path, Entry | None]:
     """The log of the server that is meant; without one running and none named, the newest there is."""
-    from rayllm.cli.registry import find, running
     from rayllm.cli.terminal import log_folder
+    from rayllm.machine.registry import find, running
 
     if server is not None or running():
         entry = find(server)

@@ -21,8 +21,8 @@ def run(argv: Sequence[str]) -> int:
     given = parser().parse(argv)
 
     from rayllm.cli.client import ApiClient
-    from rayllm.cli.registry import running
     from rayllm.cli.table import span, table
+    from rayllm.machine.registry import running
 
     entries = running()
     states = []

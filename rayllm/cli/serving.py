@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayllm.cli.registry import listed
 from rayllm.cli.terminal import Screen, interrupted_by_signals, new_log_file
 from rayllm.config import EngineConfig, Environment, ServerConfig
 from rayllm.errors import ConfigError, EngineError
+from rayllm.machine.registry import listed
 
 if TYPE_CHECKING:
     from rayllm.serve.lifecycle import RunningServer
@@ -108,9 +108,9 @@ def _listed_server(verb: str, engine: EngineConfig, server: ServerConfig, screen
     """A running server that `rayllm ps` shows from its first moment on."""
     from rayllm.engine.resolve import served_name
     from rayllm.executor.ray_cluster import free_port
+    from rayllm.machine.processes import adopt_orphans
     from rayllm.observability.logs import setup_logging
     from rayllm.serve.lifecycle import running_server, server_url
-    from rayllm.serve.processes import adopt_orphans
 
     adopt_orphans()
     engine = engine.model_copy(update={"log_file": str(screen.log_path)})

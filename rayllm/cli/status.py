@@ -46,7 +46,7 @@ def _url(server: str | None) -> str:
     if "://" in server:
         return server
 
-    from rayllm.cli.registry import find
+    from rayllm.machine.registry import find
 
     return find(server).url
 

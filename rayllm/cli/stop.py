@@ -11,7 +11,7 @@ from rayllm.cli.flags import Parser, UsageError
 from rayllm.errors import RayLLMError
 
 if TYPE_CHECKING:
-    from rayllm.cli.registry import Entry
+    from rayllm.machine.registry import Entry
 
 _AFTER_DRAIN_S = 30.0
 """What Serve, Ray and the workers may take to end, once open requests have had their time."""
@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
     if given.get("all") and "server" in given:
         raise UsageError("give a server or --all, not both")
 
-    from rayllm.cli.registry import find, running
+    from rayllm.machine.registry import find, running
 
     entries = running() if given.get("all") else [find(given.get("server"))]
     if not entries:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayllm.serve.processes import Process, descendants, end_all
+from rayllm.machine.processes import Process, descendants, end_all
 
 SOCKET_FOLDERS = "rllm-*"
 """As `executor.channel.SocketDir` names them; that module is too heavy for here."""

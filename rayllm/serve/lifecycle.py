@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 from rayllm.config import EngineConfig, Environment, ServerConfig, count_cores
 from rayllm.errors import ConfigError, EngineError
 from rayllm.executor.ray_cluster import connected_ray, free_port, ray_is_initialized
+from rayllm.machine.processes import Process, descendants, end_all
 from rayllm.serve.death_watch import cleared_up_after_death, remove_dead_sockets
 from rayllm.serve.early_port import EarlyPort
 from rayllm.serve.haproxy import proxy_environment
-from rayllm.serve.processes import Process, descendants, end_all
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview

@@ -16,7 +16,7 @@ import pytest
 from served_process import ServedProcess, running_serve
 from tiny import make_checkpoint
 
-from rayllm.serve.processes import descendants, end_all
+from rayllm.machine.processes import descendants, end_all
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from rayllm.cli import registry
 from rayllm.cli.main import main
 from rayllm.cli.stop import NotStoppedError
 from rayllm.cli.stop import run as stop
 from rayllm.errors import ConfigError, EngineUnreachableError
+from rayllm.machine import registry
 
 SERVER = """
 import pathlib, signal, sys, time
-from rayllm.cli.registry import listed
+from rayllm.machine.registry import listed
 def term(number, frame):
     if "deaf" in sys.argv: return
     raise SystemExit(0)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rayllm.executor.channel import SocketDir, listen_unix
+from rayllm.machine.processes import Process, descendants
 from rayllm.serve.death_watch import remove_dead_sockets
-from rayllm.serve.processes import Process, descendants
 
 SERVER = """
 import subprocess, sys, time

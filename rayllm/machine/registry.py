@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rayllm.cli.flags import UsageError
 from rayllm.config import Environment
 from rayllm.errors import ConfigError, EngineUnreachableError, did_you_mean
-from rayllm.serve.processes import Process, this_process
+from rayllm.machine.processes import Process, this_process
 
 _PRIVATE = 0o700
 
@@ -98,7 +97,7 @@ def running() -> list[Entry]:
 def find(word: str | None) -> Entry:
     """The running server of that name, pid, model, port or URL; without a word, the only one.
 
-    Raises `EngineUnreachableError` where there is none and `UsageError` where more than one fits.
+    Raises `EngineUnreachableError` where there is none and `ConfigError` where more than one fits.
     """
     entries = running()
     if not entries:
@@ -107,7 +106,7 @@ def find(word: str | None) -> Entry:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise UsageError(f"{len(fitting)} servers run, say which by its pid: {_pids(fitting)}")
+        raise ConfigError(f"{len(fitting)} servers run, say which by its pid: {_pids(fitting)}")
     known = [known for entry in entries for known in _words(entry)]
     raise EngineUnreachableError(f"no server {word!r} runs here{did_you_mean(word or '', known)} ({_pids(entries)})")
 

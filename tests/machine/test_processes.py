@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from rayllm.serve.processes import Process, descendants, end_all
+from rayllm.machine.processes import Process, descendants, end_all
 
 _TREE = (
     "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"

@@ -1,0 +1,1 @@
+"""This machine as programs of this user find it: processes, and the servers that run."""
