@@ -49,7 +49,7 @@ _OPTIONAL_MARKERS = {
     "live": "starts real servers and disturbs them, tens of seconds each",
     "slow": "takes a minute or much memory",
 }
-"""Tests with one of these markers run only where `-m` names it. CI runs `catalogue` and `live` as steps of their own."""
+"""Tests with one of these markers run only where `-m` names it. CI runs `catalogue` and `live` as own steps."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
