@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayllm.config import EngineConfig
+    from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from rayllm.llm import LLM, AsyncLLM, get_engine
-    from rayllm.request import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
+    from rayllm.request import (
+        CompletionOutput,
+        RequestOutput,
+        SamplingParams,
+        StructuredOutputsParams,
+        TextPrompt,
+        TokensPrompt,
+    )
 
 __version__ = "0.1.0"
 
@@ -20,20 +28,30 @@ _HOMES = {
     "AsyncLLM": "rayllm.llm",
     "get_engine": "rayllm.llm",
     "EngineConfig": "rayllm.config",
+    "BeamSearchOutput": "rayllm.engine.beam_search",
+    "BeamSearchParams": "rayllm.engine.beam_search",
+    "BeamSearchSequence": "rayllm.engine.beam_search",
     "SamplingParams": "rayllm.request",
     "RequestOutput": "rayllm.request",
     "CompletionOutput": "rayllm.request",
     "StructuredOutputsParams": "rayllm.request",
+    "TextPrompt": "rayllm.request",
+    "TokensPrompt": "rayllm.request",
 }
 
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
     "get_engine",
 ]

@@ -7,7 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -348,3 +348,19 @@ class RequestOutput:
 
 
 TokenIds = Sequence[int]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text, in vLLM's form."""
+
+    prompt: str
+
+
+class _PromptText(TypedDict, total=False):
+    prompt: str
+
+
+class TokensPrompt(_PromptText):
+    """A prompt as token ids, in vLLM's form; `prompt` is the text that they came from, where it is known."""
+
+    prompt_token_ids: list[int]
