@@ -221,6 +221,9 @@ class ServerConfig(_Config):
         description="What stands before the ingress: HAProxy (Linux) or Serve's proxy in Python. auto: HAProxy "
         "where Ray brings it.",
     )
+    enable_fault_injection: bool = Field(
+        False, description="Let clients kill workers, to see the engine recover: POST /admin/kill_worker, dashboard."
+    )
     num_ingress_replicas: int = Field(1, ge=1, le=64, description="Processes that speak HTTP.")
     read_timeout_s: float = Field(
         60.0, gt=0, description="Seconds a client may go without reading its stream before it is taken for gone."

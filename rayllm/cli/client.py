@@ -68,6 +68,13 @@ class ApiClient:
         self._check(answer)
         return answer
 
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The object that a POST is answered with; `ServerError` for an answer that is an error."""
+        with self._translated():
+            answer = self._http.post(path, json=dict(body))
+            self._check(answer)
+            return dict(answer.json())
+
     def model(self) -> str:
         """The name of the first model that the server serves."""
         with self._translated():

@@ -12,6 +12,7 @@ from rayllm.config import EngineConfig, ServerConfig, parse_settings
 
 if TYPE_CHECKING:
     from rayllm.cli.answer import Timing
+    from rayllm.cli.client import ApiClient
     from rayllm.cli.terminal import Screen
     from rayllm.serve.lifecycle import RunningServer
 
@@ -25,6 +26,13 @@ def parser() -> Parser:
         description="Serve the built-in model with two workers, ask it a question, and stop everything again.",
     )
     made.add_argument("--question", metavar="TEXT", help=f"default: {DEFAULT_QUESTION}")
+    made.add_argument(
+        "--kill",
+        metavar="RANK",
+        nargs="?",
+        const="",
+        help="kill a worker while the answer streams (that rank, or a random one), and show how it goes on",
+    )
     made.add_argument("--tensor-parallel-size", "-tp", metavar="SIZE", help="worker processes (default: 2)")
     made.add_argument("--json", action="store_true", help="print one JSON line instead")
     return made
@@ -35,18 +43,26 @@ def run(argv: Sequence[str]) -> int:
     given = parser().parse(argv)
     engine, server = demo_configs(given.get("tensor_parallel_size"))
 
+    from rayllm.cli.demo_kill import QUESTION, chosen_rank
     from rayllm.cli.serving import check_before_start, foreground_server
+
+    rank = None
+    if "kill" in given:
+        rank = chosen_rank(given["kill"], engine.tensor_parallel_size)
+        engine = engine.model_copy(update={"standby": "process"})
+        server = server.model_copy(update={"enable_fault_injection": True})
 
     check_before_start(engine, server)
     started = time.monotonic()
     as_json = bool(given.get("json"))
     with foreground_server("demo", engine, server, quiet=as_json) as (screen, running):
-        report = _ask(screen, running, given.get("question", DEFAULT_QUESTION), as_json, started)
+        question = given.get("question", DEFAULT_QUESTION if rank is None else QUESTION)
+        report = _ask(screen, running, question, as_json, started, rank)
     if as_json:
         print(json.dumps(report))
     else:
         print("everything has been stopped again; next: rayllm serve, then rayllm chat")
-    return 0
+    return 0 if report.get("kill", {}).get("same_as_undisturbed", True) else 1
 
 
 def demo_configs(size: str | int | None) -> tuple[EngineConfig, ServerConfig]:
@@ -59,31 +75,65 @@ def demo_configs(size: str | int | None) -> tuple[EngineConfig, ServerConfig]:
     return engine.model_copy(update={"device": device}), server
 
 
-def _ask(screen: Screen, running: RunningServer, question: str, as_json: bool, started: float) -> dict[str, Any]:
+def _ask(
+    screen: Screen, running: RunningServer, question: str, as_json: bool, started: float, rank: int | None
+) -> dict[str, Any]:
+    """Asks, and kills worker `rank` meanwhile; None: no worker."""
     from rayllm.cli.answer import Timing
     from rayllm.cli.client import ApiClient
+    from rayllm.cli.demo_kill import kill_report, killed_lines, stream_and_kill, wait_for_standby
 
+    has_standby = rank is not None and wait_for_standby(screen, running)
     screen.end_stages()
     ready_s = time.monotonic() - started
     timing = Timing()
-    client = ApiClient(running.url)
-    parts = []
     if not as_json:
         screen.print(f"\nPOST {running.url}/v1/chat/completions\n> {question}\n")
     messages = [{"role": "user", "content": question}]
-    params = {"model": client.model(), "temperature": 0, "max_tokens": _MAX_TOKENS}
+    killed: dict[str, Any] = {}
+    with ApiClient(running.url) as client:
+        params = {
+            "model": client.model(),
+            "temperature": 0,
+            "max_tokens": _MAX_TOKENS if rank is None else 2 * _MAX_TOKENS,
+        }
+        if rank is None:
+            answer = _stream(screen, client, messages, params, timing, quiet=as_json)
+        else:
+            seen = stream_and_kill(screen, client, messages, params, timing, rank, quiet=as_json)
+            answer, killed = seen.text, kill_report(client, running, seen, messages, params)
+    report = _report(running, timing, question, answer, ready_s)
+    if not as_json:
+        _show(screen, report, timing, killed_lines(killed, report, has_standby=has_standby) if killed else ())
+    return {**report, "kill": killed} if killed else report
+
+
+def _stream(
+    screen: Screen,
+    client: ApiClient,
+    messages: list[dict[str, str]],
+    params: dict[str, Any],
+    timing: Timing,
+    *,
+    quiet: bool,
+) -> str:
+    parts = []
     for piece in client.stream_chat(messages, params, timing):
         parts.append(piece.text)
-        if not as_json:
+        if not quiet:
             screen.print(piece.text, end="")
-    client.close()
-    report = _report(running, timing, question, "".join(parts), ready_s)
-    if not as_json:
-        screen.print(f"\n\nready after {ready_s:.1f} s; {timing}\n")
-        for row in report["processes"]:
-            screen.print(f"  {row['role']:<14} pid {row['pid']:<8} {row['host']:<15} {row['devices']}")
+    return "".join(parts)
+
+
+def _show(screen: Screen, report: dict[str, Any], timing: Timing, killed: Sequence[str]) -> None:
+    screen.print(f"\n\nready after {report['ready_s']:.1f} s; {timing}\n")
+    for row in report["processes"]:
+        screen.print(f"  {row['role']:<14} pid {row['pid']:<8} {row['host']:<15} {row['devices']}")
+    screen.print()
+    for line in killed:
+        screen.print(line)
+    if killed:
         screen.print()
-    return report
 
 
 def _report(running: RunningServer, timing: Timing, question: str, answer: str, ready_s: float) -> dict[str, Any]:

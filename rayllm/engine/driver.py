@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayllm.config import RAY_NAMESPACE, ResolvedConfig
+from rayllm.engine.fault_injection import KilledWorker, kill_rank
 from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
 from rayllm.engine.loop import EngineLoop
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
@@ -272,6 +273,10 @@ class DriverActor:
             workers=tuple(executor.places),  # type: ignore[attr-defined]  # a WorkerGroup, see __init__
             standby_is_ready=executor.standby_is_ready,  # type: ignore[attr-defined]
         )
+
+    async def kill_worker(self, rank: int) -> KilledWorker:
+        """For fault injection: `kill_rank`."""
+        return await asyncio.to_thread(kill_rank, self._driver.executor, rank)  # type: ignore[arg-type]  # see __init__
 
     async def wait_failed(self) -> str:
         """Returns the reason once the engine has failed; not before."""

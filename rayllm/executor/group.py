@@ -194,6 +194,16 @@ class WorkerGroup:
         self._on_stage("ready")
         return watch.laps
 
+    def kill(self, rank: int) -> WorkerPlace | None:
+        """Kills a rank's process, for fault injection; None where it is not running. The loss is found as any other."""
+        place, actor = self._places.get(rank), self._actors.get(rank)
+        if place is None or actor is None:
+            return None
+        if place.node_id == self._own_node:
+            return place if kill_process(place) else None
+        ray.kill(actor, no_restart=True)
+        return place
+
     def close(self) -> None:
         """Ends all workers and waits until Ray has seen them end."""
         with self._lock:

@@ -350,11 +350,13 @@ def await_ends(places: Iterable[WorkerPlace]) -> None:
         time.sleep(0.01)
 
 
-def kill_process(place: WorkerPlace) -> None:
-    """Ends a Ray worker process of this node that may not listen to Ray; nothing where it is gone already."""
+def kill_process(place: WorkerPlace) -> bool:
+    """Ends a Ray worker process of this node that may not listen to Ray; False where it is gone already."""
     with contextlib.suppress(OSError):
         if b"ray::" in Path(f"/proc/{place.pid}/cmdline").read_bytes():  # the number may be another's by now
             os.kill(place.pid, signal.SIGKILL)
+            return True
+    return False
 
 
 def is_stopped(place: WorkerPlace) -> bool:

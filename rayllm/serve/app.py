@@ -20,10 +20,19 @@ from rayllm.api.service import READY, Health, ModelService
 from rayllm.errors import RequestError, without_paths
 from rayllm.observability.metrics import CONTENT_TYPE
 from rayllm.observability.trace import Tracer
-from rayllm.serve import openapi, routes_generate, routes_messages, routes_models, routes_pooling, routes_responses
+from rayllm.serve import (
+    openapi,
+    routes_faults,
+    routes_generate,
+    routes_messages,
+    routes_models,
+    routes_pooling,
+    routes_responses,
+)
 from rayllm.serve.endpoints import Endpoints
 from rayllm.serve.http_answers import READ_TIMEOUT_S, error_response, json_response
 from rayllm.serve.http_guard import Guard
+from rayllm.serve.routes_faults import KillWorker
 from rayllm.serve.routes_pages import Describe, add_page_routes
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -36,12 +45,13 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     read_timeout_s: float = READ_TIMEOUT_S,
     describe: Describe | None = None,
+    kill_worker: KillWorker | None = None,
     tracer: Tracer | None = None,
     sends_request_id: bool = True,
     allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application in front of a service. With `api_keys`, all but `/health`, `/ready`, `/ping` and the files of
-    the pages ask for one. `describe` says what runs where, for the dashboard;
+    the pages ask for one. `describe` says what runs where, for the dashboard; `kill_worker` turns fault injection on;
     `sends_request_id=False`, that what stands before the application sends `x-request-id` by itself.
     Pages of `allowed_origins` may call it from a browser.
     """
@@ -77,7 +87,8 @@ def create_app(
     for routes in (routes_generate, routes_messages, routes_models, routes_pooling, routes_responses):
         routes.add_routes(app, endpoints)
     _add_state_routes(app, service)
-    add_page_routes(app, service, describe)
+    routes_faults.add_routes(app, endpoints, kill_worker)
+    add_page_routes(app, service, describe, can_kill_workers=kill_worker is not None)
     openapi.add_routes(app)
     return app
 

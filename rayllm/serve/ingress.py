@@ -18,6 +18,7 @@ from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
 from rayllm.engine.client import EngineConnection, connect_by_name
 from rayllm.engine.driver import find_driver
+from rayllm.engine.fault_injection import kill_worker
 from rayllm.engine.journal import JournaledEngine
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.observability.logs import setup_logging
@@ -92,6 +93,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         api_keys=server.read_api_keys(),
         read_timeout_s=server.read_timeout_s,
         describe=describe,
+        kill_worker=functools.partial(kill_worker, engine.name) if server.enable_fault_injection else None,
         tracer=tracer,
         sends_request_id=False,  # Serve does
         allowed_origins=server.allowed_origins,

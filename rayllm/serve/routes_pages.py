@@ -104,8 +104,11 @@ PAGE_PATHS = frozenset(_FILES)
 """What is sent without an API key."""
 
 
-def add_page_routes(app: FastAPI, service: ModelService, describe: Describe | None = None) -> None:
-    """`describe` is asked anew each time: workers are replaced while the engine runs."""
+def add_page_routes(
+    app: FastAPI, service: ModelService, describe: Describe | None = None, *, can_kill_workers: bool = False
+) -> None:
+    """`describe` is asked anew each time: workers are replaced while the engine runs. `can_kill_workers`: the dashboard
+    offers it."""
 
     async def page(request: Request) -> Response:
         path = request.scope["path"].removeprefix(request.scope.get("root_path") or "")
@@ -118,7 +121,8 @@ def add_page_routes(app: FastAPI, service: ModelService, describe: Describe | No
     async def dashboard_state() -> Response:
         found = await _deployment(describe)
         engine = None if found is None else {"num_blocks": found.engine.num_blocks}
-        return json_response({**_service_state(service), "engine": engine, "processes": _processes(found)})
+        state = {**_service_state(service), "engine": engine, "processes": _processes(found)}
+        return json_response({**state, "fault_injection": can_kill_workers})
 
 
 async def _deployment(describe: Describe | None) -> Deployment | None:

@@ -56,7 +56,7 @@ FLAGS = {
     "completion": "",
     "config show": "--config --json",
     "config validate": "--json",
-    "demo": "--json --question -tp",
+    "demo": "--json --kill --question -tp",
     "doctor": "--json",
     "logs": "--follow --json --lines -f -n",
     "ps": "--json",
