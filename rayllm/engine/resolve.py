@@ -5,7 +5,6 @@ No torch here: the command line calls this to refuse a bad setting within a seco
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig, cou
 from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.errors import ConfigError
 from rayllm.models.registry import read_spec
+from rayllm.text.end_token import end_token_id
+from rayllm.weights.config_file import read_json
 from rayllm.weights.hub import MODELSCOPE_PREFIX, HubModel, local_model
 
 _CPU_BLOCK_SIZE = 8
@@ -68,7 +69,9 @@ def resolve(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         shape=ModelShape(
-            vocab_size=spec.vocab_size, eos_token_ids=_eos_token_ids(path, spec.vocab_size), num_layers=spec.num_layers
+            vocab_size=spec.vocab_size,
+            eos_token_ids=_end_token_ids(path, tokenizer, spec.vocab_size),
+            num_layers=spec.num_layers,
         ),
         num_threads=max(1, num_cores // size),
     )
@@ -112,21 +115,20 @@ def _max_model_len(config: EngineConfig, model_max: int) -> int:
     return asked or model_max
 
 
-def _eos_token_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """generation_config.json first (as `transformers` does), then config.json; nonsense is refused in either."""
-    found: list[tuple[int, ...]] = []
+def _end_token_ids(path: Path, tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
+    """All that generation_config.json, config.json and the tokenizer name; nonsense is refused in the two configs. A
+    tokenizer's id that the model cannot write ends nothing."""
+    found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         file = path / name
-        if not file.is_file():
-            continue
-        try:
-            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{file}: not a JSON object ({error})") from None
+        value = read_json(file).get("eos_token_id") if file.is_file() else None
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ConfigError(f"{file}: eos_token_id={value!r} must be token ids below vocab_size={vocab_size}")
-        found.append(tuple(ids))
-    return found[0] if found else ()
+        found += ids
+    of_tokenizer = end_token_id(tokenizer)
+    if of_tokenizer is not None and of_tokenizer < vocab_size:
+        found.append(of_tokenizer)
+    return tuple(dict.fromkeys(found))

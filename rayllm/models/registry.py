@@ -12,6 +12,7 @@ from rayllm.models.architectures import llama, mistral, opt, qwen2, qwen3
 from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields
 from rayllm.models.spec import DecoderSpec
 from rayllm.weights.config_file import read_config
+from rayllm.weights.stored_dtype import stored_dtype
 
 _ARCHITECTURES: dict[str, ModuleType] = {
     "LlamaForCausalLM": llama,
@@ -33,8 +34,13 @@ def weight_names(architecture: str) -> Mapping[str, str]:
 
 
 def read_spec(model_path: str | Path) -> DecoderSpec:
-    """The spec of the model in a folder; `ConfigError` names config.json and the field that cannot be served."""
+    """The spec of the model in a folder; `ConfigError` names config.json and the field that cannot be served.
+
+    Where config.json says no dtype, or "auto", it is that of the weights' files, as with `transformers`.
+    """
     config = read_config(model_path)
+    if all(config.get(name) in (None, "auto") for name in ("dtype", "torch_dtype")):
+        config = {**config, "dtype": stored_dtype(model_path), "torch_dtype": None}
     try:
         return spec_of(config)
     except ConfigError as error:

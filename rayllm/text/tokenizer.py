@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from typing import Any, Protocol
 
 from rayllm.errors import ConfigError, RequestError
 from rayllm.text.chat_template import ChatTemplate, cut_after_last_content
+from rayllm.text.tokenizer_files import NAMED_TOKENS, named_tokens, read_json, read_text, token_content
 
 _GENERIC_CLASSES = frozenset({None, "PreTrainedTokenizerFast", "TokenizersBackend"})
 """Classes that add nothing to tokenizer.json."""
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SENTENCEPIECE_SPACE = "▁"
 _OPEN_MARK, _CLOSE_MARK = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"({_OPEN_MARK}|{_CLOSE_MARK})")
@@ -143,13 +142,13 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {path} is not a folder")
-        settings = _read_json(folder / "tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
         template = _read_template(folder, settings) if chat_template is None else _given_template(chat_template)
         pipeline_file = folder / "tokenizer.json"
         if pipeline_file.is_file():
             pipeline = _load_pipeline(pipeline_file)
             if _is_whole(pipeline, settings):
-                return cls(_Pipeline(pipeline), _named_tokens(folder, settings), template)
+                return cls(_Pipeline(pipeline), named_tokens(folder, settings), template)
         backend, named = _load_with_transformers(folder)
         return cls(backend, named, template)
 
@@ -303,31 +302,11 @@ def _byte_level_bytes(piece: str) -> bytes:
         return piece.encode("utf-8", "replace")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{file}: not readable as JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{file}: not readable as text: {error}") from None
-
-
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The model's own template: chat_template.jinja, or a field of tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return _read_text(file)
+        return read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -342,7 +321,7 @@ def _given_template(given: str) -> str:
         return given
     if not Path(given).is_file():
         raise ConfigError(f"chat_template: {given} is not a file")
-    return _read_text(Path(given))
+    return read_text(Path(given))
 
 
 def _load_pipeline(file: Path) -> Any:
@@ -366,22 +345,8 @@ def _is_whole(pipeline: Any, settings: Mapping[str, Any]) -> bool:
     declared = settings.get("added_tokens_decoder")
     added = {entry.get("content") for entry in declared.values()} if isinstance(declared, dict) else set()
     known = {token.content for token in pipeline.get_added_tokens_decoder().values()}
-    named = {text for name in _NAMED_TOKENS if (text := _token_content(settings.get(name)))}
+    named = {text for name in NAMED_TOKENS if (text := token_content(settings.get(name)))}
     return added <= known and named <= known
-
-
-def _token_content(value: Any) -> str | None:
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None
-
-
-def _named_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for source in (_read_json(folder / "special_tokens_map.json"), settings):
-        for name in _NAMED_TOKENS:
-            if (content := _token_content(source.get(name))) is not None:
-                named[name] = content
-    return named
 
 
 def _load_with_transformers(folder: Path) -> tuple[_Backend, dict[str, str]]:
@@ -393,6 +358,6 @@ def _load_with_transformers(folder: Path) -> tuple[_Backend, dict[str, str]]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         missing = "" if (folder / "tokenizer.json").is_file() else "it holds no tokenizer.json, and "
         raise ConfigError(f"tokenizer: cannot load one from {folder}: {missing}{reason}") from None
-    named = {name: str(token) for name in _NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
+    named = {name: str(token) for name in NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
     pipeline = getattr(tokenizer, "backend_tokenizer", None)
     return (_PythonTokenizer(tokenizer) if pipeline is None else _Pipeline(pipeline)), named

@@ -45,3 +45,27 @@ def make_sentencepiece_tokenizer(folder: Path) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def make_sentencepiece_model(folder: Path, *, vocab_size: int = 320, model_type: str = "bpe") -> Path:
+    """A folder with a `tokenizer.model` alone, as Llama 2 and Vicuna bring it, trained on the spot."""
+    import io
+
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["hello world, how are you today?", "the answer to the question is 42.", "una frase más, y otra línea"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type=model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
