@@ -25,6 +25,7 @@ Backend = Literal["ray", "inproc"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 HttpProxy = Literal["auto", "haproxy", "python"]
 Standby = Literal["off", "process", "weights"]
+ContentFormat = Literal["auto", "string", "openai"]
 ToolCallParser = Literal[
     "auto",
     "hermes",
@@ -154,6 +155,10 @@ class EngineConfig(_Config):
     download_dir: str | None = Field(None, description="Folder for downloaded models; default: the hub's cache.")
     chat_template: str | None = Field(
         None, description="File with a Jinja chat template to use in place of the model's."
+    )
+    chat_template_content_format: ContentFormat = Field(
+        "auto",
+        description="How the chat template takes contents: string, or openai (a list of parts); auto: found by trying.",
     )
     trust_request_chat_template: bool = Field(
         False, description="Let requests bring a chat template of their own: for trusted clients only, it is a program."

@@ -76,7 +76,7 @@ class LLM:
     def __init__(self, model: str = "", **settings: Any):
         config = _engine_config(model, settings)
         self.config = _resolve(config)
-        self._tokenizer = Tokenizer.from_path(self.config.tokenizer_path, config.chat_template)
+        self._tokenizer = Tokenizer.from_config(self.config)
         self._cleanup = contextlib.ExitStack()
         with self._cleanup as cleanup:
             self._engine = _open_engine(self.config, cleanup)
@@ -358,7 +358,7 @@ class AsyncEngine:
 
     def get_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.from_path(self.config.tokenizer_path, self.config.engine.chat_template)
+            self._tokenizer = Tokenizer.from_config(self.config)
         return self._tokenizer
 
     async def stats(self) -> EngineStats:

@@ -66,7 +66,7 @@ class ChatFormat:
             tool_format,
             reasoning_format,
             takes_tools,
-            _renders(tokenizer, [{"role": "system", "content": "probe"}, {"role": "user", "content": "probe"}]),
+            _renders(tokenizer, [{"role": "system", "content": "probe"}, {"role": "user", "content": "hello"}]),
             as_text,
             no_content,
             frozenset(ids.values()) & tokenizer.special_token_ids,
@@ -111,13 +111,13 @@ class ChatFormat:
         marked = [self._with_reasoning(self._marked(message)) for message in self._renumbered(messages)]
         shown = [self._marked(tool.shown()) for tool in tools]
         if self.takes_tools:
-            return [self._template_message(message) for message in marked], shown or None
-        written = _merged([_in_words(message, self.tool_format) for message in marked])
+            return [_in_parts(self._template_message(message)) for message in marked], shown or None
+        written = [_in_parts(message) for message in _merged([_in_words(m, self.tool_format) for m in marked])]
         if not shown:
             return written, None
         words = _instructions(shown, self.tool_format)
         if written[0]["role"] == "system" or not self.takes_system:
-            first = {**written[0], "content": f"{written[0]['content']}\n\n{words}"}
+            first = _with_words(written[0], words)
             return [first, *written[1:]], None
         return [{"role": "system", "content": words}, *written], None
 
@@ -255,6 +255,24 @@ def _in_words(message: _Message, form: ToolFormat) -> _Message:
         calls = [(call["name"], call["arguments"]) for call in message["tool_calls"]]
         written = form.written.text(calls, joint="\n")
         found["content"] = f"{found['content']}\n{written}" if found["content"] else written
+    return found
+
+
+def _with_words(message: _Message, words: str) -> _Message:
+    content = message["content"]
+    if isinstance(content, list):
+        return {**message, "content": [*content, {"type": "text", "text": f"\n\n{words}"}]}
+    return {**message, "content": f"{content}\n\n{words}"}
+
+
+def _in_parts(message: _Message) -> _Message:
+    """The message with the content as the client sent it: in parts, unless words were added to it since."""
+    parts = message.get("content_parts")
+    if parts is None:
+        return message
+    found = {name: value for name, value in message.items() if name != "content_parts"}
+    if found["content"] == "\n".join(parts):
+        found["content"] = [{"type": "text", "text": text} for text in parts]
     return found
 
 

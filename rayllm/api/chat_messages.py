@@ -25,7 +25,8 @@ MAX_CALLS = 256
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages as templates want them. `tool_calls` are `{"id", "name", "arguments"}`, the last as JSON text;
-    what an assistant thought is `reasoning_content`. Raises `RequestError`."""
+    what an assistant thought is `reasoning_content`; a content that came as several parts stands in `content_parts` as
+    well, a list of texts. Raises `RequestError`."""
     if not messages:
         raise RequestError("messages is empty: give at least one", param="messages")
     if len(messages) > MAX_MESSAGES:
@@ -47,7 +48,7 @@ def _read_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
     if role == "assistant":
         _read_assistant(where, message, read)
     else:
-        read["content"] = _read_content(f"{where}.content", message.get("content"))
+        _read_content(f"{where}.content", message.get("content"), read)
     if role == "tool":
         read["tool_call_id"] = _text(f"{where}.tool_call_id", message.get("tool_call_id"), "")
     if message.get("name") is not None:
@@ -77,7 +78,7 @@ def _read_assistant(where: str, message: Mapping[str, Any], read: dict[str, Any]
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if content is None and not calls and not reasoning:
         raise RequestError(f"{where}.content must be text where there are no tool_calls, got None", param="messages")
-    read["content"] = "" if content is None else _read_content(f"{where}.content", content, may_be_empty=bool(calls))
+    _read_content(f"{where}.content", "" if content is None else content, read, may_be_empty=bool(calls))
     if reasoning:
         read["reasoning_content"] = _text(f"{where}.reasoning_content", reasoning)
     if calls:
@@ -115,13 +116,17 @@ def _text(where: str, value: Any, default: str | None = None) -> str:
     return value
 
 
-def _read_content(where: str, content: Any, may_be_empty: bool = False) -> str:
-    """Text as it is; text parts joined by line ends."""
+def _read_content(where: str, content: Any, read: dict[str, Any], may_be_empty: bool = False) -> None:
+    """Text as it is; text parts joined by line ends, and as they are."""
     if isinstance(content, str):
-        return content
+        read["content"] = content
+        return
     if not isinstance(content, list) or not (content or may_be_empty):
         raise RequestError(f"{where} must be text or a list of text parts, got {shorten(content)}", param="messages")
-    return "\n".join(_read_part(f"{where}[{i}]", part) for i, part in enumerate(content))
+    parts = [_read_part(f"{where}[{i}]", part) for i, part in enumerate(content)]
+    read["content"] = "\n".join(parts)
+    if len(parts) > 1:
+        read["content_parts"] = parts
 
 
 def _read_part(where: str, part: Any) -> str:

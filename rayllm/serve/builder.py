@@ -85,7 +85,7 @@ def check_model(engine: EngineConfig) -> None:
         return
     size = engine.tensor_parallel_size
     resolved = resolve(engine, num_gpus=size, num_cores=size, backend="ray")
-    Tokenizer.from_path(resolved.tokenizer_path, engine.chat_template)
+    Tokenizer.from_config(resolved)
     if engine.load_format != "dummy":
         Checkpoint(resolved.model_path)
 

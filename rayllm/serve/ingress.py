@@ -81,7 +81,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
 
     setup_logging(engine.log_format, process="ingress", file=engine.log_file)
     resolved = resolve_on_cluster(engine)
-    tokenizer = Tokenizer.from_path(resolved.tokenizer_path, engine.chat_template)
+    tokenizer = Tokenizer.from_config(resolved)
     is_alone = server.num_ingress_replicas == 1
     grammars = GrammarTrials(resolved.tokenizer_path, resolved.shape.vocab_size, resolved.shape.eos_token_ids)
     name = "" if is_alone else f"{socket.gethostname()}:{os.getpid()}"

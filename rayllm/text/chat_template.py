@@ -14,7 +14,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rayllm.config import ContentFormat
 from rayllm.errors import RequestError
+from rayllm.text.chat_content import ContentForms
 
 RENDER_TIME_LIMIT_S = 2.0
 MAX_RENDERED_CHARACTERS = 32 * 2**20
@@ -57,10 +59,18 @@ class ChatTemplate:
         self.fault: str | None = None
         self.variables: frozenset[str] = frozenset()
         """Names that the template asks for."""
+        self._forms: dict[ContentFormat, ContentForms] = {}
         try:
             self._template, self.variables = _compile(source)
         except (jinja2.TemplateError, RecursionError) as error:
             self.fault = f"the model's chat template is broken: {str(error) or type(error).__name__}"
+
+    def content_forms(self, wanted: ContentFormat = "auto") -> ContentForms:
+        """The forms in which it takes contents; `auto` finds them by trying."""
+        found = self._forms.get(wanted)
+        if found is None:
+            found = self._forms[wanted] = ContentForms.of(self.render, wanted)
+        return found
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -141,16 +151,3 @@ def _raise_exception(message: Any) -> None:
 
 def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
-
-
-def cut_after_last_content(rendered: str, content: str) -> str:
-    """The text up to the end of the last message's content, so that the model goes on with that message."""
-    start = rendered.rfind(content.strip())
-    if not content.strip() or start < 0:
-        raise RequestError(
-            "continue_final_message: the chat template does not render the last message's content as it is",
-            param="continue_final_message",
-        )
-    # Where the template keeps white space at the content's end, the model sees it too.
-    whole = content.lstrip()
-    return rendered[: start + len(whole if rendered.startswith(whole, start) else content.strip())]

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayllm.config import ContentFormat, ResolvedConfig
 from rayllm.errors import ConfigError, RequestError
-from rayllm.text.chat_template import ChatTemplate, cut_after_last_content
+from rayllm.text.chat_content import cut_at_end_mark, with_end_mark
+from rayllm.text.chat_template import ChatTemplate
 from rayllm.text.tokenizer_files import NAMED_TOKENS, named_tokens, read_json, read_text, token_content
 
 _GENERIC_CLASSES = frozenset({None, "PreTrainedTokenizerFast", "TokenizersBackend"})
@@ -114,8 +116,10 @@ class Tokenizer:
         backend: _Backend,
         named_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        content_format: ContentFormat = "auto",
     ):
         self._backend = backend
+        self.content_format = content_format
         self._bytes: dict[int, bytes] = {}
         self._anchor: tuple[int, str] | None = None
         named = dict(named_tokens or {})
@@ -133,9 +137,17 @@ class Tokenizer:
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named)
 
     @classmethod
-    def from_path(cls, path: str, chat_template: str | None = None) -> Tokenizer:
+    def from_config(cls, config: ResolvedConfig) -> Tokenizer:
+        """The tokenizer of an engine. Raises as `from_path`."""
+        engine = config.engine
+        return cls.from_path(config.tokenizer_path, engine.chat_template, engine.chat_template_content_format)
+
+    @classmethod
+    def from_path(
+        cls, path: str, chat_template: str | None = None, content_format: ContentFormat = "auto"
+    ) -> Tokenizer:
         """Reads the tokenizer of a folder. `chat_template`: a file (or a template's text) in place of the
-        model's.
+        model's. `content_format`: in which form that takes contents.
 
         Raises `ConfigError`, one line that names the file, for what is missing or cannot be read.
         """
@@ -148,9 +160,9 @@ class Tokenizer:
         if pipeline_file.is_file():
             pipeline = _load_pipeline(pipeline_file)
             if _is_whole(pipeline, settings):
-                return cls(_Pipeline(pipeline), named_tokens(folder, settings), template)
+                return cls(_Pipeline(pipeline), named_tokens(folder, settings), template, content_format)
         backend, named = _load_with_transformers(folder)
-        return cls(backend, named, template)
+        return cls(backend, named, template, content_format)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; `add_special_tokens` adds what the model's own tokenizer adds (a start token, say).
@@ -201,8 +213,9 @@ class Tokenizer:
     ) -> str:
         """The prompt of a chat; `kwargs` are variables of the template. `encode` it without special tokens.
 
-        `continue_final_message=True` leaves the last message open, for the model to go on with. Raises
-        `RequestError`.
+        A message's content is text, or a list of text parts. `continue_final_message=True` leaves the last message
+        open, for the model to go on with. Raises `RequestError`, also where the template does not show what the last
+        user message says.
         """
         if self.chat_template is None:
             raise RequestError(
@@ -211,13 +224,16 @@ class Tokenizer:
                 code="no_chat_template",
             )
         continues = bool(kwargs.pop("continue_final_message", False))
-        text = self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt and not continues, **kwargs
-        )
-        if continues:
-            content = messages[-1].get("content") if messages else None
-            return cut_after_last_content(text, content if isinstance(content, str) else "")
-        return text
+        template = self.chat_template
+
+        def render(messages: Sequence[Mapping[str, Any]]) -> str:
+            return template.render(messages, add_generation_prompt=add_generation_prompt and not continues, **kwargs)
+
+        forms = template.content_forms(self.content_format)
+        shaped = forms.shaped(with_end_mark(messages) if continues else messages)
+        text = render(shaped)
+        forms.check_shown(shaped, text, render)
+        return cut_at_end_mark(text, messages) if continues else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, within a text; empty for an id that is no token."""

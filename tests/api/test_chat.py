@@ -310,7 +310,7 @@ def test_messages_become_what_templates_know() -> None:
 
     assert read_messages(messages) == [
         {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "a\nb", "name": "me"},
+        {"role": "user", "content": "a\nb", "content_parts": ["a", "b"], "name": "me"},
         {"role": "assistant", "content": "c"},
     ]
 

@@ -4,7 +4,7 @@ import pytest
 
 import rayllm.text.chat_template as chat_template
 from rayllm.errors import RequestError
-from rayllm.text.chat_template import ChatTemplate, cut_after_last_content
+from rayllm.text.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -68,11 +68,3 @@ def test_loop_controls_json_dates_and_training_marks_are_known() -> None:
     )
 
     assert ChatTemplate(source).render([{"content": "<ü>"}, {}]) == '{"content": "<ü>"}4'
-
-
-def test_the_last_message_is_left_open() -> None:
-    assert cut_after_last_content("<a>so far<end>", "so far") == "<a>so far"
-    assert cut_after_last_content("<a>so far <end>", " so far ") == "<a>so far "
-    for rendered, content in (("<a>other<end>", "so far"), ("<a><end>", "")):
-        with pytest.raises(RequestError, match="continue_final_message"):
-            cut_after_last_content(rendered, content)

@@ -15,6 +15,9 @@ from rayllm.engine.resolve import resolve
 from rayllm.text.end_token import end_token_id
 from rayllm.text.tokenizer import Tokenizer
 
+_ADDED = [{"id": 7, "content": "<e>"}]
+_UNIGRAM = [["", 0.0]] * 7 + [["b", 0.0]]
+
 
 @pytest.mark.parametrize("kind", ["byte_level_path", "sentencepiece_path"])
 def test_the_id_is_that_of_the_loaded_tokenizer(kind: str, request: pytest.FixtureRequest) -> None:
@@ -29,9 +32,9 @@ def test_the_id_is_that_of_the_loaded_tokenizer(kind: str, request: pytest.Fixtu
     [
         {"tokenizer_config.json": {"eos_token": "<e>", "added_tokens_decoder": {"7": {"content": "<e>"}}}},
         {"tokenizer_config.json": {"eos_token": {"content": "<e>"}}, "added_tokens.json": {"<e>": 7}},
-        {"special_tokens_map.json": {"eos_token": "<e>"}, "tokenizer.json": {"added_tokens": [{"id": 7, "content": "<e>"}]}},
+        {"special_tokens_map.json": {"eos_token": "<e>"}, "tokenizer.json": {"added_tokens": _ADDED}},
         {"tokenizer_config.json": {"eos_token": "<e>"}, "tokenizer.json": {"model": {"vocab": {"a": 0, "<e>": 7}}}},
-        {"tokenizer_config.json": {"eos_token": "b"}, "tokenizer.json": {"model": {"vocab": [["", 0.0]] * 7 + [["b", 0.0]]}}},
+        {"tokenizer_config.json": {"eos_token": "b"}, "tokenizer.json": {"model": {"vocab": _UNIGRAM}}},
         {"tokenizer_config.json": {"eos_token": "<e>"}, "vocab.json": {"<e>": 7}},
         {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}, "vocab.json": {"<|endoftext|>": 7}},
         {"tokenizer_config.json": {"tokenizer_class": "Qwen2TokenizerFast"}, "vocab.json": {"<|endoftext|>": 7}},
