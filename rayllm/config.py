@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import ipaddress
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -150,6 +151,16 @@ class EngineConfig(_Config):
     otlp_traces_endpoint: str | None = Field(
         None, description="URL that OpenTelemetry traces are sent to, as http://HOST:4318/v1/traces. Default: none are."
     )
+    generation_config: str = Field(
+        "auto",
+        description="Where sampling defaults come from: auto (the model's generation_config.json), vllm (none), or a "
+        "folder that holds one.",
+    )
+    override_generation_config: str | None = Field(
+        None,
+        description="Sampling defaults as a JSON object, over those of --generation-config: '{\"temperature\": 0.5}'. "
+        "max_new_tokens is also the most that a request gets.",
+    )
     seed: int = Field(0, ge=0, description="Seeds dummy weights, and requests that bring no seed of their own (LLM).")
     revision: str | None = Field(None, description="Branch, tag or commit of a model that is named by its hub's name.")
     download_dir: str | None = Field(None, description="Folder for downloaded models; default: the hub's cache.")
@@ -180,6 +191,11 @@ class EngineConfig(_Config):
             raise ValueError("block_size must be a power of two from 1 to 256")
         return value
 
+    @field_validator("override_generation_config", mode="before")
+    @classmethod
+    def _override_is_an_object_of_known_fields(cls, value: Any) -> Any:
+        return None if value is None else _generation_fields_text(value)
+
     @field_validator("otlp_traces_endpoint")
     @classmethod
     def _traces_can_be_sent(cls, value: str | None) -> str | None:
@@ -207,6 +223,26 @@ class EngineConfig(_Config):
         if not value or not all(c.isalnum() or c in "._-" for c in value):
             raise ValueError("an engine's name is made of letters, digits, '.', '_' and '-'")
         return value
+
+
+GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+"""What of a generation_config.json is a default of requests: the fields that vLLM takes."""
+
+
+def _generation_fields_text(value: Any) -> str:
+    """An object of generation fields, or its JSON text, as JSON text: a frozen config holds nothing that changes."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError('give a JSON object, as {"temperature": 0.5}') from None
+    if not isinstance(value, Mapping):
+        raise ValueError('give a JSON object, as {"temperature": 0.5}')
+    for name in value:
+        if name not in GENERATION_FIELDS:
+            near = did_you_mean(str(name), GENERATION_FIELDS)
+            raise ValueError(f"unknown field {str(name)[:100]!r}{near}; known are {', '.join(GENERATION_FIELDS)}")
+    return json.dumps(dict(value))
 
 
 class ServerConfig(_Config):
@@ -313,6 +349,31 @@ class ModelShape(_Config):
     num_layers: int
 
 
+class GenerationDefaults(_Config):
+    """Sampling defaults of requests; None: the API's own. Made by `engine.generation_config`."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+    max_tokens_limit: int | None = None
+    """The most that a request gets, whatever it asks for."""
+    source: str = ""
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """Those that are set, by the names of `SamplingParams`; without `max_tokens`."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def described(self) -> str:
+        """In one line; empty where nothing is set."""
+        fields = {**self.sampling_fields(), "max_tokens": self.max_tokens}
+        shown = ", ".join(f"{name} {value:g}" for name, value in fields.items() if value is not None)
+        return f"{shown} ({self.source})" if shown else ""
+
+
 class ResolvedConfig(_Config):
     """Config + model + device, decided once. Every process of an engine is given this same object."""
 
@@ -330,6 +391,7 @@ class ResolvedConfig(_Config):
     shape: ModelShape
     num_threads: int
     """OpenMP threads of each worker on CPU."""
+    generation: GenerationDefaults = GenerationDefaults()
 
 
 class Environment:

@@ -14,6 +14,7 @@ from rayllm.config import DEFAULT_ENGINE_NAME, RAY_NAMESPACE, EngineConfig, Reso
 from rayllm.engine.client import EngineConnection, connect
 from rayllm.engine.continued import ContinuedEngine
 from rayllm.engine.driver import Driver, find_address, find_driver
+from rayllm.engine.generation_config import default_sampling_params
 from rayllm.engine.journal import JournaledEngine
 from rayllm.engine.local import BlockingEngine, LocalEngine
 from rayllm.engine.outputs import (
@@ -124,7 +125,7 @@ class LLM:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`). Leaving the loop
         ends the request. Raises `EngineError` when the engine is lost or gives a choice up."""
         [builder], first = self._submit(
-            [prepare_prompt(prompt, self._tokenizer)], [sampling_params or SamplingParams()]
+            [prepare_prompt(prompt, self._tokenizer)], [sampling_params or self.get_default_sampling_params()]
         )
         try:
             while not builder.finished:
@@ -144,6 +145,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        sampling_params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         builders, first = self._submit(prompts, _per_prompt(sampling_params, len(prompts)))
         owners = [(builder, choice) for builder in builders for choice in range(builder.request.params.n)]
         progress = _progress(len(builders), use_tqdm)
@@ -197,6 +199,11 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Parameters of a call that brings none: the model's generation_config.json, as `generation_config` and
+        `override_generation_config` have it."""
+        return default_sampling_params(self.config.generation)
+
     def stats(self) -> EngineStats:
         """The engine's counters and gauges."""
         return self._engine.stats()
@@ -224,9 +231,9 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     return listed
 
 
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+def _per_prompt(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> Sequence[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
     if len(params) != num_prompts:
         raise RequestError(f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each")
     return params
@@ -293,7 +300,7 @@ class AsyncEngine:
         ends the request. Raises `RequestError` when it does not fit, `EngineError` when the engine is lost or gives a
         choice up."""
         prepared = await asyncio.to_thread(prepare_prompt, prompt, self.get_tokenizer())
-        async for builder, _ in self._run(prepared, sampling_params or SamplingParams(), request_id):
+        async for builder, _ in self._run(prepared, sampling_params or self.get_default_sampling_params(), request_id):
             yield builder.output()
 
     async def chat(
@@ -307,7 +314,7 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """One conversation's answer as it grows; see `generate`."""
         prepared = prepare_chat(self.get_tokenizer(), messages, add_generation_prompt, chat_template_kwargs)
-        async for builder, _ in self._run(prepared, sampling_params or SamplingParams(), request_id):
+        async for builder, _ in self._run(prepared, sampling_params or self.get_default_sampling_params(), request_id):
             yield builder.output()
 
     async def stream(
@@ -315,7 +322,7 @@ class AsyncEngine:
     ) -> AsyncIterator[CompletionOutput]:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`)."""
         prepared = await asyncio.to_thread(prepare_prompt, prompt, self.get_tokenizer())
-        async for _, added in self._run(prepared, sampling_params or SamplingParams(), request_id):
+        async for _, added in self._run(prepared, sampling_params or self.get_default_sampling_params(), request_id):
             for part in added:
                 yield part
 
@@ -355,6 +362,11 @@ class AsyncEngine:
             await self._keep_attached(self._engine)
         except Exception as error:
             self._engine.end(error if isinstance(error, EngineError) else EngineError(f"the engine is lost: {error}"))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Parameters of a call that brings none: the model's generation_config.json, as `generation_config` and
+        `override_generation_config` have it."""
+        return default_sampling_params(self.config.generation)
 
     def get_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

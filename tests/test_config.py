@@ -38,6 +38,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
     assert sorted(EngineConfig.model_fields) == [
         "block_size",
         "chat_template",
+        "chat_template_content_format",
         "device",
         "distributed_executor_backend",
         "download_dir",
@@ -45,6 +46,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "dtype",
         "enable_auto_tool_choice",
         "enable_prefix_caching",
+        "generation_config",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
         "load_format",
@@ -59,6 +61,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "name",
         "num_kv_blocks",
         "otlp_traces_endpoint",
+        "override_generation_config",
         "reasoning_parser",
         "revision",
         "seed",

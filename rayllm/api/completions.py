@@ -14,11 +14,18 @@ from rayllm.api.protocol import MAX_CHOICES_IN_ALL, MAX_PROMPTS, CompletionBody,
 from rayllm.api.sampling import build_request, num_further_characters, sampling_params, truncate_ids
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.structured import structured_field, tried
+from rayllm.config import ResolvedConfig
 from rayllm.errors import RequestError
 from rayllm.request import MAX_CHOICES, Request, SamplingParams
 from rayllm.text.detokenizer import ChoiceText
 
-DEFAULT_MAX_TOKENS = 16
+_DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, where the model has no default of its own."""
+
+
+def default_max_tokens(config: ResolvedConfig) -> int:
+    """New tokens of a completion that asks for no number."""
+    return config.generation.max_tokens or _DEFAULT_MAX_TOKENS
 
 
 async def open_completion(fields: dict[str, Any], service: ModelService, client_key: str = "") -> CompletionAnswer:
@@ -64,9 +71,9 @@ def _prepare(
             param="n",
         )
     prompts = [read_prompt(body, prompt, model) for prompt in raw_prompts]
-    answer_id = new_id("cmpl-")
+    answer_id, num_tokens = new_id("cmpl-"), default_max_tokens(model.config)
     requests = [
-        build_request(f"{answer_id}-{i}", prompt.token_ids, params, body, model.config, DEFAULT_MAX_TOKENS, client_key)
+        build_request(f"{answer_id}-{i}", prompt.token_ids, params, body, model.config, num_tokens, client_key)
         for i, prompt in enumerate(prompts)
     ]
     return prompts, requests

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from rayllm.api.answer import Answer, new_id
-from rayllm.api.completions import DEFAULT_MAX_TOKENS, read_prompt
+from rayllm.api.completions import default_max_tokens, read_prompt
 from rayllm.api.errors import answer_for, shorten
 from rayllm.api.generation import Prompt
 from rayllm.api.protocol import GenerateBody, read_body
@@ -55,7 +55,7 @@ def _prepare(body: GenerateBody, model: ServedModel, client_key: str) -> tuple[P
     params = sampling_params(body, model, max_tokens=body.max_tokens)
     prompt = read_prompt(body, body.prompt, model)
     request = build_request(
-        new_id("gen-"), prompt.token_ids, params, body, model.config, DEFAULT_MAX_TOKENS, client_key
+        new_id("gen-"), prompt.token_ids, params, body, model.config, default_max_tokens(model.config), client_key
     )
     return prompt, request
 

@@ -305,7 +305,7 @@ def _new_response(
     response_id: str, model: ServedModel, body: ResponsesBody, tools: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The response before anything is said: what was asked for, with what OpenAI puts in the place of nothing."""
-    text, reasoning = body.text or {}, body.reasoning or {}
+    text, reasoning, defaults = body.text or {}, body.reasoning or {}, model.config.generation
     return {
         "id": response_id,
         "object": "response",
@@ -325,17 +325,21 @@ def _new_response(
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
         "service_tier": "default",
         "store": body.store is not False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": _first_given(body.temperature, defaults.temperature),
         "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity") or "medium"},
         "tool_choice": body.tool_choice or "auto",
         "tools": tools,
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": _first_given(body.top_p, defaults.top_p),
         "truncation": body.truncation or "disabled",
         "usage": None,
         "metadata": body.metadata or {},
         **{name: value for name in _ECHOED if (value := getattr(body, name)) is not None},
     }
+
+
+def _first_given(asked: float | None, default: float | None) -> float:
+    return next((value for value in (asked, default) if value is not None), 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------- afterwards

@@ -48,7 +48,7 @@ _PLAIN_FIELDS = (
     "prompt_logprobs",
     "allowed_token_ids",
 )
-"""Fields that `SamplingParams` takes as they are; null is its default."""
+"""Fields that `SamplingParams` takes as they are; null is the model's default, or else its own."""
 _MIN_REPETITION_PENALTY = 0.01
 _MAX_TEMPERATURE = 2
 """OpenAI's limit; `SamplingParams` allows more."""
@@ -61,7 +61,8 @@ def sampling_params(body: GenerationBody, model: ServedModel, **settled: Any) ->
     """The body's parameters, in the model's tokens; `settled` are those that its endpoint worked out (`max_tokens`,
     `logprobs`, ...)."""
     vocab_size = model.vocab_size
-    fields = {name: value for name in _PLAIN_FIELDS if (value := getattr(body, name)) is not None}
+    fields = model.config.generation.sampling_fields()
+    fields |= {name: value for name in _PLAIN_FIELDS if (value := getattr(body, name)) is not None}
     _check_stop(body.stop)
     _check_bad_words(body.bad_words or ())
     for name in ("stop_token_ids", "allowed_token_ids"):
@@ -160,10 +161,14 @@ def build_request(
     client_key: str = "",
 ) -> Request:
     """A complete request. `default_max_tokens` holds where the client asks for no number, as far as there is
-    room. `client_key`: whose it is, for fair shares."""
-    max_tokens = resolve_max_tokens(len(token_ids), params.max_tokens, config.max_model_len)
-    if params.max_tokens is None and default_max_tokens is not None:
-        max_tokens = min(max_tokens, default_max_tokens)
+    room; None: the model's default. `client_key`: whose it is, for fair shares."""
+    asked, limit = params.max_tokens, config.generation.max_tokens_limit
+    if asked is not None and limit is not None:
+        asked = min(asked, limit)
+    max_tokens = resolve_max_tokens(len(token_ids), asked, config.max_model_len)
+    default = config.generation.max_tokens if default_max_tokens is None else default_max_tokens
+    bounds = (max_tokens, limit, default if asked is None else None)
+    max_tokens = min(bound for bound in bounds if bound is not None)
     request = Request(
         request_id=request_id,
         prompt=pack_ids(token_ids),

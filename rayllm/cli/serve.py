@@ -101,6 +101,7 @@ def summary(running: RunningServer, engine: EngineDescription) -> list[tuple[str
         ("parallelism", f"tensor {config.engine.tensor_parallel_size}"),
         ("dtype", config.dtype),
         ("context", f"{config.max_model_len:,} tokens"),
+        *([("sampling defaults", described)] if (described := config.generation.described()) else []),
         ("KV cache", f"{num_slots:,} tokens ({engine.num_blocks:,} blocks of {config.block_size})"),
         ("concurrency", f"{num_slots / config.max_model_len:,.1f} requests of full length at once"),
     ]

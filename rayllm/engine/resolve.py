@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig, count_cores, count_gpus
 from rayllm.demo import DEMO_MODEL_NAME, model_path
+from rayllm.engine.generation_config import FILE_NAME, generation_config_file, generation_defaults
 from rayllm.errors import ConfigError
 from rayllm.models.registry import read_spec
 from rayllm.text.end_token import end_token_id
@@ -70,10 +71,11 @@ def resolve(
         max_num_batched_tokens=config.max_num_batched_tokens,
         shape=ModelShape(
             vocab_size=spec.vocab_size,
-            eos_token_ids=_end_token_ids(path, tokenizer, spec.vocab_size),
+            eos_token_ids=_end_token_ids(config, path, tokenizer, spec.vocab_size),
             num_layers=spec.num_layers,
         ),
         num_threads=max(1, num_cores // size),
+        generation=generation_defaults(config, path),
     )
 
 
@@ -115,12 +117,11 @@ def _max_model_len(config: EngineConfig, model_max: int) -> int:
     return asked or model_max
 
 
-def _end_token_ids(path: Path, tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
-    """All that generation_config.json, config.json and the tokenizer name; nonsense is refused in the two configs. A
-    tokenizer's id that the model cannot write ends nothing."""
+def _end_token_ids(config: EngineConfig, path: Path, tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
+    """All that generation_config.json (the model's, or that of `generation_config`), config.json and the tokenizer
+    name; nonsense is refused in the two files. A tokenizer's id that the model cannot write ends nothing."""
     found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        file = path / name
+    for file in (generation_config_file(config, path) or path / FILE_NAME, path / "config.json"):
         value = read_json(file).get("eos_token_id") if file.is_file() else None
         if value is None:
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -26,6 +27,8 @@ from rayllm.observability.trace import open_tracer
 from rayllm.serve.replica_sockets import prepare_replica_sockets
 from rayllm.structured.trial import GrammarTrials
 from rayllm.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -81,6 +84,8 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
 
     setup_logging(engine.log_format, process="ingress", file=engine.log_file)
     resolved = resolve_on_cluster(engine)
+    if described := resolved.generation.described():
+        log.info("sampling defaults of requests: %s", described)
     tokenizer = Tokenizer.from_config(resolved)
     is_alone = server.num_ingress_replicas == 1
     grammars = GrammarTrials(resolved.tokenizer_path, resolved.shape.vocab_size, resolved.shape.eos_token_ids)
