@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayllm.config import EngineConfig
     from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
-    from rayllm.llm import LLM, AsyncLLM, get_engine
+    from rayllm.llm import LLM, AsyncLLM
+    from rayllm.remote import connect, get_engine
     from rayllm.request import (
         CompletionOutput,
         RequestOutput,
@@ -26,7 +27,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "rayllm.llm",
     "AsyncLLM": "rayllm.llm",
-    "get_engine": "rayllm.llm",
+    "connect": "rayllm.remote",
+    "get_engine": "rayllm.remote",
     "EngineConfig": "rayllm.config",
     "BeamSearchOutput": "rayllm.engine.beam_search",
     "BeamSearchParams": "rayllm.engine.beam_search",
@@ -53,6 +55,7 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
     "__version__",
+    "connect",
     "get_engine",
 ]
 

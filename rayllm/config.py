@@ -460,9 +460,18 @@ class Environment:
         return None if address in ("", "local") else address
 
     @staticmethod
-    def has_ray_token() -> bool:
-        """Whether Ray's token is given by the environment rather than by the file in the home folder."""
-        return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
+    def ray_token() -> str:
+        """Ray's token itself (`RAY_AUTH_TOKEN`); empty where it is in a file."""
+        return os.environ.get("RAY_AUTH_TOKEN", "")
+
+    @staticmethod
+    def ray_token_path() -> str:
+        """The file of Ray's token (`RAY_AUTH_TOKEN_PATH`); empty: the one in the home folder."""
+        return os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+
+    @staticmethod
+    def home() -> str | None:
+        return os.environ.get("HOME")
 
     @staticmethod
     def api_key() -> str | None:

@@ -1,4 +1,4 @@
-"""RayLLM from Python: `LLM` (blocking), `AsyncLLM` (asyncio) and `get_engine` (a running engine, from any Ray job)."""
+"""RayLLM from Python: `LLM` (blocking) and `AsyncLLM` (asyncio). For running engines see `rayllm.remote`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from types import TracebackType
 from typing import Any
 
-from rayllm.config import DEFAULT_ENGINE_NAME, RAY_NAMESPACE, EngineConfig, ResolvedConfig, not_supported_yet
+from rayllm.config import EngineConfig, ResolvedConfig, not_supported_yet
 from rayllm.engine.client import EngineConnection, connect
 from rayllm.engine.continued import ContinuedEngine
-from rayllm.engine.driver import Driver, find_address, find_driver
+from rayllm.engine.driver import Driver
 from rayllm.engine.generation_config import default_sampling_params
 from rayllm.engine.journal import JournaledEngine
 from rayllm.engine.local import BlockingEngine, LocalEngine
@@ -31,7 +31,7 @@ from rayllm.engine.outputs import (
 )
 from rayllm.engine.owner import OwnedEngine
 from rayllm.engine.resolve import resolve
-from rayllm.errors import EngineError, EngineUnreachableError, RequestError, did_you_mean
+from rayllm.errors import EngineError, RequestError, did_you_mean
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.executor.placement import cluster_devices
 from rayllm.executor.ray_cluster import connected_ray, ray_is_initialized
@@ -279,7 +279,7 @@ def _this_node() -> str:
 
 
 class AsyncEngine:
-    """A running engine for asyncio programs: what `AsyncLLM` and `get_engine` give.
+    """A running engine for asyncio programs: what `AsyncLLM` is, and what `rayllm.remote` uses.
 
     `keep_attached(engine)` runs beside the requests, attaches a driver to `engine`, and the next one where that is
     lost: open requests go on with it. Use one event loop.
@@ -467,35 +467,3 @@ async def _attach_local(local: Driver, engine: JournaledEngine) -> None:
     async with await connect(local.address()) as connection:
         engine.attach(connection)
         raise EngineError(local.failure or await failed)
-
-
-class RemoteEngine(AsyncEngine):
-    """An engine that somebody else runs; `driver` is its actor's handle. Where its driver is lost, its owner makes
-    another one, and requests go on there."""
-
-    def __init__(self, name: str, namespace: str, driver: Any, config: ResolvedConfig):
-        async def connect_by_name() -> EngineConnection:
-            self.driver = find_driver(name, namespace)
-            return await connect(await find_address(name, namespace))
-
-        async def on_unreachable(error: Exception) -> None:
-            """Whatever it is: the next driver may do better."""
-
-        async def keep(engine: JournaledEngine) -> None:
-            await engine.keep_attached(connect_by_name, on_unreachable)
-
-        super().__init__(config, keep)
-        self.driver = driver
-
-
-def get_engine(name: str = DEFAULT_ENGINE_NAME, namespace: str = RAY_NAMESPACE) -> RemoteEngine:
-    """The running engine of that name, from any Ray job of the cluster. Raises `EngineUnreachableError`, which names
-    the engines that do run. Its tokenizer's folder must be readable here."""
-    import ray
-
-    driver = find_driver(name, namespace)
-    try:
-        description = ray.get(driver.describe.remote(), timeout=30)
-    except ray.exceptions.RayError as error:
-        raise EngineUnreachableError(f"engine {name!r} cannot be used: {error}") from None
-    return RemoteEngine(name, namespace, driver, ResolvedConfig.model_validate_json(description.config))

@@ -13,6 +13,7 @@ from rayllm import LLM, AsyncLLM, SamplingParams, get_engine
 from rayllm.engine.driver import find_driver
 from rayllm.errors import EngineError, EngineUnreachableError, RequestError
 from rayllm.llm import AsyncEngine
+from rayllm.remote import RemoteEngine
 from rayllm.request import RequestOutput
 
 SETTINGS = {"device": "cpu", "max_model_len": 256, "num_kv_blocks": 200, "max_num_seqs": 32}
@@ -37,7 +38,7 @@ def _said(output: RequestOutput) -> list[object]:
     return [(c.text, c.token_ids, c.finish_reason, len(c.logprobs or ())) for c in output.outputs]
 
 
-async def _check_against_solo(engine: AsyncEngine, solo: list[list[list[int]]]) -> None:
+async def _check_against_solo(engine: AsyncEngine | RemoteEngine, solo: list[list[list[int]]]) -> None:
     """64 requests at once, each with the tokens of its solo run."""
     outputs = await asyncio.gather(
         *(_last(engine.generate(PROMPTS[i % 4], PARAMS[i % 4], request_id=f"r{i}")) for i in range(64))
@@ -106,7 +107,7 @@ async def test_two_workers_serve_this_program_and_other_jobs_by_name(
             await _check_against_solo(found, solo)
         assert (await engine.stats()).num_blocks_used == 0
     with pytest.raises(EngineUnreachableError, match="no engine named 'shared'"):
-        get_engine("shared")
+        await get_engine("shared")
 
 
 @pytest.mark.cluster

@@ -21,7 +21,7 @@ _POLL_S = 0.2
 
 def parser() -> Parser:
     made = Parser(prog="rayllm logs", description="Print a server's log; without a running server, the newest log.")
-    made.add_argument("server", metavar="NAME|PID|PORT", nargs="?", help="which; needed where more than one runs")
+    made.add_argument("server", metavar="NAME|PID|PORT|URL", nargs="?", help="which; needed where more than one runs")
     made.add_argument("--lines", "-n", type=int, default=100, metavar="N", help="from the end (default: 100; 0: all)")
     made.add_argument("--follow", "-f", action="store_true", help="go on with what is added, until the server ends")
     made.add_argument("--json", action="store_true", help="path and lines as one JSON line")

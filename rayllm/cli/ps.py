@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from rayllm.cli.flags import Parser
 
@@ -30,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
         with ApiClient(entry.url, timeout_s=2.0) as client:
             states.append(client.stage())
     if given.get("json"):
-        print(json.dumps([{**asdict(entry), "state": state} for entry, state in zip(entries, states, strict=True)]))
+        print(json.dumps([{**entry.shown(), "state": state} for entry, state in zip(entries, states, strict=True)]))
     elif not entries:
         print("no server of yours runs on this machine; start one with 'rayllm serve'")
     else:

@@ -97,6 +97,8 @@ def summary(running: RunningServer, engine: EngineDescription) -> list[tuple[str
         ("model", engine.served_model_name),
         ("URL", f"{running.url}/v1"),
         *((name, f"{running.url}{path}") for name, path in pages if running.has_page(path)),
+        ("Ray", running.ray_address),
+        ("from Python", python_line(running.engine.name)),
         ("devices", ", ".join(f"{count} x {device}" if count > 1 else device for device, count in devices.items())),
         ("parallelism", f"tensor {config.engine.tensor_parallel_size}"),
         ("dtype", config.dtype),
@@ -105,6 +107,11 @@ def summary(running: RunningServer, engine: EngineDescription) -> list[tuple[str
         ("KV cache", f"{num_slots:,} tokens ({engine.num_blocks:,} blocks of {config.block_size})"),
         ("concurrency", f"{num_slots / config.max_model_len:,.1f} requests of full length at once"),
     ]
+
+
+def python_line(name: str) -> str:
+    """What gives the engine in a program on this machine, to be pasted."""
+    return f"import rayllm; engine = rayllm.get_engine({name!r})"
 
 
 def curl_line(url: str, model: str, *, has_key: bool) -> str:

@@ -113,16 +113,20 @@ def _listed_server(verb: str, engine: EngineConfig, server: ServerConfig, screen
     from rayllm.serve.lifecycle import running_server, server_url
 
     adopt_orphans()
+    given = engine.model_fields_set
     engine = engine.model_copy(update={"log_file": str(screen.log_path)})
     setup_logging(engine.log_format, process="server", file=engine.log_file)
     server = server.model_copy(update={"port": server.port or free_port(server.host)})
     entry = listed(
         verb,
         name=engine.name,
+        name_is_given="name" in given,
         model=engine.served_model_name or served_name(engine.model),
         url=server_url(server),
         log=screen.log_path,
         shutdown_timeout_s=server.shutdown_timeout_s,
     )
-    with entry, running_server(engine, server, on_stage=screen.stage) as running:
-        yield running
+    with entry as listing:
+        engine = engine.model_copy(update={"name": listing.entry.name})
+        with running_server(engine, server, on_stage=screen.stage, on_ray=listing.note_ray) as running:
+            yield running

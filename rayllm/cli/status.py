@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.connect import default_url
 from rayllm.cli.flags import Parser, UsageError
+from rayllm.cli.serve import python_line
+
+if TYPE_CHECKING:
+    from rayllm.machine.registry import Entry
 
 _INTERVAL_S = 1.0
 
 
 def parser() -> Parser:
     made = Parser(prog="rayllm status", description="Tell how a server is: load, KV use, tokens/s, faults, ranks.")
-    made.add_argument("server", metavar="URL|NAME|PID", nargs="?", help="which; default: the one that runs here")
+    made.add_argument("server", metavar="NAME|PID|PORT|URL", nargs="?", help="which; default: the one that runs here")
     made.add_argument("--api-key", help="key to send (default: RLLM_API_KEY)")
     made.add_argument(
         "--interval", type=float, metavar="S", help=f"seconds to count tokens for (default: {_INTERVAL_S:g})"
@@ -34,21 +38,25 @@ def run(argv: Sequence[str]) -> int:
     from rayllm.cli.client import ApiClient
     from rayllm.config import Environment
 
-    with ApiClient(_url(given.get("server")), given.get("api_key") or Environment.api_key(), timeout_s=10.0) as client:
+    url, entry = _server(given.get("server"))
+    with ApiClient(url, given.get("api_key") or Environment.api_key(), timeout_s=10.0) as client:
         found = look(client, interval_s)
+    if entry is not None:
+        found |= {"name": entry.name, "pid": entry.pid, "ray_address": entry.ray_address, "log": entry.log}
     print(json.dumps(found) if given.get("json") else _as_text(found))
     return 0 if found["healthy"] else 1
 
 
-def _url(server: str | None) -> str:
-    if server is None:
-        return default_url()
-    if "://" in server:
-        return server
+def _server(word: str | None) -> tuple[str, Entry | None]:
+    """The address to ask, and what is known of the server where it is one of this machine."""
+    from rayllm.machine.registry import find, find_at
 
-    from rayllm.machine.registry import find
-
-    return find(server).url
+    if word is None:
+        word = default_url()
+    if "://" in word:
+        return word, find_at(word)
+    entry = find(word)
+    return entry.url, entry
 
 
 def look(client: Any, interval_s: float) -> dict[str, Any]:
@@ -102,6 +110,10 @@ def _figures(client: Any) -> dict[str, float]:
 
 def _as_text(found: Mapping[str, Any]) -> str:
     rows = [("server", found["url"]), ("state", found["stage"])]
+    if "name" in found:
+        rows += [("name", f"{found['name']} (pid {found['pid']})"), ("log", found["log"])]
+    if found.get("ray_address"):
+        rows += [("Ray", found["ray_address"]), ("from Python", python_line(found["name"]))]
     if found["healthy"]:
         rows += [
             ("model", found["model"]),

@@ -27,7 +27,7 @@ def parser() -> Parser:
         prog="rayllm stop",
         description="Stop a server on this machine: it takes no new requests and finishes the open ones.",
     )
-    made.add_argument("server", metavar="NAME|PID|PORT", nargs="?", help="which; needed where more than one runs")
+    made.add_argument("server", metavar="NAME|PID|PORT|URL", nargs="?", help="which; needed where more than one runs")
     made.add_argument("--all", action="store_true", help="every server of yours on this machine")
     made.add_argument(
         "--timeout",

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import msgspec
 
+from rayllm.config import RAY_NAMESPACE
 from rayllm.engine.link import MAX_CLIENT_FRAME_BYTES, DriverAddress
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.channel import (
@@ -378,11 +379,11 @@ async def connect(
     return connection
 
 
-async def connect_by_name(engine: str, *, name: str | None = None) -> EngineConnection:
+async def connect_by_name(engine: str, *, name: str | None = None, namespace: str = RAY_NAMESPACE) -> EngineConnection:
     """Connects to the engine of that name in this process's Ray cluster. Raises `EngineUnreachableError`."""
     from rayllm.engine.driver import find_address
 
-    return await connect(await find_address(engine), name=name)
+    return await connect(await find_address(engine, namespace), name=name)
 
 
 class BlockingConnection:

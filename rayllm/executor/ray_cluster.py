@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import socket
 import sys
@@ -13,11 +12,11 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rayllm.config import RAY_NAMESPACE, Environment
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
+from rayllm.machine.ray_token import ensure_ray_token
 
 logger = logging.getLogger(__name__)
 
@@ -181,22 +180,6 @@ def prepare_environment(*, own_cluster: bool) -> None:
     if "ray" in sys.modules:  # the program has imported it, and it has read the old settings
         sys.modules["ray"]._raylet.Config.initialize("")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-
-
-def ensure_ray_token() -> None:
-    """Ray's token file, where no token is given otherwise: made when missing, readable by its owner alone."""
-    if Environment.has_ray_token():
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    if path.exists():
-        with contextlib.suppress(OSError):
-            path.chmod(0o600)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):  # another process was first: its token serves us too
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
 
 
 def free_port(host: str = "127.0.0.1") -> int:

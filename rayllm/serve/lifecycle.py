@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from rayllm.config import EngineConfig, Environment, ServerConfig, count_cores
 from rayllm.errors import ConfigError, EngineError
 from rayllm.executor.ray_cluster import connected_ray, free_port, ray_is_initialized
+from rayllm.executor.ray_join import cluster_address, ray_token_in_use
 from rayllm.machine.processes import Process, descendants, end_all
 from rayllm.serve.death_watch import cleared_up_after_death, remove_dead_sockets
 from rayllm.serve.early_port import EarlyPort
@@ -135,6 +136,11 @@ class RunningServer:
             raise EngineError(failure_reason("\n".join(filter(None, messages))))
         return status
 
+    @property
+    def ray_address(self) -> str:
+        """`host:port` of the Ray in which the engine runs."""
+        return cluster_address()
+
     def describe(self) -> EngineDescription:
         """The engine's resolved config, blocks and processes, as its driver tells them."""
         import ray
@@ -202,6 +208,7 @@ def running_server(
     server: ServerConfig,
     *,
     on_stage: StageListener = lambda stage: None,
+    on_ray: Callable[[str, str], None] = lambda address, token: None,
     wait: bool = True,
     timeout_s: float | None = None,
 ) -> Iterator[RunningServer]:
@@ -209,7 +216,8 @@ def running_server(
     RAY_ADDRESS, or starts one of its own, which ends with the block together with every process of it. In a Ray that it
     joins, only what it started ends, and another's engine is a `ConfigError`: Serve has one address.
 
-    `on_stage` hears what is being done. `wait=False` yields as soon as the application is deployed.
+    `on_stage` hears what is being done, `on_ray` the address of the Ray that runs it and that Ray's token. `wait=False`
+    yields as soon as the application is deployed.
     """
     server = server.model_copy(update={"port": server.port or free_port(server.host)})
     server.read_api_keys()
@@ -228,6 +236,7 @@ def running_server(
     try:
         with _ray(engine, server) as owns_ray, _watched(owns_ray), _remembered(started, owns_ray):
             running = RunningServer(engine, server, server_url(server), owns_ray, frozenset(started))
+            on_ray(running.ray_address, ray_token_in_use())
             with _application(running, tell):
                 if early is not None:
                     running.wait_ingress()
