@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rayllm.config import RAY_NAMESPACE, Environment, ResolvedConfig
 from rayllm.engine.client import EngineConnection, connect_by_name
 from rayllm.engine.driver import find_driver, known_engines
+from rayllm.engine.generation_config import default_sampling_params
 from rayllm.engine.journal import JournaledEngine
 from rayllm.engine.outputs import Conversation, Prompt
 from rayllm.engine.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
@@ -123,8 +124,11 @@ class RemoteEngine:
         return find_driver(found.name, found.namespace)
 
     def get_tokenizer(self) -> Tokenizer:
-        config = self.config
-        return Tokenizer.from_path(config.tokenizer_path, config.engine.chat_template)
+        return Tokenizer.from_config(self.config)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM.get_default_sampling_params`."""
+        return default_sampling_params(self.config.generation)
 
     def stats(self) -> Pending[EngineStats]:
         """The engine's counters and gauges."""

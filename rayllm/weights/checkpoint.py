@@ -9,15 +9,15 @@ from torch import Tensor
 
 from rayllm.errors import ConfigError, did_you_mean
 from rayllm.weights.config_file import check_regular_file, read_json
+from rayllm.weights.files import index_file, safetensors_files
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
     """The tensors of a folder's safetensors files, read slice by slice; files are mapped, not loaded.
 
-    With an index file the index says which file holds a tensor; else all `*.safetensors` files are read.
+    Which files those are, `weights.files` says.
     """
 
     def __init__(self, folder: str | Path):
@@ -27,8 +27,8 @@ class Checkpoint:
             raise ConfigError(f"model folder {str(folder)!r} does not exist")
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        index = self.folder / _INDEX
-        if index.exists():
+        index = index_file(self.folder)
+        if index is not None:
             self._read_index(index)
         else:
             self._read_all()
@@ -86,7 +86,7 @@ class Checkpoint:
             self._files[name] = path
 
     def _read_all(self) -> None:
-        paths = sorted(self.folder.glob("*.safetensors"))
+        paths = safetensors_files(self.folder)
         if not paths:
             pickled = sorted(self.folder.glob("*.bin"))
             why = f"; {pickled[0].name} is a pickle, convert it to safetensors first" if pickled else ""

@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 
 from rayllm.config import EngineConfig, Environment
 from rayllm.errors import ConfigError
+from rayllm.weights.files import index_file, safetensors_files
 
 MODELSCOPE_PREFIX = "ms:"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w")
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_INDEX = "model.safetensors.index.json"
 
 OnProgress = Callable[[int, int], None]
 """Told bytes that are here, and bytes in all."""
@@ -121,9 +121,9 @@ def _is_whole(folder: Path) -> bool:
     """Whether configuration and all weights are there: a download may have stopped half way."""
     if not (folder / "config.json").is_file():
         return False
-    index = folder / _INDEX
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
+    index = index_file(folder)
+    if index is None:
+        return bool(safetensors_files(folder))
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

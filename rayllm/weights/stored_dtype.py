@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+from rayllm.weights.files import index_file, safetensors_files
+
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
@@ -37,15 +37,14 @@ def _num_elements(shape: Any) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if index.is_file():
+    index = index_file(folder)
+    if index is not None:
         try:
             names = dict.fromkeys(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
         return [folder / str(name) for name in names]
-    whole = folder / _WHOLE
-    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    return safetensors_files(folder)
 
 
 def _header(path: Path) -> dict[str, Any]:

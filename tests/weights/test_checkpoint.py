@@ -18,9 +18,11 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
 from rayllm.weights.checkpoint import Checkpoint
 from rayllm.weights.mapping import CheckpointWeights, checkpoint_name
+from rayllm.weights.stored_dtype import stored_dtype
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def _header(path: Path, header: object, num_bytes: int, header_len: int | None =
 
 
 def _index(folder: Path, file_name: str) -> None:
-    names = load_file(folder / WEIGHTS)
+    names = load_file(folder / SHARD)
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, file_name)}))
 
 
@@ -84,13 +86,14 @@ def _not_a_number(folder: Path) -> None:
 
 
 def _both_files(folder: Path) -> None:
-    (folder / "other.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
+    (folder / "other.safetensors").write_bytes((folder / "one.safetensors").read_bytes())
 
 
 def _foreign_index(folder: Path) -> None:
-    _index(folder, WEIGHTS)
+    _index(folder, SHARD)
     index = json.loads((folder / INDEX).read_text())
-    index["weight_map"]["surprise"] = WEIGHTS
+    index["weight_map"]["surprise"] = SHARD
     (folder / INDEX).write_text(json.dumps(index))
 
 
@@ -121,7 +124,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor of a wrong shape": (_wrong_shape, r"model\.safetensors: tensor 'model\.norm\.weight' has shape \[63\]"),
     "tensor of a wrong dtype": (_wrong_dtype, r"tensor 'model\.norm\.weight' has dtype I8; known are F64"),
     "tensor with a NaN": (_not_a_number, r"tensor 'model\.norm\.weight' holds NaN or infinity"),
-    "tensor in two files": (_both_files, r"is both in .*model\.safetensors and in other\.safetensors"),
+    "tensor in two files": (_both_files, r"is both in .*one\.safetensors and in other\.safetensors"),
     "index names a missing shard": (lambda folder: _index(folder, "gone.safetensors"), r"gone\.safetensors cannot be"),
     "index leaves the folder": (lambda folder: _index(folder, "../x.safetensors"), r"index\.json: .*same folder"),
     "index is absolute": (lambda folder: _index(folder, "/etc/passwd"), r"index\.json: weight_map names '/etc/passwd'"),
@@ -136,6 +139,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("fault", BAD_FOLDERS)
 def test_a_bad_folder_is_refused_in_one_line_that_names_the_file(fault: str, folder: Path) -> None:
     damage, message = BAD_FOLDERS[fault]
+    if fault.startswith("index"):  # beside a whole file it would not be read
+        (folder / WEIGHTS).rename(folder / SHARD)
     damage(folder)
     with pytest.raises(ConfigError, match=message) as caught:
         load(TensorParallel(), folder)
@@ -170,6 +175,42 @@ def test_a_checkpoint_in_many_files_gives_the_same_model(folder: Path, tmp_path:
     tokens = [[5, 9, 200, 31]]
     one, many = (log_probs(load(TensorParallel(), path), tokens, [4], 16)[0] for path in (folder, shards))
     assert torch.equal(one, many)
+
+
+def _consolidated(folder: Path) -> None:
+    """Another form of the same weights, with names of its own and some of the standard ones."""
+    save_file(
+        {"model.norm.weight": torch.zeros(64), "layers.0.wq": torch.zeros(2)}, folder / "consolidated.safetensors"
+    )
+
+
+def _stale_index(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}))
+
+
+STRAYS: dict[str, Callable[[Path], object]] = {
+    "consolidated": _consolidated,
+    "a copy": lambda folder: (folder / "copy.safetensors").write_bytes(b"no safetensors"),
+    "pickle": lambda folder: (folder / "pytorch_model.bin").write_bytes(b"no pickle"),
+    "pickle's index": lambda folder: (folder / "pytorch_model.bin.index.json").write_text("{}"),
+    "stale index": _stale_index,
+}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+@pytest.mark.parametrize("form", ["whole", "shards with an index", "shards without an index"])
+def test_files_beside_the_standard_ones_are_not_read(stray: str, form: str, folder: Path, tmp_path: Path) -> None:
+    names = sorted(Checkpoint(folder).names())
+    if form != "whole":
+        folder = make_checkpoint(tmp_path / "shards", tokenizer=False, max_shard_size="40KB")
+        if stray == "stale index" or form == "shards without an index":
+            (folder / INDEX).unlink()
+    if stray != "stale index" or form == "whole":
+        STRAYS[stray](folder)
+    found = Checkpoint(folder)
+    assert sorted(found.names()) == names
+    assert {found.file_of(name).name.partition("model")[0] for name in names} == {""}
+    assert stored_dtype(folder) == "float32"
 
 
 def test_a_bfloat16_checkpoint_is_served_in_float32(tmp_path: Path) -> None:
