@@ -19,6 +19,8 @@ from rayllm.api.tools import Tool, ToolPlan
 _ANY_TEXT = r"/(.|\n)*/"
 _BLANK = r"[ \t\r\n]*"
 """What the parser skips."""
+_AFTER_REASONING = r"[ \t\r\n]{0,8}"
+"""JSON's own white space, which parsers of JSON skip too; with a bound: a model could write nothing else."""
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _CLOSABLE = frozenset({"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema"})
 """Where a schema says no more than this, other members may be left out without changing what it means."""
@@ -159,9 +161,9 @@ class GrammarWriter:
             begin = "(" + " | ".join(map(self.literal, reasoning.begin)) + ") "
         if all(self._atom.match(end) for end in reasoning.end):
             ends = " | ".join(map(self.literal, reasoning.end))
-            return [f"thought: {begin}thinking ({ends}) /\\s*/", f"thinking: {_ANY_TEXT}"]
+            return [f"thought: {begin}thinking ({ends}) /{_AFTER_REASONING}/", f"thinking: {_ANY_TEXT}"]
         ends = "|".join(map(_escaped, reasoning.end))
-        return [f"thought: {begin}thinking /\\s*/", f"thinking[suffix=/{ends}/]: {_ANY_TEXT}"]
+        return [f"thought: {begin}thinking /{_AFTER_REASONING}/", f"thinking[suffix=/{ends}/]: {_ANY_TEXT}"]
 
     # ------------------------------------------------------------------------------------------------------ calls
 

@@ -17,6 +17,8 @@ from rayllm.api.tool_formats import TOOL_FORMATS, ToolFormat
 from rayllm.api.tool_grammar import GrammarWriter, Thinking
 from rayllm.api.tools import read_tools
 from rayllm.config import ReasoningParser, ToolCallParser
+from rayllm.request import StructuredOutputsParams
+from rayllm.structured.grammar import grammar_of, rule_of
 
 QWEN = REASONING_FORMATS["qwen3"]
 DEFINED = [
@@ -145,6 +147,38 @@ def test_reasoning_that_the_prompt_began_must_end_first(model: Model) -> None:
 
     assert model.accepts(grammar, f"hm</think>\n{written(form, ONE)}")
     assert not model.accepts(grammar, written(form, ONE))
+
+
+@pytest.mark.parametrize("thinking", [Thinking.OPEN, Thinking.POSSIBLE])
+def test_between_reasoning_and_what_is_bound_stands_a_little_of_jsons_white_space(
+    model: Model, thinking: Thinking
+) -> None:
+    hermes = TOOL_FORMATS["hermes"]
+    begin = "" if thinking is Thinking.OPEN else "<think>"
+    rule = rule_of(StructuredOutputsParams(json_object=True))
+    assert rule is not None
+    bound = [
+        (model.writer.after_reasoning(rule, QWEN, thinking), '{"a": 1}'),
+        (model.writer.forced(_plan("required"), hermes, QWEN, thinking), written(hermes, ONE)),
+        (model.writer.either(_plan("auto"), hermes, rule, QWEN, thinking), '{"a": 1}'),
+        (model.writer.either(_plan("auto"), hermes, rule, QWEN, thinking), written(hermes, ONE)),
+    ]
+    for grammar, text in bound:
+        for space in ("", "\n", "\n\n", " ", "\r\n\t"):
+            assert model.accepts(grammar, f"{begin}hm\u3000\n</think>{space}{text}"), space
+        for space in ("\u3000", "\u00a0", "\u2028", "\n\u2003\n", "\v", "\f", "\n" * 9, " " * 64):
+            assert not model.accepts(grammar, f"{begin}hm</think>{space}{text}"), space
+
+
+def test_a_json_answer_has_no_white_space_without_end(model: Model) -> None:
+    for params in (StructuredOutputsParams(json_object=True), StructuredOutputsParams(json={"type": "array"})):
+        text = "{%s}" if params.json_object else "[%s]"
+        grammar = grammar_of(params)
+        for space in (" ", "\n", "\n  "):
+            assert model.accepts(grammar, text % space)
+        for space in ("\n" * 60, " " * 60, "\u00a0", "\n\n\n\n\n"):
+            assert not model.accepts(grammar, text % space), space
+        assert not model.accepts(grammar, "\n" + text % "")
 
 
 def test_the_settings_name_every_notation() -> None:
