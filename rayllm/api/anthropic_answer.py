@@ -42,6 +42,8 @@ class Blocks:
             yield self._delta({"type": "input_json_delta", "partial_json": event.text})
         elif isinstance(event, ToolCallEnd):
             yield from self.end()
+            if event.unread is not None:  # a stream has told of it; a whole message says what it is
+                self.content[-1] = {"type": "text", "text": event.unread.lstrip()}
 
     def end(self) -> Iterator[dict[str, Any]]:
         """Ends the block that is open."""
@@ -72,8 +74,7 @@ class Blocks:
 
 
 def _read_input(arguments: str) -> dict[str, Any]:
-    """The arguments as an object. What is none (cut by a limit, say) is given in the wrapping that Anthropic's own
-    documents propose."""
+    """The arguments as an object. What is none is given in the wrapping that Anthropic's own documents propose."""
     try:
         value = json.loads(arguments or "{}")
     except (ValueError, RecursionError):

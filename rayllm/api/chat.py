@@ -12,7 +12,7 @@ from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
 from rayllm.api.chat_format import ChatFormat
 from rayllm.api.chat_messages import read_messages
 from rayllm.api.errors import shorten
-from rayllm.api.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin
+from rayllm.api.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from rayllm.api.generation import Choice
 from rayllm.api.logprobs import chat_logprobs, prompt_logprobs
 from rayllm.api.output_parser import OutputParser
@@ -265,10 +265,12 @@ class ChatAnswer(ChunkedAnswer):
             }
 
     def _finish_reason(self, choice: Choice) -> str | None:
-        """OpenAI says `stop` where the call was the client's choice."""
-        plan = self._chat.plan
-        if choice.finish_reason == "stop" and choice.parser is not None and choice.parser.num_calls:
-            return "tool_calls" if plan is not None and plan.mode != "named" else "stop"
+        """OpenAI says `stop` where the call was the client's choice. So do streams that told of a call which turned out
+        to be none: `tool_calls` says that all of them can be made."""
+        plan, parser = self._chat.plan, choice.parser
+        if choice.finish_reason == "stop" and parser is not None and parser.num_whole_calls:
+            told_of_none = bool(self._body.stream) and parser.has_unread_calls
+            return "tool_calls" if plan is not None and plan.mode != "named" and not told_of_none else "stop"
         return choice.finish_reason
 
     def _entry(self, choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +327,10 @@ class ChatAnswer(ChunkedAnswer):
             elif isinstance(event, ToolCallBegin):
                 calls.append(_call(event))
             elif isinstance(event, ToolCallArguments):
-                calls[event.index]["function"]["arguments"] += event.text
+                calls[-1]["function"]["arguments"] += event.text
+            elif isinstance(event, ToolCallEnd) and event.unread is not None:
+                calls.pop()
+                texts.append(event.unread if texts else event.unread.lstrip())
         message["content"] = "".join(texts) or (None if calls else "")
         if thoughts:
             message["reasoning"] = message["reasoning_content"] = "".join(thoughts)

@@ -6,8 +6,8 @@
 
 In order: `Reasoning` pieces, then `Text` pieces and calls. A call is one `ToolCallBegin`, any number of
 `ToolCallArguments`, one `ToolCallEnd`; calls are numbered from 0 and never interleave. The joined `text` of a call's
-arguments is the JSON that the model wrote (it may be no JSON where nothing constrained it, or where it was cut by a
-limit: then `ToolCallEnd` comes at `finish`). White space around reasoning and calls is dropped, and so is a mark after
+arguments is the JSON that the model wrote. Where nothing constrained it, or a limit cut it, it may be no JSON: then its
+`ToolCallEnd` holds the call as `unread` text. White space around reasoning and calls is dropped, and so is a mark after
 a call that the end of the text cuts; what looked like a call and cannot be read as one comes as `Text`; else no
 character is lost, doubled or moved. Events depend on the text alone, not on how it was cut into deltas: joined pieces
 are always the same.
@@ -44,6 +44,8 @@ class ToolCallArguments:
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
     index: int
+    unread: str | None = None
+    """The call as the model wrote it, where its arguments are no JSON: then it is no call, but text."""
 
 
 Event = Text | Reasoning | ToolCallBegin | ToolCallArguments | ToolCallEnd

@@ -56,6 +56,9 @@ class OutputParser:
         self._text = TextReader()
         self.num_calls = 0
         """Calls begun so far."""
+        self.num_whole_calls = 0
+        """Those that ended with arguments that are JSON."""
+        self._arguments: list[str] = []
         self.is_done = False
         self._only_one = only_one
         self.in_reasoning = opened and reasoning_format is not None
@@ -66,6 +69,8 @@ class OutputParser:
         quick = self._text.quick
         if quick is not None:
             if text and quick[0].search(text) is None:
+                if self._text.call is not None:
+                    self._text.call.append(text)
                 return [quick[1](text)]
             self._text.quick = None
         self._text.rest += text
@@ -154,16 +159,25 @@ class OutputParser:
         is_name = isinstance(name, str) and len(name) <= MAX_NAME_CHARACTERS and _NAME.fullmatch(name)
         if not is_name or (known_only and name not in self._tools):
             raise _NoCallError
-        self._text.taken = None
+        self._text.call, self._text.taken = self._text.taken or [], None
+        self._arguments = []
         self.num_calls += 1
         yield ToolCallBegin(self.num_calls - 1, self._call_id(self.num_calls - 1), name)
 
     def _end(self) -> Steps:
         self.is_done = self._only_one
-        yield ToolCallEnd(self.num_calls - 1)
-        self._text.taken = []
+        is_whole = _is_json("".join(self._arguments))
+        self.num_whole_calls += is_whole
+        yield ToolCallEnd(self.num_calls - 1, None if is_whole else "".join(self._text.call or ()))
+        self._text.call, self._text.taken = None, []
+
+    @property
+    def has_unread_calls(self) -> bool:
+        """Whether something began as a call and turned out to be none."""
+        return self.num_whole_calls < self.num_calls
 
     def _tell(self, arguments: str) -> Event:
+        self._arguments.append(arguments)
         return ToolCallArguments(self.num_calls - 1, arguments)
 
     # --------------------------------------------------------------------------------------------------- channels
@@ -243,7 +257,8 @@ class OutputParser:
             elif key in _ARGUMENT_KEYS and not has_arguments:
                 has_arguments = True
                 early = yield from self._text.value(self._tell if begun else None)
-                if begun and early is not None:
+                is_cut = early == "" and self._text.ended and not self._text.rest
+                if begun and early is not None and not is_cut:
                     yield self._tell(_arguments(early))
             elif known_only and not begun and key not in _OTHER_KEYS:
                 raise _NoCallError
@@ -411,6 +426,14 @@ def _loaded(text: str) -> Any:
         return json.loads(text, parse_constant=_no_json)
     except (ValueError, RecursionError):
         return None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, parse_constant=_no_json)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _no_json(text: str) -> None:

@@ -159,6 +159,7 @@ async def open_response(
         response,
         shows_logprobs=_LOGPROBS in (body.include or ()),
         on_change=on_change,
+        is_streamed=bool(body.stream),
     )
     if stored is not None:
         store.add(stored)

@@ -21,10 +21,12 @@ _UNFINISHED = ("queued", "in_progress")
 
 
 class OutputItems:
-    """The output of one response as it grows, and the events that tell of it."""
+    """The output of one response as it grows, and the events that tell of it. What began as a call and turned out to be
+    none stays an incomplete call in a stream, which has told of it, and is a message else."""
 
-    def __init__(self, response_id: str) -> None:
+    def __init__(self, response_id: str, is_streamed: bool = False) -> None:
         self._response_id = response_id
+        self._is_streamed = is_streamed
         self.items: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         """Of tokens that no text was told of yet."""
@@ -41,7 +43,10 @@ class OutputItems:
             self.items[-1]["arguments"] += event.text
             yield self._at_item("response.function_call_arguments.delta", {"delta": event.text})
         elif isinstance(event, ToolCallEnd):
-            yield from self.end()
+            yield from self.end("completed" if event.unread is None else "incomplete")
+            if event.unread is not None and not self._is_streamed:
+                self.items.pop()
+                yield from self._add_text("message", event.unread.lstrip())
 
     def end(self, status: str = "completed") -> Iterator[_Event]:
         """Ends the item that is open, with that status."""
@@ -120,11 +125,12 @@ class ResponseAnswer(EventAnswer):
         *,
         shows_logprobs: bool = False,
         on_change: Callable[[], None] = lambda: None,
+        is_streamed: bool = False,
     ):
         self.response = response
         self._shows_logprobs = shows_logprobs
         self._on_change = on_change
-        self._output = OutputItems(response["id"])
+        self._output = OutputItems(response["id"], is_streamed)
         super().__init__(model, chat)
         self._writer = EventWriter(self.id)
 

@@ -31,6 +31,8 @@ class TextReader:
         self.rest = ""
         self.taken: list[str] | None = None
         """What was taken of something that may turn out to be something else; None: not kept."""
+        self.call: list[str] | None = None
+        """What was taken of a call that has begun; None: none has."""
         self.dropped = ""
         """White space before the last mark that `flow` met."""
         self.ended = False
@@ -43,6 +45,8 @@ class TextReader:
         text, self.rest = self.rest[:num], self.rest[num:]
         if self.taken is not None:
             self.taken.append(text)
+        if self.call is not None:
+            self.call.append(text)
         return text
 
     def put_back(self) -> None:
