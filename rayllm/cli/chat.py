@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rayllm.cli.answer import Piece, ServerError, Timing
-from rayllm.cli.connect import PARAMS, add_param_flags, add_server_flags, connected, param_name, params_of, parse_param
+from rayllm.cli.connect import (
+    PARAMS,
+    add_param_flags,
+    add_server_flags,
+    checked_param,
+    connected,
+    param_name,
+    params_of,
+    parse_param,
+)
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
+from rayllm.cli.markdown import PlainWriter
 from rayllm.config import EngineConfig, parse_settings
 
 if TYPE_CHECKING:
@@ -39,10 +49,19 @@ class Streamer(Protocol):
     def __call__(self, messages: list[dict[str, str]], params: dict[str, Any], timing: Timing) -> Iterator[Piece]: ...
 
 
+class AnswerWriter(Protocol):
+    """Shows one answer, or its reasoning, as it comes."""
+
+    def write(self, text: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
 @dataclass
 class Conversation:
     """Messages so far and how to sample. Knows nothing of terminals but three ways to show text as it comes: `write`
-    what was answered or asked for, `write_aside` reasoning, and `note` all that is said about an answer."""
+    what was answered or asked for, `write_aside` reasoning, and `note` all that is said about an answer. Where
+    `open_answer` and `open_aside` are given, they make what shows each answer and each reasoning instead."""
 
     stream: Streamer
     write: Callable[[str], None]
@@ -51,6 +70,10 @@ class Conversation:
     params: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    open_answer: Callable[[], AnswerWriter] | None = None
+    open_aside: Callable[[], AnswerWriter] | None = None
+    max_model_len: int | None = None
+    """The model's context in tokens, where it is known."""
     _reasoned: bool = False
     """Reasoning was shown, and nothing of the answer yet."""
 
@@ -83,15 +106,20 @@ class Conversation:
         parts: list[str] = []
         timing = Timing()
         stopped = self._reasoned = False
+        shown = self.open_answer() if self.open_answer else PlainWriter(self.write)
+        aside = self.open_aside() if self.open_aside else PlainWriter(self.write_aside)
         answer = self.stream(self.messages, self.params, timing)
         try:
             for piece in answer:
-                self._show(piece, first=not parts)
+                self._show(piece, aside if piece.is_reasoning else shown, aside, first=not parts)
                 parts += [] if piece.is_reasoning else [piece.text]
+            _end(aside if self._reasoned else shown)
         except KeyboardInterrupt:
             stopped = True
+            _end(aside if self._reasoned else shown)
         except Exception:
             if parts or self._reasoned:  # what went wrong gets a line of its own
+                _end(aside if self._reasoned else shown)
                 self.write("\n")
             raise
         finally:
@@ -103,15 +131,12 @@ class Conversation:
         ending = ", stopped" if stopped else ", cut at max_tokens" if timing.finish_reason == "length" else ""
         self.note(f"[{timing}{ending}]\n")
 
-    def _show(self, piece: Piece, *, first: bool) -> None:
-        if piece.is_reasoning:
-            self._reasoned = True
-            self.write_aside(piece.text)
-            return
-        if first and self._reasoned:
+    def _show(self, piece: Piece, writer: AnswerWriter, aside: AnswerWriter, *, first: bool) -> None:
+        if first and self._reasoned and not piece.is_reasoning:
+            aside.end()
             self.write_aside("\n\n")
-        self._reasoned = False
-        self.write(piece.text)
+        self._reasoned = piece.is_reasoning
+        writer.write(piece.text)
 
     def save(self, path: str) -> None:
         content = {"system": self.system, "params": self.params, "messages": self.turns}
@@ -122,24 +147,38 @@ class Conversation:
         try:
             content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]]
-            params = {name: v for name, v in content.get("params", {}).items() if name in PARAMS}
+            given = {name: v for name, v in content.get("params", {}).items() if name in PARAMS}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path!r} holds no saved conversation") from None
+        params = {name: checked_param(name, value) for name, value in given.items()}
         self.system, self.turns = content.get("system"), turns
         self.params.update(params)
 
     def set_params(self, words: Sequence[str]) -> None:
+        """All that the words say, or nothing: `UsageError` for a wrong one."""
+        params = dict(self.params)
         for word in words:
             given, equals, value = word.partition("=")
-            if not equals:
-                raise UsageError(f"give NAME=VALUE, not {word!r}")
             name = param_name(given)
+            if not equals:
+                raise UsageError(f"give NAME=VALUE, not {word!r}: {name}=VALUE sets it, {name}= takes it back")
             if value:
-                self.params[name] = parse_param(name, value)
+                params[name] = parse_param(name, value)
             else:
-                self.params.pop(name, None)
+                params.pop(name, None)
+        if self.max_model_len is not None and params.get("max_tokens", 0) > self.max_model_len:
+            raise UsageError(
+                f"max_tokens={params['max_tokens']} is more than the model's context of {self.max_model_len} tokens"
+            )
+        self.params = params
         shown = {name: value for name, value in self.params.items() if name in PARAMS}
         self.write(f"{json.dumps(shown) if shown else 'the server decides everything'}\n")
+
+
+def _end(writer: AnswerWriter) -> None:
+    """Ctrl-C once more while the last words are shown changes nothing."""
+    with contextlib.suppress(KeyboardInterrupt):
+        writer.end()
 
 
 def handle(conversation: Conversation, line: str) -> bool:
@@ -241,19 +280,21 @@ def run(argv: Sequence[str]) -> int:
         if engine_flags:
             raise UsageError(f"{engine_flags[0]} belongs to a MODEL to start; a running server has its own")
         with connected(given) as client:
-            status = _chat(client, given)
+            status = chat(client, given)
             if sys.stdin.isatty():  # it ends as it was asked to: one Ctrl-C more is no failure
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             return status
     if "url" in given:
         raise UsageError("give --url of a running server or a MODEL to start, not both")
     with _server_for(given) as url, connected({**given, "url": url}) as client:
-        return _chat(client, given)
+        return chat(client, given)
 
 
-def _chat(client: ApiClient, given: dict[str, Any]) -> int:
+def chat(client: ApiClient, given: dict[str, Any]) -> int:
+    """A conversation with the model that the flags name, until the user leaves."""
     from rayllm.cli.prompt import ChatPrompt
 
+    params = params_of(given)
     model = given.get("served_model_name") or client.model()
 
     def stream(messages: list[dict[str, str]], params: dict[str, Any], timing: Timing) -> Iterator[Piece]:
@@ -261,7 +302,15 @@ def _chat(client: ApiClient, given: dict[str, Any]) -> int:
 
     prompt = ChatPrompt(COMMANDS)
     conversation = Conversation(
-        stream, prompt.write, prompt.write_aside, prompt.note, params_of(given), given.get("system")
+        stream,
+        prompt.write,
+        prompt.write_aside,
+        prompt.note,
+        params,
+        given.get("system"),
+        open_answer=prompt.open_answer,
+        open_aside=prompt.open_aside,
+        max_model_len=client.max_model_len(model),
     )
     with prompt:
         prompt.greet(f"{model} at {client.url}. /help lists commands, Ctrl-C stops an answer, /exit leaves.\n")

@@ -80,6 +80,13 @@ class ApiClient:
         with self._translated():
             return str(self.get_checked("/v1/models").json()["data"][0]["id"])
 
+    def max_model_len(self, model: str) -> int | None:
+        """The context of that model in tokens; None where the server does not say."""
+        with self._translated():
+            cards = self.get_checked("/v1/models").json()["data"]
+        found = next((card.get("max_model_len") for card in cards if card.get("id") == model), None)
+        return found if isinstance(found, int) else None
+
     def stream_chat(
         self, messages: Sequence[Mapping[str, str]], params: Mapping[str, Any], timing: Timing
     ) -> Iterator[Piece]:

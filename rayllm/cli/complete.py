@@ -23,7 +23,7 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Streams one continuation to stdout; timing goes to stderr with --stats."""
     given = parser().parse(argv)
-    prompt = _prompt(given)
+    params, prompt = params_of(given), _prompt(given)
 
     from rayllm.cli.answer import Timing
 
@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
         if given.get("echo"):
             print(prompt, end="", flush=True)
         try:
-            for text in client.stream_completion(prompt, {"model": model, **params_of(given)}, timing):
+            for text in client.stream_completion(prompt, {"model": model, **params}, timing):
                 print(text, end="", flush=True)
         finally:
             if timing.num_tokens or given.get("echo"):  # what went wrong gets a line of its own

@@ -49,17 +49,29 @@ def param_name(word: str) -> str:
 
 
 def parse_param(name: str, text: str) -> float | int:
-    """The value of a sampling parameter; `UsageError` for what is none."""
+    """The value of a sampling parameter; `UsageError` for what is none or is out of its range."""
     kind = PARAMS[name][0]
     try:
         value: float | int = kind(text)
     except ValueError:
         raise UsageError(f"{name}={text!r} must be {'an integer' if kind is int else 'a number'}") from None
+    return checked_param(name, value)
+
+
+def checked_param(name: str, value: Any) -> Any:
+    """The value, where it is in the parameter's range; `UsageError` with that range where it is not."""
+    from rayllm.request import SamplingParams
+
+    try:
+        SamplingParams(**{name: value})
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
     return value
 
 
 def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: given[name] for name in PARAMS if name in given}
+    """The sampling parameters among the flags. `UsageError` for one that is out of its range."""
+    return {name: checked_param(name, given[name]) for name in PARAMS if name in given}
 
 
 def default_url() -> str:

@@ -16,6 +16,7 @@ INTERRUPTED = 130
 
 VERBS = {
     "serve": ("rayllm.cli.serve", "start an OpenAI-compatible server on this machine"),
+    "run": ("rayllm.cli.run", "chat with a model at once; it is fetched and served in the background where needed"),
     "demo": ("rayllm.cli.demo", "see it work: two workers, the built-in model, one streamed answer"),
     "chat": ("rayllm.cli.chat", "talk to a server, or to a model, in the terminal"),
     "complete": ("rayllm.cli.complete", "continue a prompt"),

@@ -8,8 +8,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING
 
+from rayllm.cli.markdown import MarkdownWriter, PlainWriter, WrappedWriter
 from rayllm.cli.terminal import is_terminal
+
+if TYPE_CHECKING:
+    from rayllm.cli.chat import AnswerWriter
 
 _HISTORY_LINES = 1000
 
@@ -58,6 +63,22 @@ class ChatPrompt:
         """Dimmed on a terminal; not shown in a pipe, where only answers are wanted."""
         if self.is_terminal:
             print(f"\x1b[2m{text}\x1b[0m", end="", flush=True)
+
+    def open_answer(self) -> AnswerWriter:
+        """Shows an answer as it comes: its Markdown on a terminal, in a pipe the text as it is."""
+        if not self.is_terminal:
+            return PlainWriter(self.write)
+        from rich.console import Console
+
+        return MarkdownWriter(Console(file=sys.stdout, highlight=False))
+
+    def open_aside(self) -> AnswerWriter:
+        """Shows reasoning as it comes: `write_aside`, broken between words."""
+        if not self.is_terminal:
+            return PlainWriter(self.write_aside)
+        from rich.console import Console
+
+        return WrappedWriter(Console(file=sys.stdout, highlight=False), "dim")
 
     def note(self, text: str) -> None:
         if self.is_terminal:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -203,6 +204,15 @@ def test_a_refused_message_is_not_kept(chat: Conversation) -> None:
 # ---------------------------------------------------------------------------------------------------- the client
 
 
+MARKDOWN = """# Heading
+
+- one **bold** item that is long enough to be broken
+
+```python
+def f(): pass
+```"""
+
+
 class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -220,6 +230,11 @@ class _Handler(BaseHTTPRequestHandler):
             {"choices": [{"delta": {"content": word}, "text": word}], "usage": _usage(count)}
             for count, word in enumerate(["a", "b", "c"], 1)
         ]
+        if asked == "markdown":
+            events = [
+                {"choices": [{"delta": {"content": part}}]} for part in re.findall(r".{1,5}", MARKDOWN, re.DOTALL)
+            ]
+            events[-1]["usage"] = _usage(9)
         if asked == "think":
             events.insert(1, {"choices": [{"delta": {"reasoning_content": "let me see"}}], "usage": _usage(0)})
         if asked == "slow":
@@ -342,3 +357,52 @@ def test_speed_counts_from_the_first_token() -> None:
     timing = Timing(first_token_s=1.0, last_token_s=3.0, num_tokens=11)
     assert timing.tokens_per_s == pytest.approx(5.0)
     assert Timing(first_token_s=1.0, last_token_s=1.0, num_tokens=1).tokens_per_s is None
+
+
+def test_params_out_of_range_are_refused_when_typed(chat: Conversation) -> None:
+    chat.max_model_len = 512
+    handle(chat, "/params top_p=0.5")
+    for typed, said in {
+        "temperature=-1": r"temperature=-1.0 is outside \[0, 100\]",
+        "temperature=nan": "temperature=nan is outside",
+        "temperature=warm": "must be a number",
+        "top_p=0": r"top_p=0.0 is outside \(0, 1\]",
+        "top_k=-2": "top_k=-2 is outside",
+        "min_p=1.5": "min_p=1.5 is outside",
+        "presence_penalty=3": r"outside \[-2, 2\]",
+        "repetition_penalty=0": r"outside \[0.01, 100\]",
+        "seed=99999999999999999999": "seed=99999999999999999999 is outside",
+        "max_tokens=0": "max_tokens=0 is outside",
+        "max_tokens=513": "more than the model's context of 512 tokens",
+        "temprature": "did you mean 'temperature'",
+        "temperature": "temperature=VALUE sets it",
+        "top_k=5 max_tokens=0": "max_tokens=0",
+    }.items():
+        with pytest.raises(UsageError, match=said):
+            handle(chat, f"/params {typed}")
+    assert chat.params == {"top_p": 0.5}
+
+
+def test_params_of_a_loaded_conversation_and_of_flags_are_checked_too(chat: Conversation, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps({"messages": [], "params": {"temperature": -1}}))
+    with pytest.raises(UsageError, match="temperature=-1 is outside"):
+        handle(chat, f"/load {tmp_path}/c.json")
+    assert chat.params == {}
+    assert main(["chat", "--url", "http://127.0.0.1:1", "--top-p", "7"]) == 2
+    assert main(["complete", "x", "--url", "http://127.0.0.1:1", "--min-p", "-1"]) == 2
+
+
+def test_chat_on_a_terminal_shows_markdown_and_breaks_lines_between_words(client: ApiClient, tmp_path: Path) -> None:
+    command = ["-m", "rayllm", "chat", "--url", client.url]
+    with OnTerminal(command, columns=40, HOME=str(tmp_path)) as terminal:
+        terminal.read_until("> ")
+        terminal.send("markdown\n")
+        seen = terminal.read_until("tokens/s]")
+        answer = seen.partition("> markdown\n")[2].rpartition("[")[0]
+        assert all(len(line) <= 40 for line in answer.splitlines())
+        assert "Heading\n\n• one bold item that is long enough to\n  be broken\n" in answer
+        assert "def f(): pass\n" in answer
+        terminal.send("/exit\n")
+        terminal.read_all()
+    done = subprocess.run([sys.executable, *command], input="markdown\n", capture_output=True, text=True, timeout=60)
+    assert done.stdout == MARKDOWN + "\n"  # in a pipe, as the model wrote it
