@@ -50,8 +50,7 @@ class Ours:
         import torch
 
         from rayllm.distributed.groups import TensorParallel
-        from rayllm.layers.batch import allocate_kv
-        from rayllm.models import load_decoder
+        from rayllm.models import load_model
         from rayllm.models.registry import read_spec
 
         self._args = args
@@ -61,12 +60,11 @@ class Ours:
             (Path(folder) / "config.json").write_text(json.dumps({**config, "hidden_act": "silu"}))
             spec = read_spec(folder)
             tp = TensorParallel()
-            self._decoder = load_decoder(folder, spec, tp, dtype=dtype, device=device, load_format="dummy")
+            self._model = load_model(folder, spec, tp, dtype=dtype, device=device, load_format="dummy")
         self._blocks_a_row = -(-max(args.context + 1, args.prompt) // BLOCK_SIZE)
         num_blocks = self._blocks_a_row * args.batch
-        pool = allocate_kv(args.layers, num_blocks, 2, BLOCK_SIZE, spec.head_dim, dtype, device)
-        pool.clear(range(num_blocks))
-        self._kv = pool.layers
+        self._pool = self._model.allocate_kv(num_blocks, BLOCK_SIZE)
+        self._pool.clear(range(num_blocks))
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
         self._table = order.view(args.batch, self._blocks_a_row).int()
 
@@ -91,7 +89,7 @@ class Ours:
             block_size=BLOCK_SIZE,
         )
         with torch.inference_mode():
-            self._decoder.logits(self._decoder.forward(batch, self._kv))
+            self._model.logits(self._model.forward(batch, self._pool))
 
     def prefill(self) -> None:
         self._step(0, self._args.prompt)
@@ -137,8 +135,8 @@ def milliseconds(work: Callable[[], None]) -> float:
 
 def shares(work: Callable[[], None], repeats: int) -> dict[str, float]:
     """The parts of `work`'s time spent in linear layers, in attention and in the rest."""
-    from rayllm.layers.attention import AttentionPlan
-    from rayllm.layers.linear import Linear
+    from rayllm.layers.attention import GatheredBackend
+    from rayllm.linear import PackedLinear, WidenedLinear
 
     spent = {"linear": 0.0, "attention": 0.0}
     inside = False
@@ -158,8 +156,9 @@ def shares(work: Callable[[], None], repeats: int) -> dict[str, float]:
 
         return call
 
-    patched = [(Linear, name, "linear") for name in ("__call__", "activated", "times", "plus")]
-    patched.append((AttentionPlan, "attend", "attention"))
+    methods = ("__call__", "activated", "times", "plus")
+    patched = [(kind, name, "linear") for kind in (PackedLinear, WidenedLinear) for name in methods]
+    patched.append((GatheredBackend, "forward", "attention"))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
     for owner, name, part in patched:
         setattr(owner, name, timed(getattr(owner, name), part))

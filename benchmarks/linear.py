@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from rayllm.layers.linear import is_emulated, widened_linear
+from rayllm.linear.widened import WidenedLinear, widened_product
 
 SHAPES = {"attention": (896, 896), "up": (9728, 896), "down": (896, 4864), "vocabulary": (32000, 896)}
 
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
     dtype = getattr(torch, options.dtype)
-    if not is_emulated(torch.ones(1, 1, dtype=dtype)):
+    if not WidenedLinear.supports(torch.ones(1, 1, dtype=dtype)):
         print(f"this CPU multiplies {options.dtype} by itself: the layers do not widen it here")
     ratios: dict[str, dict[int, float]] = {}
     print(f"{'weight':<12}{'rows':>6}{'torch ms':>12}{'widened ms':>12}{'ratio':>8}")
@@ -46,7 +46,7 @@ def main() -> None:
         for num_rows in options.rows:
             x = torch.randn(num_rows, shape[1]).to(dtype)
             pairs = [
-                (cpu_ms(lambda: F.linear(x, weight)), cpu_ms(lambda: widened_linear(x, weight, None)))  # noqa: B023
+                (cpu_ms(lambda: F.linear(x, weight)), cpu_ms(lambda: widened_product(x, weight, None)))  # noqa: B023
                 for _ in range(options.repeat + 1)
             ][1:]
             own, widened = (statistics.median(times) for times in zip(*pairs, strict=True))

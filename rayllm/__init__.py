@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rayllm.config import EngineConfig
     from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from rayllm.llm import LLM, AsyncLLM
+    from rayllm.models.registry import register_architecture
     from rayllm.remote import connect, get_engine
     from rayllm.request import (
         CompletionOutput,
@@ -39,6 +40,7 @@ _HOMES = {
     "StructuredOutputsParams": "rayllm.request",
     "TextPrompt": "rayllm.request",
     "TokensPrompt": "rayllm.request",
+    "register_architecture": "rayllm.models.registry",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "connect",
     "get_engine",
+    "register_architecture",
 ]
 
 

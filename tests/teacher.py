@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
-from rayllm.layers.batch import Batch, allocate_kv
-from rayllm.models import load_decoder
-from rayllm.models.decoder import Decoder
+from rayllm.layers.batch import Batch
+from rayllm.models import Model, load_model
 from rayllm.models.registry import read_spec
 
 CPU = torch.device("cpu")
@@ -22,8 +21,8 @@ CPU = torch.device("cpu")
 class PagedRun:
     """Sequences in shuffled blocks of one KV pool; `step` computes the next tokens of some of them."""
 
-    def __init__(self, decoder: Decoder, sequences: Sequence[Sequence[int]], block_size: int, seed: int = 0):
-        self._decoder = decoder
+    def __init__(self, model: Model, sequences: Sequence[Sequence[int]], block_size: int, seed: int = 0):
+        self._model = model
         self._sequences = sequences
         self._block_size = block_size
         self.done = [0] * len(sequences)
@@ -31,17 +30,9 @@ class PagedRun:
         blocks = list(range(sum(counts) + 3))
         random.Random(seed).shuffle(blocks)
         self._tables = [[blocks.pop() for _ in range(count)] for count in counts]
-        pool = allocate_kv(
-            decoder.spec.num_layers,
-            sum(counts) + 3,
-            decoder.num_local_kv_heads,
-            block_size,
-            decoder.head_dim,
-            torch.float32,
-            CPU,
-        )
-        pool.clear(range(sum(counts) + 3))
-        self.kv = pool.layers
+        self._pool = model.allocate_kv(sum(counts) + 3, block_size)
+        self._pool.clear(range(sum(counts) + 3))
+        self.kv = self._pool.layers
 
     def batch(self, counts: dict[int, int]) -> tuple[Batch, list[int]]:
         """The batch that computes the next `counts[i]` tokens of sequence i, all positions wanted; and its rows."""
@@ -72,11 +63,15 @@ class PagedRun:
         )
         return batch, rows
 
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states of the batch's wanted positions."""
+        return self._model.forward(batch, self._pool)
+
     @torch.inference_mode()
     def step(self, counts: dict[int, int]) -> dict[int, Tensor]:
         """Log-probabilities at each computed position, by sequence."""
         batch, rows = self.batch(counts)
-        logits = self._decoder.logits(self._decoder.forward(batch, self.kv))
+        logits = self._model.logits(self.forward(batch))
         found = {}
         for i, row in enumerate(rows):
             found[row] = logits[batch.query_starts[i] : batch.query_starts[i + 1]].log_softmax(-1)
@@ -84,11 +79,9 @@ class PagedRun:
         return found
 
 
-def log_probs(
-    decoder: Decoder, sequences: Sequence[Sequence[int]], chunks: Sequence[int], block_size: int
-) -> list[Tensor]:
+def log_probs(model: Model, sequences: Sequence[Sequence[int]], chunks: Sequence[int], block_size: int) -> list[Tensor]:
     """Log-probabilities at every position; sequence i is computed `chunks[i]` tokens a step, all in one batch."""
-    run = PagedRun(decoder, sequences, block_size)
+    run = PagedRun(model, sequences, block_size)
     found: list[list[Tensor]] = [[] for _ in sequences]
     while True:
         left = {i: len(tokens) - run.done[i] for i, tokens in enumerate(sequences)}
@@ -99,8 +92,8 @@ def log_probs(
             found[i].append(part)
 
 
-def load(tp: TensorParallel, path: Path | str, load_format: str = "auto", seed: int = 0) -> Decoder:
-    return load_decoder(
+def load(tp: TensorParallel, path: Path | str, load_format: str = "auto", seed: int = 0) -> Model:
+    return load_model(
         str(path), read_spec(path), tp, dtype=torch.float32, device=CPU, load_format=load_format, seed=seed
     )
 
@@ -114,5 +107,5 @@ def log_probs_of_folder(
     load_format: str = "auto",
 ) -> list[list[np.ndarray]]:
     """`log_probs` for each way of cutting in `cuts`; what a rank of a pool runs."""
-    decoder = load(tp, path, load_format)
-    return [[part.numpy() for part in log_probs(decoder, sequences, chunks, block_size)] for chunks in cuts]
+    model = load(tp, path, load_format)
+    return [[part.numpy() for part in log_probs(model, sequences, chunks, block_size)] for chunks in cuts]

@@ -25,7 +25,7 @@ def engine(llama_path: Path) -> LocalEngine:
     settings = {"device": "cpu", "block_size": 4, "num_kv_blocks": 40, "max_model_len": 64, "max_num_seqs": 8}
     config = resolve(EngineConfig(model=str(llama_path), max_num_batched_tokens=16, **settings))
     runner = Runner(config, TensorParallel())
-    runner._decoder._embedding.weight_VD[BROKEN] = torch.nan  # a folder with a NaN is refused
+    runner._model.decoder._embedding.weight_VD[BROKEN] = torch.nan  # a folder with a NaN is refused
     return LocalEngine(config, InprocExecutor(runner))
 
 

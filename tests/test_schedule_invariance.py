@@ -16,7 +16,8 @@ from tiny import make_checkpoint
 
 from rayllm import LLM, SamplingParams, StructuredOutputsParams
 from rayllm.engine.outputs import PreparedPrompt
-from rayllm.layers.batch import KVPool, allocate_kv
+from rayllm.layers.kv_cache import KVPool
+from rayllm.models import Model
 from rayllm.request import RequestOutput, pack_ids, unpack_ids
 
 SHARED = list(range(10, 74))
@@ -139,15 +140,18 @@ def test_however_the_work_is_cut(llama_path: Path, alone: list[list[list[int]]],
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All memory that is new, and all of the KV pool, is full of NaN; where it holds whole numbers, of the largest."""
 
-    def allocate_full(*args: Any) -> KVPool:
-        pool = allocate_kv(*args)
+    allocate_kv = Model.allocate_kv
+
+    def allocate_full(model: Model, num_blocks: int, block_size: int) -> KVPool:
+        pool = allocate_kv(model, num_blocks, block_size)
         for layer in pool.layers:
-            layer.k[:] = layer.v[:] = torch.nan
+            for cache in layer:
+                cache.fill_(torch.nan)
         return pool
 
     assert torch.utils.deterministic.fill_uninitialized_memory
     with monkeypatch.context() as patched:
-        patched.setattr("rayllm.runner.runner.allocate_kv", allocate_full)
+        patched.setattr(Model, "allocate_kv", allocate_full)
         torch.use_deterministic_algorithms(True)
         try:
             assert torch.empty(3).isnan().all()

@@ -13,6 +13,7 @@ from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.engine.generation_config import FILE_NAME, generation_config_file, generation_defaults
 from rayllm.errors import ConfigError
 from rayllm.models.registry import read_spec
+from rayllm.models.split import check_split
 from rayllm.text.end_token import end_token_id
 from rayllm.weights.config_file import read_json
 from rayllm.weights.hub import MODELSCOPE_PREFIX, HubModel, local_model
@@ -42,8 +43,7 @@ def resolve(
             f"tensor_parallel_size={size} needs {size} {kind}, this machine has {available}: "
             f"use at most {available}, or start Ray on more nodes and set RAY_ADDRESS"
         )
-    if spec.num_heads % size:
-        raise ConfigError(f"tensor_parallel_size={size} does not divide the model's {spec.num_heads} attention heads")
+    check_split(spec, size)
     backend = config.distributed_executor_backend or backend or ("ray" if size > 1 else "inproc")
     if backend == "inproc" and size > 1:
         raise ConfigError(f"tensor_parallel_size={size} needs worker processes: distributed_executor_backend='ray'")

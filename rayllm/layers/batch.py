@@ -1,13 +1,11 @@
 """The tensors of one step. Shape letters: T tokens of the step, R rows (sequences) in it, N positions whose logits
-are wanted, B blocks of the longest row's table, L layers, H query heads, K key/value heads, D head width, P block size.
+are wanted, B blocks of the longest row's table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -37,38 +35,3 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.kv_lens)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKV:
-    """One layer's KV pool on this rank: two tensors `[blocks, K, P, D]`."""
-
-    k: Tensor
-    v: Tensor
-
-
-class KVPool:
-    """Every layer's KV on one rank, in one tensor `[L, 2, blocks, K, P, D]`; `layers` are views of it."""
-
-    def __init__(self, pool: Tensor):
-        self._pool = pool
-        self.layers = [LayerKV(k, v) for k, v in pool]
-
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Zeroes these blocks in every layer."""
-        self._pool.index_fill_(2, torch.tensor(blocks, device=self._pool.device), 0)
-
-
-def allocate_kv(
-    num_layers: int,
-    num_blocks: int,
-    num_kv_heads: int,
-    block_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> KVPool:
-    """A pool of `num_blocks` blocks for every layer. What they hold is not known: a block is cleared when it is first
-    given away. On CPU the operating system gives memory to those blocks alone that are used."""
-    shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
-    return KVPool(torch.empty(shape, dtype=dtype, device=device))

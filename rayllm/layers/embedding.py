@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
-from rayllm.layers.linear import Linear
+from rayllm.linear import Linear
 from rayllm.weights.source import WeightSource
 
 
@@ -40,14 +40,28 @@ class VocabEmbedding:
 class OutputHead:
     """Logits over the whole vocabulary, float32, the same bits on every rank."""
 
-    def __init__(self, weight_VD: Tensor, vocab_size: int, tp: TensorParallel):
-        self._linear = Linear(weight_VD)
+    def __init__(
+        self,
+        linear: Linear,
+        vocab_size: int,
+        tp: TensorParallel,
+        scale: float = 1.0,
+        soft_cap: float | None = None,
+    ):
+        """Logits are multiplied by `scale`, then become c * tanh(logit / c) where there is a `soft_cap` c."""
+        self._linear = linear
         self._vocab_size = vocab_size
         self._tp = tp
+        self._scale = scale
+        self._soft_cap = soft_cap
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = self._tp.all_gather_last(self._linear(hidden_ND))
-        return logits_NV[:, : self._vocab_size].float()
+        logits_NV = self._tp.all_gather_last(self._linear(hidden_ND))[:, : self._vocab_size].float()
+        if self._scale != 1.0:
+            logits_NV = logits_NV * self._scale
+        if self._soft_cap is not None:
+            logits_NV = (logits_NV / self._soft_cap).tanh_().mul_(self._soft_cap)
+        return logits_NV
 
 
 class LearnedPositions:

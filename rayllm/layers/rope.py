@@ -23,7 +23,7 @@ class RotaryEmbedding:
         self._dtype = dtype
 
     def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos_TR, sin_TR), each angle twice, in the model's dtype."""
+        """(cos_TR, sin_TR), the angles of all pairs of channels twice, in the model's dtype."""
         angles_TR = positions_T.float().unsqueeze(1) * self._frequencies_R
         cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
         if self._factor != 1.0:

@@ -33,6 +33,8 @@ class RopeSpec:
     truncate: bool = True
     attention_factor: float = 1.0
     """Multiplies cosine and sine."""
+    in_pairs: bool = False
+    """Neighbouring channels turn together, else those half the width apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,10 @@ class PositionsSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionSpec:
+class GroupedAttentionSpec:
+    """Attention with keys and values of their own for each group of query heads; `num_kv_heads` = `num_heads` is
+    multi-head attention, 1 is multi-query attention."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -56,12 +61,26 @@ class AttentionSpec:
     """Applied to each head of queries and keys, before the rotation."""
     window: int | None = None
     """A token attends to itself and the `window - 1` tokens before it; None: to all before it."""
+    soft_cap: float | None = None
+    """Scores become c * tanh(score / c)."""
+    has_sinks: bool = False
+    """Each head has one more score in its softmax, a parameter, that takes weight and gives no value."""
+    alibi_slopes: tuple[float, ...] = ()
+    """One for each head, where positions enter by ALiBi."""
 
 
 @dataclass(frozen=True, slots=True)
 class MlpSpec:
+    """A dense feed-forward layer."""
+
     intermediate_size: int
     activation: Activation
     gated: bool
     """activation(gate) * up, else activation(up)."""
     bias: bool = False
+
+
+AttentionSpec = GroupedAttentionSpec
+"""The union of all kinds of attention; `layers.attention` has the layer of each."""
+FeedForwardSpec = MlpSpec
+"""The union of all kinds of feed-forward layers; `layers.feed_forward` has the layer of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rayllm.errors import ConfigError
@@ -10,11 +11,40 @@ if TYPE_CHECKING:
     import torch
 
     from rayllm.distributed.groups import TensorParallel
+    from rayllm.layers.attention import AttentionBackend
+    from rayllm.layers.batch import Batch
+    from rayllm.layers.kv_cache import KVPool, KVSpec
     from rayllm.models.decoder import Decoder
     from rayllm.models.spec import DecoderSpec
+    from rayllm.weights.source import WeightSource
 
 
-def load_decoder(
+@dataclass(frozen=True)
+class Model:
+    """One rank's share of a model, with what computes its attention. Use it under `torch.inference_mode()`."""
+
+    decoder: Decoder
+    backend: AttentionBackend
+    kv_specs: list[KVSpec]
+    dtype: torch.dtype
+    device: torch.device
+
+    def allocate_kv(self, num_blocks: int, block_size: int) -> KVPool:
+        """A KV cache of this shape; what it holds is not known."""
+        from rayllm.layers.kv_cache import KVPool
+
+        return KVPool(self.kv_specs, num_blocks, block_size, self.dtype, self.device)
+
+    def forward(self, batch: Batch, pool: KVPool) -> torch.Tensor:
+        """Hidden states of the positions that the batch wants, `[N, D]`; see `Decoder.forward`."""
+        return self.decoder.forward(batch, pool.layers, self.backend.prepare(batch))
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """`[N, V]` float32, the same bits on every rank."""
+        return self.decoder.logits(hidden_ND)
+
+
+def load_model(
     model_path: str,
     spec: DecoderSpec,
     tp: TensorParallel,
@@ -23,23 +53,36 @@ def load_decoder(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
-) -> Decoder:
+) -> Model:
     """This rank's share of the model in folder `model_path`, read slice by slice.
 
     `load_format`: "auto" or "safetensors" reads the folder; "dummy" draws weights from `seed`, whatever the number of
     ranks, and needs no weight file. Faults of the folder are `ConfigError`.
     """
-    from rayllm.models.decoder import Decoder
     from rayllm.models.registry import weight_names
     from rayllm.weights.checkpoint import Checkpoint
-    from rayllm.weights.mapping import CheckpointWeights
+    from rayllm.weights.checkpoint_weights import CheckpointWeights
     from rayllm.weights.source import DummyWeights
 
     if load_format == "dummy":
-        return Decoder(spec, DummyWeights(seed, dtype, device), tp, dtype, device)
+        return build_model(spec, DummyWeights(seed, dtype, device), tp, dtype, device)
     if load_format not in ("auto", "safetensors"):
         raise ConfigError(f"load_format={load_format!r} is not known; known are auto, safetensors, dummy")
-    weights = CheckpointWeights(Checkpoint(model_path), weight_names(spec.architecture), dtype, device)
-    decoder = Decoder(spec, weights, tp, dtype, device)
+    weights = CheckpointWeights(Checkpoint(model_path), weight_names(spec), dtype, device)
+    model = build_model(spec, weights, tp, dtype, device)
     weights.report_unused()
-    return decoder
+    return model
+
+
+def build_model(
+    spec: DecoderSpec, weights: WeightSource, tp: TensorParallel, dtype: torch.dtype, device: torch.device
+) -> Model:
+    """A rank's model with parameters from `weights`. `ConfigError` where it cannot be split over the ranks."""
+    from rayllm.layers.attention import choose_backend
+    from rayllm.models.decoder import Decoder, attention_groups, kv_specs
+    from rayllm.models.split import check_split
+
+    check_split(spec, tp.size)
+    backend = choose_backend(attention_groups(spec, tp.rank, tp.size), dtype, device)
+    decoder = Decoder(spec, weights, tp, backend, dtype, device)
+    return Model(decoder, backend, kv_specs(spec, tp.size), dtype, device)

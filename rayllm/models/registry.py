@@ -1,35 +1,71 @@
-"""Architectures by the name in config.json. Plain Python: no torch is imported to read a spec."""
+"""Architectures by the name in config.json. Plain Python: no torch is imported to read a spec.
+
+An architecture is a module with
+
+    MODEL_TYPES                               the `model_type`s of config.json that it reads
+    spec(config) -> DecoderSpec               what config.json says, checked
+    names(spec) -> Mapping[str, str | Stored] where its parameters stand in a checkpoint, see `weights.stored`
+
+Packages outside add theirs by `register_architecture`, or by an entry point of the group `rayllm.architectures` whose
+name is the architecture's and whose value is the module: that one is found in every process by itself.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayllm.errors import ConfigError, did_you_mean
-from rayllm.models.architectures import llama, mistral, opt, qwen2, qwen3
 from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields
 from rayllm.models.spec import DecoderSpec
 from rayllm.weights.config_file import read_config
 from rayllm.weights.stored_dtype import stored_dtype
 
-_ARCHITECTURES: dict[str, ModuleType] = {
-    "LlamaForCausalLM": llama,
-    "MistralForCausalLM": mistral,
-    "OPTForCausalLM": opt,
-    "Qwen2ForCausalLM": qwen2,
-    "Qwen3ForCausalLM": qwen3,
+if TYPE_CHECKING:
+    from rayllm.weights.stored import Stored
+
+ENTRY_POINT_GROUP = "rayllm.architectures"
+
+_PACKAGE = "rayllm.models.architectures"
+_modules: dict[str, str] = {
+    "LlamaForCausalLM": f"{_PACKAGE}.llama",
+    "MistralForCausalLM": f"{_PACKAGE}.mistral",
+    "OPTForCausalLM": f"{_PACKAGE}.opt",
+    "Qwen2ForCausalLM": f"{_PACKAGE}.qwen2",
+    "Qwen3ForCausalLM": f"{_PACKAGE}.qwen3",
 }
+"""The module of each architecture, by its import path."""
+
+
+def register_architecture(name: str, module: ModuleType | str) -> None:
+    """Serves checkpoints whose config.json names the architecture `name` by a module (or its import path) as described
+    above, in place of a built-in one of that name. Worker processes import the module by its path.
+
+    Raises `ConfigError` where the module cannot be imported or lacks something.
+    """
+    path = module if isinstance(module, str) else module.__name__
+    _check_module(name, path)
+    _modules[name] = path
 
 
 def known_architectures() -> list[str]:
-    return sorted(_ARCHITECTURES)
+    return sorted({*_modules, *_entry_points()})
 
 
-def weight_names(architecture: str) -> Mapping[str, str]:
-    """Checkpoint names of an architecture's modules, see `weights.mapping.checkpoint_name`."""
-    names: Mapping[str, str] = _ARCHITECTURES[architecture].WEIGHT_NAMES
+def architecture_module(name: str) -> str | None:
+    """The import path of an architecture's module; None where there is none."""
+    return _modules.get(name) or _entry_points().get(name)
+
+
+def weight_names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
+    """Where the parameters of a model with this spec stand in its checkpoint."""
+    path = architecture_module(spec.architecture)
+    assert path is not None, spec.architecture
+    names: Mapping[str, str | Stored] = _check_module(spec.architecture, path).names(spec)
     return names
 
 
@@ -52,15 +88,17 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ConfigError(f"architectures={str(names)[:60]!r} must be a list with the name of the model's class")
-    if names[0] not in _ARCHITECTURES:
-        known = ", ".join(known_architectures())
-        near = did_you_mean(names[0], _ARCHITECTURES)
-        raise ConfigError(f"architecture {names[0][:60]!r} is not supported{near}; known are {known}")
-    module = _ARCHITECTURES[names[0]]
+    name = names[0]
+    path = architecture_module(name)
+    if path is None:
+        known = known_architectures()
+        near = did_you_mean(name, known)
+        raise ConfigError(f"architecture {name[:60]!r} is not supported{near}; known are {', '.join(known)}")
+    module = _check_module(name, path)
     model_type = config.get("model_type", module.MODEL_TYPES[0])
     if model_type not in module.MODEL_TYPES:
         raise ConfigError(
-            f"model_type={str(model_type)[:60]!r} does not fit architecture {names[0]!r}, "
+            f"model_type={str(model_type)[:60]!r} does not fit architecture {name!r}, "
             f"which is {' or '.join(module.MODEL_TYPES)}"
         )
     if config.get("quantization_config") is not None:
@@ -69,3 +107,18 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
         ConfigFields(config).integer("sliding_window", 1, MAX_POSITIONS)
     spec: DecoderSpec = module.spec(config)
     return spec
+
+
+def _entry_points() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _check_module(name: str, path: str) -> ModuleType:
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ConfigError(f"architecture {name!r}: its module {path!r} cannot be imported: {error}") from None
+    missing = [part for part in ("MODEL_TYPES", "spec", "names") if not hasattr(module, part)]
+    if missing:
+        raise ConfigError(f"architecture {name!r}: its module {path!r} has no {' and no '.join(missing)}")
+    return module

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rayllm.layers.spec import Activation, AttentionSpec, MlpSpec, NormSpec, PositionsSpec, RopeSpec
+from rayllm.layers.spec import (
+    Activation,
+    AttentionSpec,
+    FeedForwardSpec,
+    GroupedAttentionSpec,
+    MlpSpec,
+    NormSpec,
+    PositionsSpec,
+    RopeSpec,
+)
 
 __all__ = [
     "Activation",
     "AttentionSpec",
     "DecoderSpec",
+    "FeedForwardSpec",
+    "GroupedAttentionSpec",
     "LayerSpec",
     "MlpSpec",
+    "NormPlacement",
     "NormSpec",
     "PositionsSpec",
     "RopeSpec",
 ]
 
+NormPlacement = Literal["input", "sum", "output", "input_and_output"]
+"""Where norms stand for both attention and feed-forward: on the input of each (Llama), on the residual sum after each
+(the original Transformer), on the output of each before it is added (OLMo 2), or on input and output (Gemma 2)."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     attention: AttentionSpec
-    mlp: MlpSpec
+    feed_forward: FeedForwardSpec
     norm: NormSpec
-    norm_first: bool = True
-    """Norms stand before attention and feed-forward, else after the residual sum."""
+    norm_placement: NormPlacement = "input"
+    parallel: bool = False
+    """Attention and feed-forward both read the layer's input, and both are added to it (GPT-J, GPT-NeoX)."""
+    shares_norm: bool = False
+    """Of a parallel layer: one norm serves both."""
+    residual_scale: float = 1.0
+    """Outputs of attention and feed-forward are multiplied by it before they are added."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A whole model. All its layers have the same KV shape."""
+    """A whole model."""
 
     architecture: str
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -43,19 +65,24 @@ class DecoderSpec:
     max_model_len: int
     """Tokens of context the model is made for."""
     positions: PositionsSpec | None = None
+    embedding_scale: float = 1.0
+    """Token embeddings are multiplied by it, rounded to their dtype."""
+    logits_scale: float = 1.0
+    logits_soft_cap: float | None = None
+    """Logits become c * tanh(logit / c)."""
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
-    def num_heads(self) -> int:
-        return self.layers[0].attention.num_heads
+    def attentions(self) -> Iterator[AttentionSpec]:
+        """Each layer's."""
+        return (layer.attention for layer in self.layers)
 
-    @property
-    def num_kv_heads(self) -> int:
-        return self.layers[0].attention.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.layers[0].attention.head_dim
+    def max_activation_width(self, tp_size: int) -> int:
+        """Elements of a token's widest activation on a rank: what a step needs beside weights and KV, roughly."""
+        inner = max(
+            layer.feed_forward.intermediate_size * (2 if layer.feed_forward.gated else 1) for layer in self.layers
+        )
+        heads = max((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim for spec in self.attentions())
+        return max(self.hidden_size, inner // tp_size, heads // tp_size)

@@ -5,8 +5,9 @@ The same class runs inside a worker actor and, alone, in a process without Ray.
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,20 +16,22 @@ import torch
 from rayllm.config import ResolvedConfig, count_cores
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import NO_TOKEN_LEFT
-from rayllm.layers.batch import KVPool, allocate_kv
-from rayllm.messages import Finish, RowStart, StepPlan, StepResult, TokenLogprobs
-from rayllm.models import load_decoder
+from rayllm.layers.kv_cache import KVPool
+from rayllm.messages import Finish, RowStart, StepPlan, StepResult
+from rayllm.models import load_model
 from rayllm.models.decoder import kv_bytes_per_block
 from rayllm.models.registry import read_spec
 from rayllm.request import SamplingParams, pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
-from rayllm.runner.device_check import check_device
+from rayllm.runner.device_check import check_device, device_name
 from rayllm.runner.memory import plan_num_blocks
 from rayllm.runner.rows import Rows
-from rayllm.sampling.logprobs import token_logprobs
-from rayllm.sampling.sampler import Sampler
+from rayllm.sampling.logprobs import LogprobTensors, compute_logprobs
+from rayllm.sampling.sampler import Sampled, Sampler
 from rayllm.structured.rows import StructuredRows
 from rayllm.structured.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 16
 _MAX_MASK_THREADS = 8
@@ -38,18 +41,22 @@ _LOGPROB_SLICE = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
-    """What a step's sampling gave: ids as they travel, by row what was asked for, and what went wrong or ended."""
+class InFlight:
+    """A step that was launched and whose result nobody has read back: its tensors may still be computed."""
 
-    token_ids: bytes = b""
-    logprobs: dict[int, TokenLogprobs | None] = field(default_factory=dict)
-    invalid_rows: set[int] = field(default_factory=set)
-    ends: dict[int, Finish] = field(default_factory=dict)
+    plan: StepPlan
+    step: StepInput
+    began_s: float
+    """By `time.perf_counter`."""
+    sampled: Sampled | None
+    """None where the step reaches no row's end."""
+    prompt_logprobs: list[list[LogprobTensors]]
+    """For each of `step.spans`, one slice of positions after another."""
 
 
 class Runner:
-    """Checks its device and loads this rank's shard at construction. `start` allocates the KV pool; then `execute`,
-    once a plan."""
+    """Checks its device and loads this rank's shard at construction. `start` allocates the KV pool; then `execute`, or
+    `launch` and `finish`, once a plan."""
 
     def __init__(self, config: ResolvedConfig, tp: TensorParallel, device: torch.device | None = None):
         self._config = config
@@ -59,7 +66,7 @@ class Runner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         spec = read_spec(config.model_path)
         self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
-        self._decoder = load_decoder(
+        self._model = load_model(
             config.model_path,
             spec,
             tp,
@@ -68,6 +75,8 @@ class Runner:
             load_format=config.engine.load_format,
             seed=config.engine.seed,
         )
+        backend = self._model.backend.name
+        log.info("attention backend %r in %s on %s", backend, config.dtype, device_name(self._device))
         self._rows = self._no_rows(0)
         self._sampler = Sampler(
             max_rows=config.max_num_seqs,
@@ -94,9 +103,10 @@ class Runner:
 
     def _activation_bytes(self) -> int:
         """A bound for what one step allocates: the widest layer's intermediates and the logits."""
-        decoder, tokens = self._decoder, self._config.max_num_batched_tokens
+        width = self._model.decoder.spec.max_activation_width(self._tp.size)
+        tokens = self._config.max_num_batched_tokens
         logits = self._config.max_num_seqs * self._config.shape.vocab_size * 4 * 3
-        return tokens * decoder.widest * 4 * self._dtype.itemsize + logits
+        return tokens * width * 4 * self._dtype.itemsize + logits
 
     def start(self, num_blocks: int) -> None:
         """Allocates the KV pool, once, and one block that no row is given; begins with no rows, every time. What the
@@ -106,20 +116,10 @@ class Runner:
             self._sampler.clear_row(row)
             self._structured.end(row)
         self._structured.prepare()
-        self._kv = self._kv or self._allocate(num_blocks)
+        if self._kv is None:
+            self._kv = self._model.allocate_kv(num_blocks + 1, self._config.block_size)
         self._kv.clear([num_blocks])
         self._unclean = set(range(num_blocks))
-
-    def _allocate(self, num_blocks: int) -> KVPool:
-        return allocate_kv(
-            self._config.shape.num_layers,
-            num_blocks + 1,
-            self._decoder.num_local_kv_heads,
-            self._config.block_size,
-            self._decoder.head_dim,
-            self._dtype,
-            self._device,
-        )
 
     def warm_up(self) -> None:
         """One short prompt and one decode step, so that the first request does not pay for first uses (allocators,
@@ -135,42 +135,68 @@ class Runner:
         self._sampler.clear_row(0)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Does one step. Plans come in order, none left out; the result is the same on every rank."""
-        began = time.perf_counter()
+        """Does one step: `launch`, then `finish`."""
+        return self.finish(self.launch(plan))
+
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Begins a step: everything that the device is to compute is on its way. Plans come in order, none left out.
+
+        Step n + 1 may be launched before n is finished, except with rows that a grammar binds: their masks follow from
+        the tokens of step n.
+        """
+        began_s = time.perf_counter()
         with torch.inference_mode():
-            self._rows.apply(plan)
-            if self._unclean:
-                self._clean(plan)
-            for row in unpack_ids(plan.finished_rows):
-                self._sampler.clear_row(row)
-                self._structured.end(row)
-            for new in plan.new_rows:
-                tokens = unpack_ids(new.tokens)
-                self._sampler.set_row(new.row, new.params, new.seed, new.choice, tokens, new.num_prompt_tokens)
-                self._structured.begin(new.row, new.params, tokens[new.num_prompt_tokens :])
-            row_ids = np.frombuffer(plan.rows, np.int32)
-            counts = np.frombuffer(plan.counts, np.int32)
+            self._apply(plan)
+            row_ids, counts = np.frombuffer(plan.rows, np.int32), np.frombuffer(plan.counts, np.int32)
             step = build_step(self._rows, row_ids, counts, self._config.block_size, self._device)
-            hidden_ND = self._decoder.forward(step.batch, self._pool().layers)
-            drawn = self._sample(step, hidden_ND)
-            prompt_logprobs = self._prompt_logprobs(step, hidden_ND[len(step.sampled_rows) :])
+            hidden_ND = self._model.forward(step.batch, self._pool())
+            num_sampled = len(step.sampled_rows)
+            sampled = self._sample(step, hidden_ND[:num_sampled]) if num_sampled else None
+            prompt_logprobs = self._prompt_logprobs(step, hidden_ND[num_sampled:])
             self._rows.advance(row_ids, counts, step.sampled_rows)
-            invalid_rows = drawn.invalid_rows | {row for row, entries in prompt_logprobs.items() if None in entries}
-            for row in invalid_rows:
-                self._unclean.update(self._rows.blocks(row))
+        return InFlight(plan, step, began_s, sampled, prompt_logprobs)
+
+    def finish(self, in_flight: InFlight) -> StepResult:
+        """Waits for a launched step and reads it back, in the order of launching. The result is the same on every
+        rank."""
+        plan, sampled = in_flight.plan, in_flight.sampled
+        prompt_logprobs = {
+            span.row: [entry for tensors in parts for entry in tensors.to_messages()]
+            for span, parts in zip(in_flight.step.spans, in_flight.prompt_logprobs, strict=True)
+        }
+        logprobs = {} if sampled is None else sampled.by_row()
+        invalid_rows = set() if sampled is None else sampled.invalid_rows()
+        invalid_rows |= {row for row, entry in logprobs.items() if entry is None}
+        invalid_rows |= {row for row, entries in prompt_logprobs.items() if None in entries}
+        for row in invalid_rows:
+            self._unclean.update(self._rows.blocks(row))
+        token_ids = b"" if sampled is None else sampled.token_ids_N.to(torch.int32).cpu().numpy().tobytes()
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
-            rows=pack_ids(step.sampled_rows.tolist()),
-            token_ids=drawn.token_ids,
-            logprobs={row: entry for row, entry in drawn.logprobs.items() if entry is not None},
+            rows=pack_ids(in_flight.step.sampled_rows.tolist()),
+            token_ids=token_ids,
+            logprobs={row: entry for row, entry in logprobs.items() if entry is not None},
             prompt_logprobs={
                 row: [entry for entry in entries if entry is not None] for row, entries in prompt_logprobs.items()
             },
-            elapsed_s=time.perf_counter() - began,
+            ends={} if sampled is None else self._ends(sampled, token_ids),
             invalid_rows=pack_ids(sorted(invalid_rows)),
-            ends=drawn.ends,
+            elapsed_s=time.perf_counter() - in_flight.began_s,
         )
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Takes over the plan's differences: rows that end and begin, blocks that are given away."""
+        self._rows.apply(plan)
+        if self._unclean:
+            self._clean(plan)
+        for row in unpack_ids(plan.finished_rows):
+            self._sampler.clear_row(row)
+            self._structured.end(row)
+        for new in plan.new_rows:
+            tokens = unpack_ids(new.tokens)
+            self._sampler.set_row(new.row, new.params, new.seed, new.choice, tokens, new.num_prompt_tokens)
+            self._structured.begin(new.row, new.params, tokens[new.num_prompt_tokens :])
 
     def _clean(self, plan: StepPlan) -> None:
         """Zeroes those of the blocks that the plan gives away of which nobody knows what they hold: not used since the
@@ -187,40 +213,40 @@ class Runner:
         assert self._kv is not None, "start() comes first"
         return self._kv
 
-    def _sample(self, step: StepInput, hidden_ND: torch.Tensor) -> _Drawn:
+    def _sample(self, step: StepInput, hidden_ND: torch.Tensor) -> Sampled:
         rows = step.sampled_rows.tolist()
-        if not rows:
-            return _Drawn()
-        logits_NV = self._decoder.logits(hidden_ND[: len(rows)])
-        sampled = self._sampler.sample(logits_NV, rows, self._structured.masks(rows))
+        sampled = self._sampler.sample(self._model.logits(hidden_ND), rows, self._structured.masks(rows))
         rows_N = torch.from_numpy(step.sampled_rows.astype(np.int64)).to(self._device)
         self._rows.last_token_R[rows_N] = sampled.token_ids_N
-        logprobs, invalid_rows = sampled.by_row(), sampled.invalid_rows()
-        invalid_rows |= {row for row, entry in logprobs.items() if entry is None}
-        token_ids = sampled.token_ids_N.to(torch.int32).cpu().numpy()
+        return sampled
+
+    def _ends(self, sampled: Sampled, token_ids: bytes) -> dict[int, Finish]:
+        """The rows that a grammar ends, or that have no token left to draw."""
         stuck_rows = sampled.stuck_rows()
         for row in stuck_rows:
             self._structured.fail(row, "the grammar and the request's other limits together leave no token")
-        ends = self._structured.advance(rows, token_ids.tolist())
+        ends = self._structured.advance(sampled.rows, unpack_ids(token_ids).tolist())
         for row in stuck_rows:
             ends.setdefault(row, _NO_TOKEN_LEFT)
-        return _Drawn(token_ids.tobytes(), logprobs, invalid_rows, ends)
+        return ends
 
-    def _prompt_logprobs(self, step: StepInput, hidden_ND: torch.Tensor) -> dict[int, list[TokenLogprobs | None]]:
-        found: dict[int, list[TokenLogprobs | None]] = {}
+    def _prompt_logprobs(self, step: StepInput, hidden_ND: torch.Tensor) -> list[list[LogprobTensors]]:
+        found: list[list[LogprobTensors]] = []
         begin = 0
         for span in step.spans:
             end = begin + len(span.next_ids)
-            found[span.row] = self._span_logprobs(span, hidden_ND[begin:end])
+            found.append(self._span_logprobs(span, hidden_ND[begin:end]))
             begin = end
         return found
 
-    def _span_logprobs(self, span: PromptLogprobSpan, hidden_ND: torch.Tensor) -> list[TokenLogprobs | None]:
+    def _span_logprobs(self, span: PromptLogprobSpan, hidden_ND: torch.Tensor) -> list[LogprobTensors]:
         next_ids_N = torch.from_numpy(span.next_ids.astype(np.int64)).to(self._device)
-        found: list[TokenLogprobs | None] = []
+        found: list[LogprobTensors] = []
         for begin in range(0, len(next_ids_N), _LOGPROB_SLICE):
             part = slice(begin, begin + _LOGPROB_SLICE)
-            found += token_logprobs(self._decoder.logits(hidden_ND[part]), next_ids_N[part], span.num_top)
+            ids_N = next_ids_N[part]
+            logits_NV = self._model.logits(hidden_ND[part])
+            found.append(compute_logprobs(logits_NV, ids_N, [span.num_top] * len(ids_N)))
         return found
 
 

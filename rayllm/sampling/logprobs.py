@@ -59,10 +59,3 @@ def _logprobs_of_slice(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> 
         values_NK = torch.cat((values_NK, top_NK[:, :num_top]), 1)
         ids_NK = torch.cat((ids_NK, top_ids_NK[:, :num_top]), 1)
     return ids_NK, ((values_NK - max_N1).double() - mass_N1.log()).float(), rank_N
-
-
-def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> list[TokenLogprobs | None]:
-    """Each line's token first, then its `num_top` most likely ones (all of a smaller vocabulary); None for NaN."""
-    if len(token_ids_N) == 0:
-        return []
-    return compute_logprobs(logits_NV.float(), token_ids_N, [num_top] * len(token_ids_N)).to_messages()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from rayllm.errors import ConfigError, did_you_mean
 from rayllm.weights.config_file import check_regular_file, read_json
 from rayllm.weights.files import index_file, safetensors_files
 
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes of a number, by safetensors' names of what torch can hold."""
 
 
 class Checkpoint:
@@ -23,6 +26,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.bytes_read = 0
+        self._used: set[str] = set()
         if not self.folder.is_dir():
             raise ConfigError(f"model folder {str(folder)!r} does not exist")
         self._files: dict[str, Path] = {}
@@ -47,18 +51,28 @@ class Checkpoint:
             raise ConfigError(f"{self.folder}: the checkpoint has no tensor {name!r}{near}")
         return self._files[name]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """`ConfigError` where there is no tensor `name` of this shape. It counts as used from then on."""
+        self._used.add(name)
+        found = self._slice(name).get_shape()
+        if list(found) != list(shape):
+            raise ConfigError(
+                f"{self.file_of(name)}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}"
+            )
 
-    def read(self, name: str, dim: int, part: range) -> Tensor:
-        """`part` of tensor `name` along `dim` (0 or 1), in the checkpoint's own dtype."""
+    def unused(self) -> list[str]:
+        """Tensors that nobody asked for, sorted."""
+        return sorted(name for name in self._files if name not in self._used)
+
+    def read(self, name: str, region: Sequence[range]) -> Tensor:
+        """The given range of each dimension of tensor `name`, in the checkpoint's own dtype."""
         view = self._slice(name)
         dtype = view.get_dtype()
         if dtype not in _DTYPE_BYTES:
             known = ", ".join(_DTYPE_BYTES)
             raise ConfigError(f"{self.file_of(name)}: tensor {name!r} has dtype {dtype}; known are {known}")
         try:
-            tensor = view[part.start : part.stop] if dim == 0 else view[:, part.start : part.stop]
+            tensor = view[tuple(slice(part.start, part.stop) for part in region)]
         except Exception as error:
             raise ConfigError(f"{self.file_of(name)}: tensor {name!r} cannot be read: {_one_line(error)}") from None
         self.bytes_read += tensor.numel() * _DTYPE_BYTES[dtype]

@@ -4,21 +4,84 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rayllm.linear import GatedLinear, Linear, dense_linear, gated_linear
 
-class WeightSource(Protocol):
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The outputs of one module that a linear layer computes: `size` in all, of which this rank holds `part`.
+
+    `part` may reach past the end (a padded vocabulary): outputs past the end are zero.
+    """
+
+    module: str
+    """Its parameters are `{module}.weight` and `{module}.bias`."""
+    size: int
+    part: range | None = None
+    """None: all."""
+
+
+class WeightSource(ABC):
     """Gives parameters by RayLLM's names (`layers.3.q.weight`), cut to the part that a rank holds."""
 
+    @abstractmethod
     def tensor(self, name: str, shape: tuple[int, ...], *, dim: int = 0, part: range | None = None) -> Tensor:
         """The parameter `name`, whose full shape is `shape`, cut to `part` along `dim`; dtype and device are set.
 
         `part` may reach past the end of `dim` (a padded vocabulary): what is past the end is zero.
         """
-        ...
+
+    def linear(
+        self,
+        outputs: Sequence[Outputs],
+        num_inputs: int,
+        *,
+        inputs: range | None = None,
+        bias: bool = False,
+        holds_bias: bool = True,
+    ) -> Linear:
+        """One linear layer that computes the outputs of several modules, one after another, from the same inputs.
+
+        `inputs` are the inputs that this rank holds (row parallelism), all by default. `bias`: the modules have one;
+        with `holds_bias=False` it belongs to another rank and is left out here.
+        """
+        weights = [self._weight(each, num_inputs, inputs) for each in outputs]
+        if bias and not holds_bias:
+            for each in outputs:
+                self.leave_to_others(f"{each.module}.bias", (each.size,))
+        biases = [self._bias(each) for each in outputs] if bias and holds_bias else []
+        return dense_linear(_joined(weights), _joined(biases) if biases else None)
+
+    def gated_linear(
+        self, gate: Outputs, up: Outputs, num_inputs: int, activation: str, *, bias: bool = False
+    ) -> GatedLinear:
+        """activation(gate(x)) * up(x)."""
+        gate_weight, up_weight = (self._weight(each, num_inputs) for each in (gate, up))
+        gate_bias, up_bias = (self._bias(each) if bias else None for each in (gate, up))
+        return gated_linear((gate_weight, gate_bias), (up_weight, up_bias), activation)
+
+    @abstractmethod
+    def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
+        """Says that other ranks hold this parameter and this one does not; it is checked all the same."""
+
+    def _weight(self, outputs: Outputs, num_inputs: int, inputs: range | None = None) -> Tensor:
+        shape = (outputs.size, num_inputs)
+        dim, part = (0, outputs.part) if inputs is None else (1, inputs)
+        return self.tensor(f"{outputs.module}.weight", shape, dim=dim, part=part)
+
+    def _bias(self, outputs: Outputs) -> Tensor:
+        return self.tensor(f"{outputs.module}.bias", (outputs.size,), part=outputs.part)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def clip(part: range, size: int) -> range:
@@ -36,7 +99,7 @@ def pad_to(tensor: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(shape)), dim=dim)
 
 
-class DummyWeights:
+class DummyWeights(WeightSource):
     """Random weights, each a function of (seed, name): all ranks cut the same full tensor, whatever their number."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device):
@@ -58,3 +121,6 @@ class DummyWeights:
             inside = clip(part, shape[dim])
             full = pad_to(full.narrow(dim, inside.start, len(inside)), dim, len(part))
         return full.contiguous().to(self._device)
+
+    def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
+        pass

@@ -96,7 +96,7 @@ def _with_a_broken_token() -> Any:
         from rayllm.runner.runner import Runner
 
         runner = Runner(config, tp)
-        embedding = runner._decoder._embedding
+        embedding = runner._model.decoder._embedding
         if BROKEN in embedding._part:
             embedding.weight_VD[BROKEN - embedding._part.start] = torch.nan
         return runner

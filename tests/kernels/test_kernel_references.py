@@ -180,7 +180,7 @@ def test_paged_decode_attends_to_each_rows_own_keys(
     for row, length in enumerate(lens):
         mask[row, :, :length] = 0
     index, workspace = pages.index([0, 1]), _workspace(dtype)
-    found = paged_decode(q, pages.k_cache, pages.v_cache, index, mask.view(-1, width), 0.3, workspace)
+    found = paged_decode(q, pages.k_cache, pages.v_cache, index, mask.view(-1, 1, width), 0.3, workspace)
     group = num_heads // num_kv_heads
     for row, length in enumerate(lens):
         for head in range(num_heads):

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from rayllm.distributed.groups import TensorParallel
-from rayllm.layers import linear, mlp
 from rayllm.layers.embedding import VocabEmbedding, vocab_part
-from rayllm.layers.linear import Linear
 from rayllm.layers.mlp import Mlp
 from rayllm.layers.spec import Activation, MlpSpec
+from rayllm.linear import PackedLinear, WidenedLinear, dense_linear, widened
 from rayllm.weights.source import DummyWeights
 from rayllm_kernels.activation import ACTIVATIONS
 
@@ -34,14 +33,14 @@ def test_products_equal_float64(
     dtype: torch.dtype, num_tokens: int, biased: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not packed:
-        monkeypatch.setattr(linear, "can_pack", lambda weight: False)
+        monkeypatch.setattr(PackedLinear, "supports", lambda weight: False)
     x, weight, other = (
         _random(*shape, dtype=dtype, seed=seed)
         for seed, shape in enumerate(((num_tokens, 37), (19, 37), (num_tokens, 19)))
     )
     bias = _random(19, dtype=dtype, seed=3) if biased else None
     expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
-    layer = Linear(weight, bias)
+    layer = dense_linear(weight, bias)
     assert _error(layer(x), expected) < DTYPES[dtype]
     assert _error(layer.plus(x, other), expected + other.double()) < DTYPES[dtype]
     assert _error(layer.times(x, other), expected * other.double()) < DTYPES[dtype]
@@ -55,12 +54,12 @@ def test_products_equal_float64(
 def test_a_cpu_without_16_bit_instructions_rounds_float32_once(
     num_tokens: int, dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "can_pack", lambda weight: False)
-    monkeypatch.setattr(linear, "is_emulated", lambda weight: True)
-    monkeypatch.setattr(linear, "_PIECE_SIZE", 16 * 37)  # pieces of 16 outputs: the last has 3
+    monkeypatch.setattr(PackedLinear, "supports", lambda weight: False)
+    monkeypatch.setattr(WidenedLinear, "supports", lambda weight: True)
+    monkeypatch.setattr(widened, "_PIECE_SIZE", 16 * 37)  # pieces of 16 outputs: the last has 3
     x, weight = _random(num_tokens, 37, dtype=dtype, seed=0), _random(35, 37, dtype=dtype, seed=1)
     bias = _random(35, dtype=dtype, seed=2) if biased else None
-    found = Linear(weight, bias)(x)
+    found = dense_linear(weight, bias)(x)
     exact = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
     if num_tokens >= 8:
         half_step = torch.finfo(dtype).eps / 2
@@ -72,14 +71,14 @@ def test_a_cpu_without_16_bit_instructions_rounds_float32_once(
 def test_only_16_bit_floats_on_a_cpu_that_has_no_word_for_them_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True, raising=False)
-    found = [linear.is_emulated(torch.ones(2, 2, dtype=dtype)) for dtype in (*DTYPES, torch.int8)]
+    found = [WidenedLinear.supports(torch.ones(2, 2, dtype=dtype)) for dtype in (*DTYPES, torch.int8)]
     assert found == [False, True, False, False]
-    assert not linear.is_emulated(torch.ones(2, 2, dtype=torch.bfloat16, device="meta"))
+    assert not WidenedLinear.supports(torch.ones(2, 2, dtype=torch.bfloat16, device="meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tokens_give_no_rows(dtype: torch.dtype) -> None:
-    layer = Linear(torch.ones(5, 3, dtype=dtype))
+    layer = dense_linear(torch.ones(5, 3, dtype=dtype))
     assert layer(torch.ones(0, 3, dtype=dtype)).shape == (0, 5)
     assert layer.plus(torch.ones(0, 3, dtype=dtype), torch.ones(0, 5, dtype=dtype)).shape == (0, 5)
 
@@ -93,10 +92,9 @@ def test_feed_forward_is_the_same_joined_and_separate(
     spec = MlpSpec(24, activation, gated, bias)
     weights = DummyWeights(0, torch.float32, CPU)
     x, residual = (_random(5, 16, dtype=torch.float32, seed=seed) for seed in (1, 2))
-    packed = Mlp(weights, "layers.0", spec, 16, TensorParallel())(x, residual)
-    for module in (linear, mlp):
-        monkeypatch.setattr(module, "can_pack", lambda weight: False)
-    plain = Mlp(weights, "layers.0", spec, 16, TensorParallel())(x, residual)
+    packed = Mlp(weights, "layers.0", spec, 16, TensorParallel()).plus(x, residual)
+    monkeypatch.setattr(PackedLinear, "supports", lambda weight: False)
+    plain = Mlp(weights, "layers.0", spec, 16, TensorParallel()).plus(x, residual)
     up, down = (weights.tensor(f"layers.0.{n}.weight", s) for n, s in (("up", (24, 16)), ("down", (16, 24))))
     inner = x @ up.T
     inner = (

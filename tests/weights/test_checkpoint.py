@@ -17,7 +17,8 @@ from tiny import make_checkpoint
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
 from rayllm.weights.checkpoint import Checkpoint
-from rayllm.weights.mapping import CheckpointWeights, checkpoint_name
+from rayllm.weights.checkpoint_weights import CheckpointWeights, find_stored
+from rayllm.weights.stored import Tensor
 from rayllm.weights.stored_dtype import stored_dtype
 
 WEIGHTS = "model.safetensors"
@@ -122,7 +123,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor missing": (_missing_tensor, r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"),
     "tensor of a wrong shape": (_wrong_shape, r"model\.safetensors: tensor 'model\.norm\.weight' has shape \[63\]"),
-    "tensor of a wrong dtype": (_wrong_dtype, r"tensor 'model\.norm\.weight' has dtype I8; known are F64"),
+    "tensor of a wrong dtype": (
+        _wrong_dtype,
+        r"has dtype torch\.int8: final_norm\.weight must be of floating",
+    ),
     "tensor with a NaN": (_not_a_number, r"tensor 'model\.norm\.weight' holds NaN or infinity"),
     "tensor in two files": (_both_files, r"is both in .*one\.safetensors and in other\.safetensors"),
     "index names a missing shard": (lambda folder: _index(folder, "gone.safetensors"), r"gone\.safetensors cannot be"),
@@ -215,24 +219,24 @@ def test_files_beside_the_standard_ones_are_not_read(stray: str, form: str, fold
 
 def test_a_bfloat16_checkpoint_is_served_in_float32(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, tokenizer=False, dtype=torch.bfloat16)
-    decoder = load(TensorParallel(), path)
-    assert decoder.spec.dtype == "bfloat16"
-    found = log_probs(decoder, [[5, 9, 200, 31]], [4], 16)[0]
+    model = load(TensorParallel(), path)
+    assert model.decoder.spec.dtype == "bfloat16"
+    found = log_probs(model, [[5, 9, 200, 31]], [4], 16)[0]
     assert found.dtype == torch.float32
     assert bool(found.isfinite().all())
 
 
 def test_weights_too_large_for_the_dtype_are_refused(folder: Path) -> None:
-    from rayllm.models import load_decoder
+    from rayllm.models import load_model
     from rayllm.models.registry import read_spec
 
     _edit(folder, lambda tensors: tensors["model.norm.weight"].mul_(1e6))
     with pytest.raises(ConfigError, match=r"holds NaN or infinity as torch\.float16"):
-        load_decoder(str(folder), read_spec(folder), TensorParallel(), dtype=torch.float16, device=torch.device("cpu"))
+        load_model(str(folder), read_spec(folder), TensorParallel(), dtype=torch.float16, device=torch.device("cpu"))
 
 
 def test_a_rank_reads_only_its_slices(tmp_path: Path) -> None:
-    from rayllm.models.decoder import Decoder
+    from rayllm.models import build_model
     from rayllm.models.registry import read_spec, weight_names
 
     path = make_checkpoint(tmp_path, tokenizer=False, num_hidden_layers=4)
@@ -240,8 +244,8 @@ def test_a_rank_reads_only_its_slices(tmp_path: Path) -> None:
     read = []
     for tp in (TensorParallel(), TensorParallel(0, 2), TensorParallel(1, 2)):
         checkpoint = Checkpoint(path)
-        weights = CheckpointWeights(checkpoint, weight_names(spec.architecture), torch.float32, torch.device("cpu"))
-        Decoder(spec, weights, tp, torch.float32, torch.device("cpu"))
+        weights = CheckpointWeights(checkpoint, weight_names(spec), torch.float32, torch.device("cpu"))
+        build_model(spec, weights, tp, torch.float32, torch.device("cpu"))
         read.append(checkpoint.bytes_read)
     whole, first, second = read
     norms = (2 * spec.num_layers + 1) * spec.hidden_size * 4
@@ -251,5 +255,5 @@ def test_a_rank_reads_only_its_slices(tmp_path: Path) -> None:
 
 def test_names_map_layers_and_modules_to_the_checkpoints_own() -> None:
     names = {"embedding": "model.embed_tokens", "layers.q": "model.layers.{}.self_attn.q_proj"}
-    assert checkpoint_name("embedding.weight", names) == "model.embed_tokens.weight"
-    assert checkpoint_name("layers.12.q.bias", names) == "model.layers.12.self_attn.q_proj.bias"
+    assert find_stored("embedding.weight", names) == Tensor("model.embed_tokens.weight")
+    assert find_stored("layers.12.q.bias", names) == Tensor("model.layers.12.self_attn.q_proj.bias")

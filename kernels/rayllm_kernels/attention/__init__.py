@@ -1,5 +1,5 @@
 """Attention over paged keys and values."""
 
-from rayllm_kernels.attention.reference import gather_pages, paged_decode, paged_prefill, prompt_attention
+from rayllm_kernels.attention.reference import attend, gather_pages, paged_decode, paged_prefill, prompt_attention
 
-__all__ = ["gather_pages", "paged_decode", "paged_prefill", "prompt_attention"]
+__all__ = ["attend", "gather_pages", "paged_decode", "paged_prefill", "prompt_attention"]

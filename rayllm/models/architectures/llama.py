@@ -18,10 +18,10 @@ from rayllm.models.config_fields import (
     read_rope,
     scaled_context,
 )
-from rayllm.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec
+from rayllm.models.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
 
 MODEL_TYPES = ("llama",)
-WEIGHT_NAMES = {
+_NAMES = {
     "embedding": "model.embed_tokens",
     "layers.attention_norm": "model.layers.{}.input_layernorm",
     "layers.q": "model.layers.{}.self_attn.q_proj",
@@ -50,7 +50,7 @@ def spec(
     norm = NormSpec("rms", fields.number("rms_norm_eps", 0, 1, default=1e-6))
     attention_bias = fields.flag("attention_bias", False)
     rope = read_rope(fields, head_dim, max_positions)
-    attention = AttentionSpec(
+    attention = GroupedAttentionSpec(
         num_heads,
         num_kv_heads,
         head_dim,
@@ -81,3 +81,8 @@ def spec(
 def with_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
     """`layer` with some fields of its attention changed."""
     return replace(layer, attention=replace(layer.attention, **changes))
+
+
+def names(spec: DecoderSpec) -> Mapping[str, str]:
+    """The checkpoint's modules."""
+    return _NAMES

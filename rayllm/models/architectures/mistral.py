@@ -11,7 +11,7 @@ from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields
 from rayllm.models.spec import DecoderSpec
 
 MODEL_TYPES = ("mistral",)
-WEIGHT_NAMES = llama.WEIGHT_NAMES
+names = llama.names
 
 
 def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:

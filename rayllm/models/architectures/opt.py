@@ -16,10 +16,10 @@ from rayllm.models.config_fields import (
     read_dtype,
     read_heads,
 )
-from rayllm.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec, PositionsSpec
+from rayllm.models.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, PositionsSpec
 
 MODEL_TYPES = ("opt",)
-WEIGHT_NAMES = {
+_NAMES = {
     "embedding": "model.decoder.embed_tokens",
     "positions": "model.decoder.embed_positions",
     "layers.attention_norm": "model.decoder.layers.{}.self_attn_layer_norm",
@@ -54,7 +54,7 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
     norm_first = fields.flag("do_layer_norm_before", True)
     max_positions = fields.integer("max_position_embeddings", 1, MAX_POSITIONS, default=2048)
     layer = LayerSpec(
-        AttentionSpec(num_heads, num_heads, head_dim, scale=head_dim**-0.5, qkv_bias=bias, out_bias=bias),
+        GroupedAttentionSpec(num_heads, num_heads, head_dim, scale=head_dim**-0.5, qkv_bias=bias, out_bias=bias),
         MlpSpec(
             fields.integer("ffn_dim", 1, MAX_WIDTH),
             read_activation(fields, "activation_function", default="relu"),
@@ -62,7 +62,7 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
             bias=bias,
         ),
         _LAYER_NORM,
-        norm_first,
+        "input" if norm_first else "sum",
     )
     has_final_norm = norm_first and not fields.flag("_remove_final_layer_norm", False)
     return DecoderSpec(
@@ -76,3 +76,8 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
         max_model_len=max_positions,
         positions=PositionsSpec(max_positions, offset=2),
     )
+
+
+def names(spec: DecoderSpec) -> Mapping[str, str]:
+    """The checkpoint's modules."""
+    return _NAMES

@@ -12,7 +12,7 @@ from rayllm.models.config_fields import MAX_LAYERS, MAX_POSITIONS, ConfigFields
 from rayllm.models.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen2",)
-WEIGHT_NAMES = llama.WEIGHT_NAMES
+names = llama.names
 
 
 def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:

@@ -11,7 +11,7 @@ from rayllm.models.architectures.qwen2 import layer_windows
 from rayllm.models.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen3",)
-WEIGHT_NAMES = llama.WEIGHT_NAMES
+names = llama.names
 
 
 def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:

@@ -10,8 +10,8 @@ from teacher import PagedRun, load, log_probs
 from tiny import make_checkpoint
 
 from rayllm.distributed.groups import TensorParallel
-from rayllm.layers import attention
-from rayllm.layers.attention import AttentionPlan, Workspace, kv_heads_of
+from rayllm.layers.attention import AttentionGroup, GatheredBackend, gathered, kv_heads_of
+from rayllm.layers.attention.gathered import GroupPlan
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -24,13 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _plan(
     folder: Path, done: list[int], counts: dict[int, int], window: int | None = None
-) -> tuple[AttentionPlan, PagedRun]:
+) -> tuple[GroupPlan, PagedRun]:
     """The plan of the step that computes `counts` after `done` tokens of each sequence."""
     run = PagedRun(load(TensorParallel(), folder), [[1] * 40 for _ in done], BLOCK_SIZE)
     run.done = list(done)
     batch, _ = run.batch(counts)
-    plan = AttentionPlan.build(batch, 2, 16, torch.float32, Workspace(torch.float32, CPU), window)
-    return plan, run
+    group = AttentionGroup(num_kv_heads=2, head_dim=16, window=window)
+    return GatheredBackend([group], torch.float32, CPU).prepare(batch)[group], run
 
 
 def test_rows_of_equal_length_are_one_group(folder: Path) -> None:
@@ -43,16 +43,16 @@ def test_rows_of_equal_length_are_one_group(folder: Path) -> None:
 def test_ragged_rows_are_masked_past_their_own_length(folder: Path) -> None:
     plan, _ = _plan(folder, [9, 2], {0: 1, 1: 1})
     (group,) = plan.decode
-    assert (group.mask_NL == 0).sum(dim=1).tolist() == [10, 10, 3, 3]
+    assert (group.mask_NGL == 0).sum(dim=2).flatten().tolist() == [10, 10, 3, 3]
 
 
 def test_rows_are_cut_into_groups_of_similar_length(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page_bytes = 2 * 2 * BLOCK_SIZE * 16 * 4
-    monkeypatch.setitem(attention._GROUP_BYTES, "cpu", 6 * page_bytes)
+    monkeypatch.setitem(gathered._GROUP_BYTES, "cpu", 6 * page_bytes)
     plan, _ = _plan(folder, [39, 3, 20, 3], dict.fromkeys(range(4), 1))
     rows = [group.tokens.tolist() if isinstance(group.tokens, torch.Tensor) else group.tokens for group in plan.decode]
     assert rows == [[1, 3], slice(2, 3), slice(0, 1)]
-    assert [group.mask_NL.shape[1] for group in plan.decode] == [4, 24, 40]
+    assert [group.mask_NGL.shape[2] for group in plan.decode] == [4, 24, 40]
 
 
 def test_whole_prompts_of_equal_length_go_together_and_read_no_pages(folder: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_window_gathers_only_the_pages_it_reaches(folder: Path) -> None:
     plan, _ = _plan(folder, [30, 30], {0: 1, 1: 4}, window=5)
     (group,), (chunk,) = plan.decode, plan.chunks
     assert group.pages.numel() == 2 * 2
-    assert [(row == 0).nonzero().flatten().tolist() for row in group.mask_NL] == [[2, 3, 4, 5, 6]] * 2
+    assert [(row == 0).nonzero().flatten().tolist() for row in group.mask_NGL[:, 0]] == [[2, 3, 4, 5, 6]] * 2
     assert chunk.pages.numel() == 2 * 3
     assert (chunk.mask_TL == 0).sum(dim=1).tolist() == [5] * 4
 
@@ -78,7 +78,7 @@ def test_the_group_limit_never_shows_in_the_result(folder: Path, monkeypatch: py
     sequences = [[7 * i % 200 for i in range(n)] for n in (23, 4, 11, 30)]
     decoder = load(TensorParallel(), folder)
     whole = log_probs(decoder, sequences, [1] * 4, BLOCK_SIZE)
-    monkeypatch.setitem(attention._GROUP_BYTES, "cpu", 1)
+    monkeypatch.setitem(gathered._GROUP_BYTES, "cpu", 1)
     apart = log_probs(decoder, sequences, [1] * 4, BLOCK_SIZE)
     for one, other in zip(whole, apart, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
@@ -87,29 +87,29 @@ def test_the_group_limit_never_shows_in_the_result(folder: Path, monkeypatch: py
 def test_a_step_touches_no_slot_but_its_own(folder: Path) -> None:
     run = PagedRun(load(TensorParallel(), folder), [[3] * 10, [5] * 10], BLOCK_SIZE)
     run.step({0: 6, 1: 7})
-    before = [layer.k.clone() for layer in run.kv]
+    before = [k_cache.clone() for k_cache, _ in run.kv]
     batch, _ = run.batch({0: 1, 1: 2})
     run.step({0: 1, 1: 2})
-    for old, layer in zip(before, run.kv, strict=True):
-        changed = (old != layer.k).any(-1).any(1).nonzero().tolist()
+    for old, (k_cache, _) in zip(before, run.kv, strict=True):
+        changed = (old != k_cache).any(-1).any(1).nonzero().tolist()
         assert sorted(block * BLOCK_SIZE + offset for block, offset in changed) == sorted(batch.slots_T.tolist())
 
 
 def test_only_wanted_positions_come_back(folder: Path) -> None:
     from dataclasses import replace
 
-    decoder = load(TensorParallel(), folder)
-    run = PagedRun(decoder, [[3, 8, 1, 90, 4], [5, 6, 7]], BLOCK_SIZE)
+    model = load(TensorParallel(), folder)
+    run = PagedRun(model, [[3, 8, 1, 90, 4], [5, 6, 7]], BLOCK_SIZE)
     batch, _ = run.batch({0: 5, 1: 3})
     with torch.inference_mode():
-        every = decoder.forward(batch, run.kv)
-        some = decoder.forward(replace(batch, logits_indices_N=torch.tensor([4, 7])), run.kv)
-        none = decoder.forward(replace(batch, logits_indices_N=torch.tensor([], dtype=torch.long)), run.kv)
+        every = run.forward(batch)
+        some = run.forward(replace(batch, logits_indices_N=torch.tensor([4, 7])))
+        none = run.forward(replace(batch, logits_indices_N=torch.tensor([], dtype=torch.long)))
     torch.testing.assert_close(some, every[[4, 7]], atol=1e-5, rtol=0)
     assert none.shape == (0, 64)
-    assert decoder.logits(none).shape == (0, 288)
+    assert model.logits(none).shape == (0, 288)
 
 
 def test_key_heads_are_shared_by_neighbours_where_ranks_are_more() -> None:
-    assert [kv_heads_of(2, TensorParallel(rank, 4)) for rank in range(4)] == [range(1)] * 2 + [range(1, 2)] * 2
-    assert [kv_heads_of(4, TensorParallel(rank, 2)) for rank in range(2)] == [range(2), range(2, 4)]
+    assert [kv_heads_of(2, rank, 4) for rank in range(4)] == [range(1)] * 2 + [range(1, 2)] * 2
+    assert [kv_heads_of(4, rank, 2) for rank in range(2)] == [range(2), range(2, 4)]

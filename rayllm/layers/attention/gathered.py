@@ -1,26 +1,22 @@
-"""Attention as a layer, and the plan of a step's attention, built once and shared by all layers.
+"""The attention backend that gathers pages and multiplies with torch: the CPU's, and the portable one on a GPU.
 
-Shape letters: T tokens of the step, B rows (sequences), H query heads, K key/value heads of this rank, P block size,
-L key length, D head width.
+Shape letters: T tokens of the step, B rows (sequences), H query heads, K key/value heads of this rank, G = H / K heads
+that share one, P block size, L key length, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rayllm.distributed.groups import TensorParallel
-from rayllm.layers.batch import Batch, LayerKV
-from rayllm.layers.linear import Linear, RowParallelLinear
-from rayllm.layers.spec import AttentionSpec
-from rayllm.weights.source import WeightSource
+from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
+from rayllm.layers.batch import Batch
+from rayllm.layers.kv_cache import LayerKV
 from rayllm_kernels.attention import paged_decode, paged_prefill, prompt_attention
 from rayllm_kernels.kv_cache import page_rows, write_kv
-from rayllm_kernels.norm import rms_norm
-from rayllm_kernels.rope import rope
 
 _GROUP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Keys and values gathered at once for decode rows: what stays in the cache of a CPU; on a GPU few launches matter."""
@@ -45,7 +41,8 @@ class DecodeGroup:
 
     tokens: slice | Tensor
     pages: Tensor
-    mask_NL: Tensor
+    mask_NGL: Tensor
+    """G is 1 where the heads of a key/value head see the same mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +65,8 @@ class Prompts:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """Which tokens attend to what, for all layers with the same window."""
+class GroupPlan:
+    """Which tokens attend to what in a step, for all layers of one `AttentionGroup`."""
 
     num_tokens: int
     decode: list[DecodeGroup]
@@ -78,69 +75,107 @@ class AttentionPlan:
     slots_T: Tensor
     write_rows: Tensor
     workspace: Tensor
-    _covers_all: bool = field(default=False)
 
-    @staticmethod
-    def build(
-        batch: Batch, num_kv_heads: int, head_dim: int, dtype: torch.dtype, workspace: Workspace, window: int | None
-    ) -> AttentionPlan:
-        """The plan of one step; `dtype` is that of queries, keys and values."""
-        builder = _Builder(batch, num_kv_heads, head_dim, dtype, window)
+    @property
+    def has_one_part(self) -> bool:
+        return len(self.decode) + len(self.chunks) + len(self.prompts) == 1
+
+    def parts(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, layer: LayerAttention
+    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """The attention of each part of the step, with the places of its tokens in T."""
+        k_cache, v_cache = kv
+        scale, extras = layer.scale, (layer.soft_cap, layer.sinks_H)
+        for group in self.decode:
+            q = q_THD[group.tokens]
+            out = paged_decode(q, k_cache, v_cache, group.pages, group.mask_NGL, scale, self.workspace, *extras)
+            yield group.tokens, out
+        for chunk in self.chunks:
+            q = q_THD[chunk.tokens]
+            out = paged_prefill(
+                q, k_cache, v_cache, chunk.pages, chunk.kv_len, chunk.mask_TL, scale, self.workspace, *extras
+            )
+            yield chunk.tokens, out
+        for prompts in self.prompts:
+            q, k, v = q_THD[prompts.tokens], k_TKD[prompts.tokens], v_TKD[prompts.tokens]
+            yield prompts.tokens, prompt_attention(q, k, v, prompts.num_rows, prompts.mask_TT, scale, *extras)
+
+
+class GatheredBackend(AttentionBackend):
+    """Keys and values of a few rows at a time are gathered from their pages, so that plain products can be used."""
+
+    name = "gathered"
+
+    def __init__(self, groups: Iterable[AttentionGroup], dtype: torch.dtype, device: torch.device):
+        """`dtype` is that of queries, keys and values."""
+        self._dtype = dtype
+        self._workspaces = {group: Workspace(dtype, device) for group in groups}
+
+    def prepare(self, batch: Batch) -> dict[AttentionGroup, GroupPlan]:
+        return {group: self.plan(batch, group) for group in self._workspaces}
+
+    def plan(self, batch: Batch, group: AttentionGroup) -> GroupPlan:
+        """The part of a step's metadata that layers of `group` use."""
+        builder = _Builder(batch, group, self._dtype)
         decode = list(builder.decode_groups())
         chunks, prompts = builder.chunks_and_prompts()
-        num_pages = max(
-            [group.pages.numel() for group in decode] + [chunk.pages.numel() for chunk in chunks], default=0
-        )
-        return AttentionPlan(
+        pages = [part.pages for part in decode] + [part.pages for part in chunks]
+        num_pages = max(map(torch.Tensor.numel, pages), default=0)
+        return GroupPlan(
             num_tokens=batch.query_starts[-1],
             decode=decode,
             chunks=chunks,
             prompts=prompts,
             slots_T=batch.slots_T,
-            write_rows=page_rows(batch.slots_T, num_kv_heads, batch.block_size),
-            workspace=workspace.of_size(num_pages * batch.block_size * head_dim),
-            _covers_all=len(decode) + len(chunks) + len(prompts) == 1,
+            write_rows=page_rows(batch.slots_T, group.num_kv_heads, batch.block_size),
+            workspace=self._workspaces[group].of_size(num_pages * batch.block_size * group.head_dim),
         )
 
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, scale: float) -> Tensor:
-        """Attention of the step's tokens, `[T, H, D]`; their keys and values are already in `kv`."""
-        if self._covers_all:
-            return next(self._parts(q_THD, k_TKD, v_TKD, kv, scale))[1]
+    def write(
+        self,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        kv: LayerKV,
+        metadata: dict[AttentionGroup, GroupPlan],
+        layer: LayerAttention,
+    ) -> None:
+        plan = metadata[layer.group]
+        k_cache, v_cache = kv
+        write_kv(k_TKD, v_TKD, k_cache, v_cache, plan.slots_T, plan.write_rows)
+
+    def forward(
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        kv: LayerKV,
+        metadata: dict[AttentionGroup, GroupPlan],
+        layer: LayerAttention,
+    ) -> Tensor:
+        plan = metadata[layer.group]
+        parts = plan.parts(q_THD, k_TKD, v_TKD, kv, layer)
+        if plan.has_one_part:
+            return next(parts)[1]
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        for tokens, part in self._parts(q_THD, k_TKD, v_TKD, kv, scale):
+        for tokens, part in parts:
             out_THD[tokens] = part
         return out_THD
 
-    def _parts(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, scale: float
-    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        for group in self.decode:
-            q = q_THD[group.tokens]
-            yield (
-                group.tokens,
-                paged_decode(q, kv.k, kv.v, group.pages, group.mask_NL, scale, self.workspace),
-            )
-        for chunk in self.chunks:
-            q = q_THD[chunk.tokens]
-            yield (
-                chunk.tokens,
-                paged_prefill(q, kv.k, kv.v, chunk.pages, chunk.kv_len, chunk.mask_TL, scale, self.workspace),
-            )
-        for prompts in self.prompts:
-            q, k, v = q_THD[prompts.tokens], k_TKD[prompts.tokens], v_TKD[prompts.tokens]
-            yield prompts.tokens, prompt_attention(q, k, v, prompts.num_rows, prompts.mask_TT, scale)
-
 
 class _Builder:
-    """Builds the parts of an `AttentionPlan`."""
+    """Builds the parts of a `GroupPlan`."""
 
-    def __init__(self, batch: Batch, num_kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None):
+    def __init__(self, batch: Batch, group: AttentionGroup, dtype: torch.dtype):
         self._batch = batch
         self._device = batch.slots_T.device
         self._dtype = dtype
-        self._window = window
-        self._heads_K = torch.arange(num_kv_heads, device=self._device)
-        self._page_bytes = 2 * num_kv_heads * batch.block_size * head_dim * dtype.itemsize
+        self._window = group.window
+        self._heads_K = torch.arange(group.num_kv_heads, device=self._device)
+        self._page_bytes = 2 * group.num_kv_heads * batch.block_size * group.head_dim * dtype.itemsize
+        self._slopes_KG: Tensor | None = None
+        if group.alibi_slopes:
+            slopes = torch.tensor(group.alibi_slopes, dtype=torch.float32, device=self._device)
+            self._slopes_KG = slopes.view(group.num_kv_heads, -1)
 
     def decode_groups(self) -> Iterator[DecodeGroup]:
         """Decode rows, sorted by length and cut where a group's keys and values pass the limit."""
@@ -198,8 +233,12 @@ class _Builder:
         bounds = torch.tensor([begins, ends], device=self._device).unsqueeze(2)
         keys_L = torch.arange(num_pages * block_size, device=self._device)
         mask_BL = self._added((keys_L >= bounds[0]) & (keys_L < bounds[1]))
-        mask_NL = mask_BL.repeat_interleave(len(self._heads_K), dim=0)
-        return DecodeGroup(tokens, self._pages(tokens, first_pages, num_pages), mask_NL)
+        mask_NGL = mask_BL.repeat_interleave(len(self._heads_K), dim=0).unsqueeze(1)
+        if self._slopes_KG is not None:
+            distances_BL = keys_L - (bounds[1] - 1)
+            alibi_BKGL = self._slopes_KG.unsqueeze(2) * distances_BL[:, None, None]
+            mask_NGL = mask_NGL + alibi_BKGL.flatten(0, 1).to(self._dtype)
+        return DecodeGroup(tokens, self._pages(tokens, first_pages, num_pages), mask_NGL)
 
     def _chunk(self, row: int) -> Chunk:
         begin, end = self._batch.query_starts[row : row + 2]
@@ -212,18 +251,22 @@ class _Builder:
         return Chunk(slice(begin, end), pages, kv_len - skipped, mask_TL)
 
     def _prompt_mask(self, length: int) -> Tensor | None:
-        if self._window is None or self._window >= length:
+        if self._slopes_KG is None and (self._window is None or self._window >= length):
             return None
         return self._mask(length, 0, length)
 
     def _mask(self, num_queries: int, first_query: int, num_keys: int) -> Tensor:
-        """What is added to the scores of queries at `first_query`... and keys at 0..., `[num_queries, num_keys]`."""
+        """What is added to the scores of queries at `first_query`... and keys at 0..., `[num_queries, num_keys]`, or
+        `[K, G, num_queries, num_keys]` where heads differ."""
         queries = torch.arange(first_query, first_query + num_queries, device=self._device).unsqueeze(1)
         keys = torch.arange(num_keys, device=self._device)
         allowed = keys <= queries
         if self._window is not None:
             allowed &= keys > queries - self._window
-        return self._added(allowed)
+        mask_TL = self._added(allowed)
+        if self._slopes_KG is None:
+            return mask_TL
+        return mask_TL + (self._slopes_KG[:, :, None, None] * (keys - queries)).to(self._dtype)
 
     def _added(self, allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=self._dtype, device=self._device).masked_fill_(~allowed, float("-inf"))
@@ -239,74 +282,3 @@ class _Builder:
             table_RB = table_RB[:, :num_pages]
         pages = table_RB.unsqueeze(1) * len(self._heads_K) + self._heads_K.view(1, -1, 1)
         return pages.flatten()
-
-
-def kv_heads_of(num_kv_heads: int, tp: TensorParallel) -> range:
-    """This rank's key/value heads; where there are fewer than ranks, neighbouring ranks hold the same one."""
-    if num_kv_heads >= tp.size:
-        return tp.shard(num_kv_heads, "num_key_value_heads")
-    head = tp.rank * num_kv_heads // tp.size
-    return range(head, head + 1)
-
-
-class Attention:
-    """Projections, rotation, cache and output of one layer; the residual is added in the output projection."""
-
-    def __init__(self, weights: WeightSource, prefix: str, spec: AttentionSpec, width: int, tp: TensorParallel):
-        self.spec = spec
-        heads = tp.shard(spec.num_heads, "num_attention_heads")
-        kv_heads = kv_heads_of(spec.num_kv_heads, tp)
-        self.num_heads, self.num_kv_heads = len(heads), len(kv_heads)
-        self._qkv = self._joined_qkv(weights, prefix, width, heads, kv_heads)
-        self._qk_norm_HD: Tensor | None = None
-        if spec.qk_norm is not None:
-            q_norm, k_norm = (
-                weights.tensor(f"{prefix}.{name}_norm.weight", (spec.head_dim,)).unsqueeze(0) for name in "qk"
-            )
-            self._qk_norm_HD = torch.cat((q_norm.expand(len(heads), -1), k_norm.expand(len(kv_heads), -1)))
-        self._out = RowParallelLinear(
-            weights,
-            f"{prefix}.out",
-            spec.num_heads * spec.head_dim,
-            width,
-            tp,
-            bias=spec.out_bias,
-        )
-
-    def _joined_qkv(self, weights: WeightSource, prefix: str, width: int, heads: range, kv_heads: range) -> Linear:
-        dim = self.spec.head_dim
-        parts, biases = [], []
-        for name, held, num_heads in (
-            ("q", heads, self.spec.num_heads),
-            ("k", kv_heads, self.spec.num_kv_heads),
-            ("v", kv_heads, self.spec.num_kv_heads),
-        ):
-            part = range(held.start * dim, held.stop * dim)
-            parts.append(weights.tensor(f"{prefix}.{name}.weight", (num_heads * dim, width), part=part))
-            if self.spec.qkv_bias:
-                biases.append(weights.tensor(f"{prefix}.{name}.bias", (num_heads * dim,), part=part))
-        return Linear(torch.cat(parts), torch.cat(biases) if biases else None)
-
-    def __call__(
-        self,
-        x_TD: Tensor,
-        residual_TD: Tensor,
-        kv: LayerKV,
-        plan: AttentionPlan,
-        rotation: tuple[Tensor, Tensor] | None,
-        keep_N: Tensor | None,
-    ) -> Tensor:
-        """residual + attention(x), for the tokens `keep_N` only if given; keys and values of all go to the cache."""
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self._qkv(x_TD).view(-1, heads + 2 * kv_heads, self.spec.head_dim)
-        qk, v_TKD = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._qk_norm_HD is not None and self.spec.qk_norm is not None:
-            qk = rms_norm(qk, self._qk_norm_HD, self.spec.qk_norm.eps)
-        if rotation is not None:
-            qk = rope(qk, *rotation)
-        q_THD, k_TKD = qk[:, :heads], qk[:, heads:]
-        write_kv(k_TKD, v_TKD, kv.k, kv.v, plan.slots_T, plan.write_rows)
-        out = plan.attend(q_THD, k_TKD, v_TKD, kv, self.spec.scale).view(x_TD.shape[0], -1)
-        if keep_N is not None:
-            out, residual_TD = out[keep_N], residual_TD[keep_N]
-        return self._out.plus(out, residual_TD)

@@ -1,0 +1,28 @@
+"""Attention: its kinds as layers, and the backends that compute it. A kind is chosen by the type of its spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
+from rayllm.layers.attention.gathered import GatheredBackend
+from rayllm.layers.attention.grouped import GroupedAttention, attention_group, grouped_kv, kv_heads_of
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionGroup",
+    "GatheredBackend",
+    "GroupedAttention",
+    "LayerAttention",
+    "attention_group",
+    "choose_backend",
+    "grouped_kv",
+    "kv_heads_of",
+]
+
+
+def choose_backend(groups: Sequence[AttentionGroup], dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """The backend for all layers of a model whose queries, keys and values have `dtype`, chosen once at start."""
+    return GatheredBackend(groups, dtype, device)

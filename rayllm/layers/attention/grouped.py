@@ -1,0 +1,107 @@
+"""Grouped attention as a layer: projections, rotation, cache and output.
+
+Shape letters: T tokens of the step, H query heads, K key/value heads of this rank, D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayllm.distributed.groups import TensorParallel
+from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
+from rayllm.layers.kv_cache import KVSpec, LayerKV
+from rayllm.layers.linear import RowParallelLinear
+from rayllm.layers.spec import GroupedAttentionSpec
+from rayllm.linear import Linear
+from rayllm.weights.source import Outputs, WeightSource
+from rayllm_kernels.norm import rms_norm
+from rayllm_kernels.rope import rope
+
+
+def kv_heads_of(num_kv_heads: int, rank: int, tp_size: int) -> range:
+    """A rank's key/value heads; where there are fewer than ranks, neighbouring ranks hold the same one."""
+    if num_kv_heads >= tp_size:
+        width = num_kv_heads // tp_size
+        return range(rank * width, (rank + 1) * width)
+    head = rank * num_kv_heads // tp_size
+    return range(head, head + 1)
+
+
+def attention_group(spec: GroupedAttentionSpec, rank: int, tp_size: int) -> AttentionGroup:
+    """What a rank's backend must know of layers with this spec to prepare a step."""
+    num_kv_heads = len(kv_heads_of(spec.num_kv_heads, rank, tp_size))
+    width = spec.num_heads // tp_size
+    slopes = spec.alibi_slopes[rank * width : (rank + 1) * width]
+    return AttentionGroup(num_kv_heads, spec.head_dim, spec.window, slopes)
+
+
+def grouped_kv(spec: GroupedAttentionSpec, tp_size: int) -> KVSpec:
+    """What a layer with this spec keeps of a token on each rank: a key and a value."""
+    return KVSpec(len(kv_heads_of(spec.num_kv_heads, 0, tp_size)), (spec.head_dim, spec.head_dim))
+
+
+class GroupedAttention:
+    """One layer. `attend` ends before the output projection `out`, which the caller adds to its residual."""
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        prefix: str,
+        spec: GroupedAttentionSpec,
+        width: int,
+        tp: TensorParallel,
+        backend: AttentionBackend,
+    ):
+        self.spec = spec
+        self._backend = backend
+        heads = tp.shard(spec.num_heads, "num_attention_heads")
+        kv_heads = kv_heads_of(spec.num_kv_heads, tp.rank, tp.size)
+        self._num_heads, self._num_kv_heads = len(heads), len(kv_heads)
+        self._qkv = _qkv(weights, prefix, spec, width, heads, kv_heads)
+        self._qk_norm_HD: Tensor | None = None
+        if spec.qk_norm is not None:
+            q_norm, k_norm = (
+                weights.tensor(f"{prefix}.{name}_norm.weight", (spec.head_dim,)).unsqueeze(0) for name in "qk"
+            )
+            self._qk_norm_HD = torch.cat((q_norm.expand(len(heads), -1), k_norm.expand(len(kv_heads), -1)))
+        sinks = weights.tensor(f"{prefix}.sinks", (spec.num_heads,), part=heads).float() if spec.has_sinks else None
+        group = attention_group(spec, tp.rank, tp.size)
+        self._attention = LayerAttention(group, spec.scale, spec.soft_cap, sinks)
+        self.out = RowParallelLinear(
+            weights, f"{prefix}.out", spec.num_heads * spec.head_dim, width, tp, bias=spec.out_bias
+        )
+
+    def attend(self, x_TD: Tensor, kv: LayerKV, metadata: Any, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attention of this rank's heads, `[T, H * head width]`; keys and values of all tokens go to the cache.
+
+        `metadata` is what the backend prepared for the step; `rotation` are cosine and sine of the spec's rope.
+        """
+        heads, kv_heads, spec = self._num_heads, self._num_kv_heads, self.spec
+        qkv = self._qkv(x_TD).view(-1, heads + 2 * kv_heads, spec.head_dim)
+        qk, v_TKD = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self._qk_norm_HD is not None and spec.qk_norm is not None:
+            qk = rms_norm(qk, self._qk_norm_HD, spec.qk_norm.eps)
+        if rotation is not None and spec.rope is not None:
+            qk = rope(qk, *rotation, spec.rope.in_pairs)
+        q_THD, k_TKD = qk[:, :heads], qk[:, heads:]
+        self._backend.write(k_TKD, v_TKD, kv, metadata, self._attention)
+        out_THD = self._backend.forward(q_THD, k_TKD, v_TKD, kv, metadata, self._attention)
+        return out_THD.reshape(x_TD.shape[0], -1)
+
+
+def _qkv(
+    weights: WeightSource, prefix: str, spec: GroupedAttentionSpec, width: int, heads: range, kv_heads: range
+) -> Linear:
+    """Queries, keys and values of this rank's heads in one product."""
+    outputs = []
+    for name, held, num_heads in (
+        ("q", heads, spec.num_heads),
+        ("k", kv_heads, spec.num_kv_heads),
+        ("v", kv_heads, spec.num_kv_heads),
+    ):
+        part = range(held.start * spec.head_dim, held.stop * spec.head_dim)
+        outputs.append(Outputs(f"{prefix}.{name}", num_heads * spec.head_dim, part))
+    return weights.linear(outputs, width, bias=spec.qkv_bias)

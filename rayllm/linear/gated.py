@@ -1,0 +1,58 @@
+"""activation(gate(x)) * up(x), the first half of a gated feed-forward layer. Shape letters: T tokens, D inputs, I inner
+width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rayllm.linear.select import dense_linear
+from rayllm_kernels.activation import ACTIVATIONS, silu_mul
+
+if TYPE_CHECKING:
+    from rayllm.linear.base import Linear
+
+
+class GatedLinear(ABC):
+    """activation(gate(x)) * up(x)."""
+
+    @abstractmethod
+    def __call__(self, x_TD: Tensor) -> Tensor: ...
+
+
+class SeparateGatedLinear(GatedLinear):
+    """Two products, where the second can multiply its result with the first's: no intermediate is written."""
+
+    def __init__(self, gate: Linear, up: Linear, activation: str):
+        self._gate, self._up, self._activation = gate, up, activation
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self._up.times(x_TD, self._gate.activated(x_TD, self._activation))
+
+
+class JoinedGatedLinear(GatedLinear):
+    """One product for both, `[gate; up]` by rows, then one elementwise kernel."""
+
+    def __init__(self, gate_up: Linear, activation: str):
+        self._gate_up, self._activation = gate_up, activation
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        gate_up_TI2 = self._gate_up(x_TD)
+        if self._activation == "silu":
+            return silu_mul(gate_up_TI2)
+        gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
+        return ACTIVATIONS[self._activation](gate_TI).mul_(up_TI)
+
+
+def gated_linear(gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], activation: str) -> GatedLinear:
+    """The faster of both for plain weights, each given with its bias or None; either both have a bias or neither."""
+    linear = dense_linear(*gate)
+    if linear.fuses_elementwise:
+        return SeparateGatedLinear(linear, dense_linear(*up), activation)
+    biases = [bias for _, bias in (gate, up) if bias is not None]
+    joined = dense_linear(torch.cat((gate[0], up[0])), torch.cat(biases) if biases else None)
+    return JoinedGatedLinear(joined, activation)

@@ -1,0 +1,80 @@
+"""Parameters read from a checkpoint, by the names of its architecture."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rayllm.errors import ConfigError
+from rayllm.weights import stored
+from rayllm.weights.checkpoint import Checkpoint
+from rayllm.weights.source import WeightSource, clip, pad_to
+
+logger = logging.getLogger(__name__)
+
+WeightNames = Mapping[str, "str | stored.Stored"]
+"""Where an architecture's modules stand in a checkpoint. Keys are RayLLM's modules without the layer's number
+(`layers.q`), or single parameters (`layers.q.bias`). A string is a tensor's name, and the parameter's own name
+(`weight`, `bias`) is appended to a module's."""
+
+_DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+"""Buffers that old checkpoints carry and that follow from config.json."""
+_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
+_MAX_NAMES_SHOWN = 8
+
+
+def find_stored(parameter: str, names: WeightNames) -> stored.Stored:
+    """Where RayLLM's `parameter` (`layers.3.q.weight`) stands in a checkpoint."""
+    match = _LAYER.match(parameter)
+    layer, key = (match[1], f"layers.{match[2]}") if match else ("", parameter)
+    module, _, leaf = key.rpartition(".")
+    place, suffix = (names[key], "") if key in names else (names[module], f".{leaf}")
+    found = stored.Tensor(place) if isinstance(place, str) else place
+    return found.renamed(lambda name: name.replace("{}", layer) + suffix)
+
+
+class CheckpointWeights(WeightSource):
+    """Parameters out of a checkpoint. After all have been taken, `report_unused` names what nobody asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, names: WeightNames, dtype: torch.dtype, device: torch.device):
+        self._checkpoint = checkpoint
+        self._names = names
+        self._dtype = dtype
+        self._device = device
+
+    def tensor(self, name: str, shape: tuple[int, ...], *, dim: int = 0, part: range | None = None) -> Tensor:
+        place = find_stored(name, self._names)
+        place.check(self._checkpoint, shape)
+        region = tuple(range(size) for size in shape)
+        if part is not None:
+            region = (*region[:dim], clip(part, shape[dim]), *region[dim + 1 :])
+        tensor = place.read(self._checkpoint, region)
+        if part is not None:
+            tensor = pad_to(tensor, dim, len(part))
+        if not tensor.dtype.is_floating_point:
+            raise ConfigError(f"{self._where(name)} has dtype {tensor.dtype}: {name} must be of floating point")
+        tensor = tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            # one such number would reach, through the shared KV pool, requests of other users
+            raise ConfigError(f"{self._where(name)} holds NaN or infinity as {self._dtype}")
+        return tensor
+
+    def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
+        find_stored(name, self._names).check(self._checkpoint, shape)
+
+    def report_unused(self) -> None:
+        """Warns of the checkpoint's tensors that no parameter took; buffers that follow from the config are no news."""
+        unused = [name for name in self._checkpoint.unused() if not _DERIVED.search(name)]
+        if unused:
+            shown = ", ".join(unused[:_MAX_NAMES_SHOWN])
+            more = f" and {len(unused) - _MAX_NAMES_SHOWN} more" if len(unused) > _MAX_NAMES_SHOWN else ""
+            logger.warning("%s: %d tensors are not used: %s%s", self._checkpoint.folder, len(unused), shown, more)
+
+    def _where(self, name: str) -> str:
+        """The file and the tensor that hold a parameter; of a stack, the first."""
+        source = find_stored(name, self._names).name
+        return f"{self._checkpoint.file_of(source)}: tensor {source!r}"

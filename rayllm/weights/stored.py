@@ -1,0 +1,159 @@
+"""Where a parameter stands in a checkpoint: a tensor, or rows of one, a transposed one, or a stack of several.
+
+An architecture's `names` map RayLLM's modules to these. A plain string is a `Tensor`. `{}` in a name is the number of
+the layer, `{expert}` that of the expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from rayllm.weights.checkpoint import Checkpoint
+
+Region = tuple[range, ...]
+"""What is wanted of a tensor: a range of step 1 for each of its dimensions."""
+
+
+class Stored(Protocol):
+    """A parameter's place in a checkpoint, with the names' placeholders filled in."""
+
+    @property
+    def name(self) -> str:
+        """The tensor that an error names."""
+
+    def renamed(self, rename: Callable[[str], str]) -> Stored:
+        """The same with every tensor's name changed."""
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        """`ConfigError` that names the tensor where the checkpoint does not hold a parameter of this shape. Its tensors
+        count as used from then on, whichever of them this rank reads."""
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        """This region of the parameter, in the checkpoint's dtype; nothing else is read, except between rows that are
+        not neighbours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the checkpoint as it is."""
+
+    name: str
+
+    def renamed(self, rename: Callable[[str], str]) -> Tensor:
+        return Tensor(rename(self.name))
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        checkpoint.check_shape(self.name, shape)
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        return checkpoint.read(self.name, region)
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """A matrix that is stored as [inputs, outputs], as by GPT-2's `Conv1D`; a bias is what it is."""
+
+    of: Stored
+
+    @property
+    def name(self) -> str:
+        return self.of.name
+
+    def renamed(self, rename: Callable[[str], str]) -> Transposed:
+        return Transposed(self.of.renamed(rename))
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        self.of.check(checkpoint, tuple(reversed(shape)))
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        found = self.of.read(checkpoint, tuple(reversed(region)))
+        return found.t() if found.dim() == 2 else found
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows (outputs) of a stored tensor with `num_rows` of them, in the order of `ranges`: one of several parameters
+    that are fused into it, or all of its rows in another order."""
+
+    of: Stored
+    ranges: tuple[range, ...]
+    num_rows: int
+
+    @property
+    def name(self) -> str:
+        return self.of.name
+
+    def renamed(self, rename: Callable[[str], str]) -> Rows:
+        return Rows(self.of.renamed(rename), self.ranges, self.num_rows)
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        assert sum(map(len, self.ranges)) == shape[0], (self, shape)
+        self.of.check(checkpoint, (self.num_rows, *shape[1:]))
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        rows, others = region[0], region[1:]
+        parts = [self._read(checkpoint, part, others) for part in _cut(self.ranges, rows)]
+        if not parts:
+            return self.of.read(checkpoint, (range(0), *others))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, checkpoint: Checkpoint, rows: range, others: Region) -> torch.Tensor:
+        if rows.step == 1:
+            return self.of.read(checkpoint, (rows, *others))
+        return self.of.read(checkpoint, (range(rows[0], rows[-1] + 1), *others))[:: rows.step]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A parameter with a leading dimension of experts, each stored as a tensor of its own: `{expert}` in its name."""
+
+    of: Stored
+
+    @property
+    def name(self) -> str:
+        return self._of(0).name
+
+    def renamed(self, rename: Callable[[str], str]) -> Stack:
+        return Stack(self.of.renamed(rename))
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        for expert in range(shape[0]):
+            self._of(expert).check(checkpoint, shape[1:])
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        return torch.stack([self._of(expert).read(checkpoint, region[1:]) for expert in region[0]])
+
+    def _of(self, expert: int) -> Stored:
+        return self.of.renamed(lambda name: name.replace("{expert}", str(expert)))
+
+
+def split_rows(name: str, *sizes: int) -> tuple[Rows, ...]:
+    """Parameters fused one after another: `q, k, v = split_rows("layers.{}.qkv_proj", 64, 16, 16)`."""
+    return interleaved_rows(name, 1, *sizes)
+
+
+def interleaved_rows(name: str, num_groups: int, *sizes: int) -> tuple[Rows, ...]:
+    """Parameters fused group by group: `num_groups` times `sizes[0]` rows of the first, `sizes[1]` of the second, and
+    so on, as the queries, keys and values of each head stand in GPT-NeoX."""
+    stride = sum(sizes)
+    fused, parts, offset = Tensor(name), [], 0
+    for size in sizes:
+        starts = range(offset, offset + num_groups * stride, stride)
+        parts.append(Rows(fused, tuple(range(start, start + size) for start in starts), num_groups * stride))
+        offset += size
+    return tuple(parts)
+
+
+def _cut(ranges: tuple[range, ...], wanted: range) -> Iterator[range]:
+    """The parts of `ranges`, counted one after another, whose places lie in `wanted`."""
+    place = 0
+    for each in ranges:
+        first, last = max(wanted.start - place, 0), min(wanted.stop - place, len(each))
+        if first < last:
+            yield each[first:last]
+        place += len(each)

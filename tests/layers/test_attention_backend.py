@@ -1,0 +1,112 @@
+"""A backend's attention against float64, token by token: windows, soft caps, sinks, ALiBi, ragged rows, chunks."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayllm.layers.attention import AttentionGroup, LayerAttention, choose_backend
+from rayllm.layers.batch import Batch
+from rayllm.layers.kv_cache import KVPool, KVSpec
+
+CPU = torch.device("cpu")
+BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, SCALE = 4, 6, 2, 16, 0.3
+ROWS = [(9, 1), (0, 1), (30, 1), (5, 7), (0, 6), (0, 6), (0, 11)]
+"""(tokens with KV, new tokens): decode rows of several lengths, a chunk, whole prompts of equal and of other length."""
+KINDS = list(product([None, 3, 12], [None, 0.7], [False, True], [False, True]))
+SLOPES = tuple(2.0 ** -(head + 1) for head in range(NUM_HEADS))
+
+
+class Step:
+    """One step of `ROWS` over a pool that holds the keys and values of the tokens before it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.keys, self.values = (
+            [torch.randn(done + new, NUM_KV_HEADS, HEAD_DIM, generator=draw).to(dtype) for done, new in ROWS]
+            for _ in range(2)
+        )
+        num_tokens = sum(new for _, new in ROWS)
+        self.q_THD = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, generator=draw).to(dtype)
+        num_blocks = [-(-(done + new) // BLOCK_SIZE) for done, new in ROWS]
+        blocks = list(range(sum(num_blocks)))
+        random.Random(1).shuffle(blocks)
+        self.tables = [[blocks.pop() for _ in range(count)] for count in num_blocks]
+        self.pool = KVPool([KVSpec(NUM_KV_HEADS, (HEAD_DIM, HEAD_DIM))], sum(num_blocks) + 1, BLOCK_SIZE, dtype, CPU)
+        self.pool.clear(range(sum(num_blocks) + 1))
+        for (done, _), table, row_keys, row_values in zip(ROWS, self.tables, self.keys, self.values):
+            for position in range(done):
+                for cache, row in zip(self.pool.layers[0], (row_keys, row_values)):
+                    cache[table[position // BLOCK_SIZE], :, position % BLOCK_SIZE] = row[position]
+
+    def batch(self) -> Batch:
+        positions = [list(range(done, done + new)) for done, new in ROWS]
+        slots = [
+            table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            for table, row in zip(self.tables, positions)
+            for position in row
+        ]
+        starts = [sum(map(len, positions[:i])) for i in range(len(ROWS) + 1)]
+        width = max(map(len, self.tables))
+        no_block = self.pool.layers[0][0].shape[0] - 1
+        table = [row + [no_block] * (width - len(row)) for row in self.tables]
+        return Batch(
+            token_ids_T=torch.zeros(starts[-1], dtype=torch.int64),
+            positions_T=torch.tensor([position for row in positions for position in row]),
+            slots_T=torch.tensor(slots),
+            query_starts=starts,
+            kv_lens=[done + new for done, new in ROWS],
+            block_table_RB=torch.tensor(table, dtype=torch.int32),
+            logits_indices_N=torch.tensor([], dtype=torch.int64),
+            num_decode_rows=sum(new == 1 for _, new in ROWS),
+            block_size=BLOCK_SIZE,
+        )
+
+    def new(self, rows: list[Tensor]) -> Tensor:
+        return torch.cat([row[done:] for (done, _), row in zip(ROWS, rows)])
+
+
+def _expected(step: Step, layer: LayerAttention) -> Tensor:
+    """Each token and head by itself, in float64."""
+    group, outputs, token = layer.group, [], 0
+    for (done, new), keys, values in zip(ROWS, step.keys, step.values):
+        for position in range(done, done + new):
+            heads = []
+            for head in range(NUM_HEADS):
+                first = 0 if group.window is None else max(0, position - group.window + 1)
+                k, v = (x[first : position + 1, head * NUM_KV_HEADS // NUM_HEADS].double() for x in (keys, values))
+                scores = k @ step.q_THD[token, head].double() * layer.scale
+                if layer.soft_cap is not None:
+                    scores = layer.soft_cap * (scores / layer.soft_cap).tanh()
+                if group.alibi_slopes:
+                    scores = scores + group.alibi_slopes[head] * (torch.arange(first, position + 1) - position)
+                mass = scores.exp().sum() + (0 if layer.sinks_H is None else layer.sinks_H[head].double().exp())
+                heads.append((scores.exp() / mass) @ v)
+            outputs.append(torch.stack(heads))
+            token += 1
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "has_sinks", "has_alibi"),
+    list(product([None, 3, 12], [None, 0.7], [False, True], [False, True])),
+)
+def test_attention_equals_float64(
+    window: int | None, soft_cap: float | None, has_sinks: bool, has_alibi: bool, dtype: torch.dtype
+) -> None:
+    step = Step(dtype)
+    group = AttentionGroup(NUM_KV_HEADS, HEAD_DIM, window, SLOPES if has_alibi else ())
+    sinks_H = torch.linspace(-1, 2, NUM_HEADS) if has_sinks else None
+    layer = LayerAttention(group, SCALE, soft_cap, sinks_H)
+    backend = choose_backend([group], dtype, CPU)
+    metadata, kv = backend.prepare(step.batch()), step.pool.layers[0]
+    k_TKD, v_TKD = step.new(step.keys), step.new(step.values)
+    backend.write(k_TKD, v_TKD, kv, metadata, layer)
+    found_THD = backend.forward(step.q_THD, k_TKD, v_TKD, kv, metadata, layer)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found_THD.double(), _expected(step, layer), atol=tolerance, rtol=tolerance)

@@ -1,0 +1,123 @@
+"""Architectures from outside the package, by the seams that they need: each gives `transformers`' log-probabilities."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import toy_glm4, toy_gpt2, toy_neox
+from ranks import RankPool
+from teacher import log_probs_of_folder
+from tiny import make_model, make_tokenizer
+
+import rayllm
+from rayllm.distributed.groups import TensorParallel
+from rayllm.errors import ConfigError
+from rayllm.models import registry
+from rayllm.models.registry import known_architectures, read_spec, register_architecture
+
+SEQUENCES = [[(7 * i + 13 * n) % 120 for i in range(n)] for n in (23, 9, 1)]
+CUTS = [[23] * 3, [5] * 3, [1] * 3]
+TOYS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "GPTNeoXForCausalLM": (toy_neox, "GPTNeoXConfig", {"intermediate_size": 96, "rotary_pct": 0.5}),
+    "sequential GPTNeoXForCausalLM": (
+        toy_neox,
+        "GPTNeoXConfig",
+        {"intermediate_size": 96, "use_parallel_residual": False},
+    ),
+    "Glm4ForCausalLM": (
+        toy_glm4,
+        "Glm4Config",
+        {"intermediate_size": 96, "head_dim": 16, "num_key_value_heads": 2, "pad_token_id": 0, "attention_bias": True},
+    ),
+    "GPT2LMHeadModel": (toy_gpt2, "GPT2Config", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_modules", dict(registry._modules))
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+def _checkpoint(folder: Path, config_class: str, fields: dict[str, Any]) -> tuple[Path, Any]:
+    import transformers
+
+    common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    model = make_model(getattr(transformers, config_class)(**{**common, **fields}))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def registered_log_probs(tp: TensorParallel, name: str, module: str, *arguments: Any) -> list[list[np.ndarray]]:
+    """What a rank of a pool runs: architectures are registered in each process."""
+    register_architecture(name, module)
+    return log_probs_of_folder(tp, *arguments)
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_an_architecture_from_outside_gives_the_log_probabilities_of_transformers(
+    toy: str, tmp_path: Path, two_ranks: RankPool
+) -> None:
+    module, config_class, fields = TOYS[toy]
+    name = toy.split()[-1]
+    path, model = _checkpoint(tmp_path, config_class, fields)
+    with torch.no_grad():
+        expected = [model(torch.tensor([tokens])).logits[0].log_softmax(-1).numpy() for tokens in SEQUENCES]
+    arguments = (name, module.__name__, str(path), SEQUENCES, CUTS, 4)
+    alone = registered_log_probs(TensorParallel(), *arguments)
+    first, _ = two_ranks.run(registered_log_probs, *arguments)
+    for found in (*alone, *first):
+        assert max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)) < 1e-4
+
+
+def test_the_toy_with_a_fused_tensor_needs_at_most_40_lines() -> None:
+    lines = Path(toy_neox.__file__).read_text().splitlines()
+    assert len([line for line in lines if line.strip()]) <= 40
+
+
+def test_llm_serves_a_registered_architecture(tmp_path: Path) -> None:
+    path, model = _checkpoint(tmp_path, "GPTNeoXConfig", {"intermediate_size": 96, "vocab_size": 288})
+    make_tokenizer(path)
+    rayllm.register_architecture("GPTNeoXForCausalLM", toy_neox)
+    with rayllm.LLM(str(path), device="cpu", max_model_len=64) as llm:
+        params = rayllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        [output] = llm.generate([[5, 9, 30, 77]], params, use_tqdm=False)
+    tokens = [5, 9, 30, 77]
+    with torch.no_grad():
+        for _ in range(8):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert output.outputs[0].token_ids == tokens[4:]
+
+
+def test_an_entry_point_is_found_without_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "outside-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[rayllm.architectures]\nGPTNeoXForCausalLM = {toy_neox.__name__}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    importlib.invalidate_caches()
+    path, _ = _checkpoint(tmp_path / "model", "GPTNeoXConfig", {"intermediate_size": 96})
+    assert "GPTNeoXForCausalLM" in known_architectures()
+    assert read_spec(path).layers[0].parallel
+
+
+def test_a_module_that_lacks_something_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"module 'json' has no MODEL_TYPES and no spec and no names"):
+        register_architecture("XForCausalLM", json)
+    with pytest.raises(ConfigError, match=r"module 'no_such_module' cannot be imported"):
+        register_architecture("XForCausalLM", "no_such_module")
+    assert "XForCausalLM" not in known_architectures()
