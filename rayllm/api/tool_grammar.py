@@ -15,6 +15,7 @@ from typing import Any
 from rayllm.api.reasoning import ReasoningFormat
 from rayllm.api.tool_formats import Payload, ToolFormat
 from rayllm.api.tools import Tool, ToolPlan
+from rayllm.structured.schema import plain_schema
 
 _ANY_TEXT = r"/(.|\n)*/"
 _BLANK = r"[ \t\r\n]*"
@@ -205,8 +206,13 @@ def _quoted(text: str) -> str:
 def _schema(tool: Tool, any_object: bool) -> str:
     """The schema that arguments follow, on one line. What the grammar cannot check of a tool that is not strict is let
     pass."""
-    schema: dict[str, Any] = {"type": "object"} if any_object else {**tool.parameters, "type": "object"}
+    schema: dict[str, Any] = {"type": "object"} if any_object else {**_parameters(tool), "type": "object"}
     if schema.get("properties") is not None and _CLOSABLE.issuperset(schema):
         schema["additionalProperties"] = False
     guidance = {**_WRITING, "lenient": True} if not tool.strict else _WRITING
     return json.dumps({"x-guidance": guidance, **schema}, ensure_ascii=False)
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    schema = plain_schema(tool.parameters)
+    return schema if isinstance(schema, dict) else tool.parameters

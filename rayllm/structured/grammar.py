@@ -11,6 +11,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from rayllm.errors import RequestError
 from rayllm.request import StructuredOutputsParams
+from rayllm.structured.schema import plain_schema
 
 MAX_CHARACTERS = 128 * 1024
 MAX_DEPTH = 100
@@ -108,6 +109,9 @@ def rule_of(params: StructuredOutputsParams) -> str | None:
         schema = json.loads(text)
     except ValueError as error:
         raise refusal(f"json is not a JSON schema: {error}") from None
+    if schema is True:
+        schema = {}
+    schema = plain_schema(schema)
     if not isinstance(schema, dict):
         raise refusal("json must be an object, where reasoning comes first")
     return "%json " + json.dumps({**schema, "x-guidance": _json_bounds(params)}, ensure_ascii=False)
@@ -117,11 +121,11 @@ def _json_grammar(params: StructuredOutputsParams) -> str:
     text = '{"type":"object"}' if params.json is None else params.json
     _check_depth("json", text)
     _check_repetitions("json", text)
-    if text.strip() in ("true", "false"):
-        if text.strip() == "false":
-            raise refusal("json is the schema false, which nothing follows")
-        text = "{}"
     try:
+        schema = plain_schema(json.loads(text))
+        if schema is False:
+            raise refusal("json is the schema false, which nothing follows")
+        text = "{}" if schema is True else json.dumps(schema, ensure_ascii=False)
         return LLMatcher.grammar_from_json_schema(text, overrides=_json_bounds(params))  # type: ignore[arg-type]
     except ValueError as error:
         raise refusal(f"json is not a JSON schema: {error}") from None
@@ -167,6 +171,9 @@ def _tag(structure: dict[str, Any], triggers: list[str]) -> StructTag:
     schema = structure["schema"]
     if not isinstance(schema, dict):
         raise ValueError("schema must be an object")
+    schema = plain_schema(schema)
+    if not isinstance(schema, dict):
+        raise ValueError("schema is one that nothing follows")
     grammar = {**schema, "x-guidance": _json_bounds()}
     return StructTag(trigger=trigger, begin=begin, grammar=grammar, end=str(structure["end"]))
 
