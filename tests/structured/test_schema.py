@@ -379,5 +379,5 @@ def test_nonsense_is_left_for_llguidance_to_refuse(value: Any) -> None:
 @pytest.mark.parametrize("path", ["#/$defs/none", "#/$defs/loop", "elsewhere", "#/a/b", "#"])
 def test_names_by_a_reference_that_leads_nowhere_are_refused(path: str) -> None:
     schema = {"$defs": {"loop": {"$ref": "#/$defs/loop"}}, "type": "object", "propertyNames": {"$ref": path}}
-    with pytest.raises(RequestError, match="propertyNames|elsewhere"):
+    with pytest.raises(RequestError, match=r"propertyNames|elsewhere"):
         check_grammar(StructuredOutputsParams(json=schema))

@@ -167,6 +167,8 @@ def test_a_model_without_an_end_of_text_ends_with_the_grammar(tmp_path: Path) ->
 
     path = make_checkpoint(tmp_path, eos_token_id=None, vocab_size=300)
     (path / "generation_config.json").unlink(missing_ok=True)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
     with LLM(str(path), device="cpu", max_model_len=64) as llm:
         assert llm.config.shape.eos_token_ids == ()
         (choice,) = _choices(llm, Structured(regex="(ab){4}"), max_tokens=40)
