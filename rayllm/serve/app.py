@@ -24,6 +24,7 @@ from rayllm.serve import (
     openapi,
     routes_faults,
     routes_generate,
+    routes_invocations,
     routes_messages,
     routes_models,
     routes_pooling,
@@ -84,8 +85,15 @@ def create_app(
     endpoints = Endpoints(service, max_body_bytes, read_timeout_s)
     app.state.held = endpoints.held
     _add_answer_routes(app, endpoints)
-    for routes in (routes_generate, routes_messages, routes_models, routes_pooling, routes_responses):
-        routes.add_routes(app, endpoints)
+    for add_routes in (
+        routes_generate.add_routes,
+        routes_invocations.add_routes,
+        routes_messages.add_routes,
+        routes_models.add_routes,
+        routes_pooling.add_routes,
+        routes_responses.add_routes,
+    ):
+        add_routes(app, endpoints)
     _add_state_routes(app, service)
     routes_faults.add_routes(app, endpoints, kill_worker)
     add_page_routes(app, service, describe, can_kill_workers=kill_worker is not None)
@@ -153,6 +161,7 @@ def _add_state_routes(app: FastAPI, service: ModelService) -> None:
 
     for path, answer_state in (("/health", health), ("/ping", health), ("/ready", ready)):
         app.add_api_route(path, answer_state, methods=["GET", "HEAD"], name=path[1:])
+    app.add_api_route("/ping", health, methods=["POST"], include_in_schema=False)  # SageMaker asks either way
 
     @app.get("/version")
     async def version() -> Response:

@@ -52,13 +52,21 @@ class Endpoints:
         _read_timeout(request, fields)
         return fields
 
-    async def generate(self, request: Request, open_answer: OpenAnswer, *, always_streams: bool = False) -> Response:
-        """An answer, streamed where the body says so; or the rest of one whose stream was lost."""
+    async def generate(
+        self,
+        request: Request,
+        open_answer: OpenAnswer,
+        *,
+        always_streams: bool = False,
+        fields: dict[str, Any] | None = None,
+    ) -> Response:
+        """An answer, streamed where the body says so; or the rest of one whose stream was lost. `fields`: the body,
+        where it is read already."""
         client_key = request.state.client_key
         try:
             if LAST_EVENT_HEADER in request.headers:
                 return await self._resume(request, open_answer)
-            fields = await self.read(request)
+            fields = await self.read(request) if fields is None else fields
             streams = always_streams or bool(fields.get("stream"))
             with continuity.opened_with(continuity_of(request, fields) if streams else None):
                 found = await open_answer(fields, self.service, client_key)
@@ -133,10 +141,12 @@ class Endpoints:
             stream.close()
             raise
 
-    async def plain(self, request: Request, work: PlainWork) -> Response:
-        """An answer that takes no generating."""
+    async def plain(self, request: Request, work: PlainWork, fields: dict[str, Any] | None = None) -> Response:
+        """An answer that takes no generating. `fields`: the body, where it is read already."""
         try:
-            return json_response(await work(await read_object(request, self._max_body_bytes), self.service))
+            if fields is None:
+                fields = await read_object(request, self._max_body_bytes)
+            return json_response(await work(fields, self.service))
         except Exception as error:
             return self.refuse(request, error)
 

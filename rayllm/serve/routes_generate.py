@@ -8,7 +8,9 @@ from starlette.responses import Response
 
 from rayllm.api import tokens
 from rayllm.api.generate import open_generate, open_generate_stream
+from rayllm.api.tokenizer_info import tokenizer_info
 from rayllm.serve.endpoints import Endpoints
+from rayllm.serve.http_answers import json_response
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
@@ -27,3 +29,10 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         return await endpoints.plain(request, tokens.detokenize)
+
+    @app.get("/tokenizer_info")
+    async def show_tokenizer_info(request: Request) -> Response:
+        try:
+            return json_response(tokenizer_info(endpoints.service.model()))
+        except Exception as error:
+            return endpoints.refuse(request, error)

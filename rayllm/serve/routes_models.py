@@ -20,20 +20,21 @@ _ANTHROPIC_HEADER = "anthropic-version"
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     service = endpoints.service
 
-    def card(request: Request, model: ServedModel) -> dict[str, Any]:
-        return (anthropic_card if _ANTHROPIC_HEADER in request.headers else model_card)(model)
+    def card(request: Request, model: ServedModel, name: str) -> dict[str, Any]:
+        return (anthropic_card if _ANTHROPIC_HEADER in request.headers else model_card)(model, name)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         try:
-            cards = [card(request, service.model())]
+            model = service.model()
+            cards = [card(request, model, name) for name in model.names]
         except RayLLMError as error:
             return endpoints.refuse(request, error)
         return json_response((anthropic_list if _ANTHROPIC_HEADER in request.headers else model_list)(cards))
 
     @app.get("/v1/models/{model_id:path}")
-    async def model(request: Request, model_id: str) -> Response:
+    async def one_model(request: Request, model_id: str) -> Response:
         try:
-            return json_response(card(request, service.named(model_id)))
+            return json_response(card(request, service.named(model_id), model_id))
         except RayLLMError as error:
             return endpoints.refuse(request, error)
