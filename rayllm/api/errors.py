@@ -28,7 +28,6 @@ _RETRY_AFTER_S = 1.0
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
-    404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable",
 }
@@ -92,7 +91,7 @@ def answer_for(error: Exception) -> ErrorAnswer:
 
 
 _ANTHROPIC_PATH = "/v1/messages"
-_ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error", 503: "api_error"}
+_ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 500: "api_error", 503: "api_error"}
 
 
 def shaped(refused: ErrorAnswer, path: str) -> ErrorAnswer:

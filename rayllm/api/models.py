@@ -8,23 +8,23 @@ from typing import Any
 from rayllm.api.service import ServedModel
 
 
-def model_card(model: ServedModel) -> dict[str, Any]:
+def model_card(model: ServedModel, name: str) -> dict[str, Any]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "rayllm",
         "root": model.name,
         "parent": None,
         "max_model_len": model.config.max_model_len,
-        "permission": [_permission(model)],
+        "permission": [_permission(model, name)],
     }
 
 
-def _permission(model: ServedModel) -> dict[str, Any]:
+def _permission(model: ServedModel, name: str) -> dict[str, Any]:
     """An object that OpenAI has given up, and that older clients read."""
     return {
-        "id": f"modelperm-{model.name}",
+        "id": f"modelperm-{name}",
         "object": "model_permission",
         "created": model.created,
         "allow_create_engine": False,
@@ -43,12 +43,12 @@ def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
     return {"object": "list", "data": cards}
 
 
-def anthropic_card(model: ServedModel) -> dict[str, Any]:
+def anthropic_card(model: ServedModel, name: str) -> dict[str, Any]:
     created = datetime.fromtimestamp(model.created, timezone.utc)
     return {
         "type": "model",
-        "id": model.name,
-        "display_name": model.name,
+        "id": name,
+        "display_name": name,
         "created_at": created.isoformat().replace("+00:00", "Z"),
         "max_input_tokens": model.config.max_model_len,
         "max_tokens": model.config.max_model_len,

@@ -67,7 +67,13 @@ class ServedModel:
 
     @property
     def name(self) -> str:
+        """The name that answers give."""
         return self.config.served_model_name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that requests may give, `name` first."""
+        return (self.name, *self.config.served_model_aliases)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,9 +197,10 @@ class ModelService:
     def named(self, name: str | None) -> ServedModel:
         """The model of that name (None: whichever it is). Raises `NotReadyError`, or `RequestError` (404)."""
         model = self.model()
-        if name is not None and name != model.name:
+        if name is not None and name not in model.names:
+            served = ", ".join(map(repr, model.names))
             raise RequestError(
-                f"the model {shorten(name)} does not exist; this server has {model.name!r}",
+                f"the model {shorten(name)} does not exist; this server has {served}",
                 param="model",
                 code="model_not_found",
                 status=404,

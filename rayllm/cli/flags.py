@@ -75,8 +75,10 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> No
         return
     if field.default not in (None, "", ()):
         text += f" (default: {field.default})"
-    is_list = isinstance(field.default, tuple)
-    group.add_argument(*names, action="append" if is_list else "store", metavar=_metavar(name, field), help=text)
+    settings: dict[str, Any] = {"action": "append" if isinstance(field.default, tuple) else "store"}
+    if any(get_origin(kind) is tuple for kind in get_args(field.annotation)):  # one value, or several after one flag
+        settings["nargs"] = "+"
+    group.add_argument(*names, **settings, metavar=_metavar(name, field), help=text)
 
 
 def _metavar(name: str, field: FieldInfo) -> str:

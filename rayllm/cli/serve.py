@@ -8,6 +8,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
@@ -47,9 +48,17 @@ def settings_from(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     """The settings of `--config`, and those of the flags, which win and of which the positional model is one."""
     flags = {name: value for name, value in given.items() if name not in ("positional_model", "config")}
     model = given.get("positional_model")
+    _check_model_comes_first(flags)
     if model is not None and flags.setdefault("model", model) != model:
         raise UsageError(f"two models are given, {model!r} and --model {flags['model']!r}: one server serves one model")
     return read_settings_file(given["config"]) if "config" in given else {}, flags
+
+
+def _check_model_comes_first(flags: Mapping[str, Any]) -> None:
+    """All words behind --served-model-name are names, also one that was meant as MODEL."""
+    for name in flags.get("served_model_name", ())[1:]:
+        if Path(name).is_dir():
+            raise UsageError(f"{name!r} is a folder behind --served-model-name: give MODEL before the flags")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -121,7 +121,7 @@ def _listed_server(verb: str, engine: EngineConfig, server: ServerConfig, screen
         verb,
         name=engine.name,
         name_is_given="name" in given,
-        model=engine.served_model_name or served_name(engine.model),
+        model=next(iter(engine.served_model_names), None) or served_name(engine.model),
         url=server_url(server),
         log=screen.log_path,
         shutdown_timeout_s=server.shutdown_timeout_s,

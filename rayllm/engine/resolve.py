@@ -57,11 +57,13 @@ def resolve(
     tokenizer = Path(config.tokenizer).expanduser() if config.tokenizer else path
     if not tokenizer.is_dir():
         raise ConfigError(f"tokenizer folder {config.tokenizer!r} does not exist")
+    names = config.served_model_names or (served_name(config.model),)
     return ResolvedConfig(
         engine=config,
         model_path=str(path),
         tokenizer_path=str(tokenizer),
-        served_model_name=config.served_model_name or served_name(config.model),
+        served_model_name=names[0],
+        served_model_aliases=names[1:],
         dtype=_dtype(config.dtype, spec.dtype),
         device=device,
         backend=backend,
