@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rayllm.errors import ConfigError, did_you_mean
+from rayllm.request import DEFAULT_MAX_LOGPROBS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -110,7 +111,10 @@ class EngineConfig(_Config):
         "(owner/model) or ModelScope (ms:owner/model); empty: the built-in model.",
     )
     tokenizer: str | None = Field(None, description="Folder of the tokenizer, where it is not the model's.")
-    served_model_name: str | None = Field(None, description="Name that clients use; default: the folder's name.")
+    served_model_name: str | tuple[str, ...] | None = Field(
+        None,
+        description="Names that clients may use, of which answers give the first; default: the folder's name.",
+    )
     name: str = Field(DEFAULT_ENGINE_NAME, description="Name of the engine, as in get_engine(name).")
     dtype: Dtype = Field("auto", description="Type of weights and activations; auto: the checkpoint's.")
     device: Device = Field("auto", description="auto: CUDA where there is a GPU, else the CPU.")
@@ -180,6 +184,19 @@ class EngineConfig(_Config):
     reasoning_parser: ReasoningParser = Field(
         "auto", description="Marks round the model's reasoning; auto: as its chat template shows; none: all is text."
     )
+    max_logprobs: int = Field(
+        DEFAULT_MAX_LOGPROBS,
+        ge=-1,
+        description="Log-probabilities that a request may ask for at each position; -1: the vocabulary.",
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Write tokens of log-probabilities as 'token_id:N': two tokens may have the same text."
+    )
+    enable_force_include_usage: bool = Field(False, description="End every stream with its usage, asked for or not.")
+    enable_per_request_metrics: bool = Field(False, description="Add to each answer what its request took, as metrics.")
+    enable_tokenizer_info_endpoint: bool = Field(
+        False, description="Serve the tokenizer's settings and chat template at /tokenizer_info."
+    )
     enable_auto_tool_choice: bool = Field(
         True, description="Let the model decide whether to call tools; off: only required and named calls are made."
     )
@@ -216,6 +233,22 @@ class EngineConfig(_Config):
     @classmethod
     def _yaml_reads_off_as_false(cls, value: Any) -> Any:
         return "off" if value is False else value
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _served_names_are_words(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        names = (value,) if isinstance(value, str) else value or ()
+        if value is not None and (not names or not all(names)):
+            raise ValueError("a name of the served model is empty: give names of at least one character")
+        if len(set(names)) < len(names):
+            raise ValueError("the served model has a name twice")
+        return value
+
+    @property
+    def served_model_names(self) -> tuple[str, ...]:
+        """The names that were given, if any."""
+        name = self.served_model_name
+        return (name,) if isinstance(name, str) else name or ()
 
     @field_validator("name")
     @classmethod
@@ -381,6 +414,8 @@ class ResolvedConfig(_Config):
     model_path: str
     tokenizer_path: str
     served_model_name: str
+    served_model_aliases: tuple[str, ...] = ()
+    """More names by which clients may call the model."""
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["cpu", "cuda"]
     backend: Backend

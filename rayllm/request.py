@@ -13,7 +13,8 @@ import msgspec
 
 MAX_SEED = 2**63 - 1
 MAX_CHOICES = 128
-MAX_LOGPROBS = 20
+DEFAULT_MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_STOP_STRINGS = 64
 MAX_BAD_WORDS = 1024
 
@@ -131,7 +132,8 @@ class SamplingParams:
 
     Sampling is a pure function of (seed, choice, position): what else is in the batch never matters. Fields carry
     vLLM's names and meanings. `top_k=0` (or -1) is off, `max_tokens=None` means up to the model's context,
-    `temperature=0` is greedy. `logprobs=k` gives the sampled token's log-probability and the k most likely tokens'.
+    `temperature=0` is greedy. `logprobs=k` gives the sampled token's log-probability and the k most likely tokens', as
+    many as the engine's `max_logprobs` allows; -1 is the whole vocabulary.
     """
 
     n: int = 1
@@ -151,6 +153,8 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | None = None
+    """Gives the log-probabilities of these tokens, in place of the most likely ones, beside the sampled token's."""
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] = field(default_factory=dict)
@@ -175,6 +179,8 @@ class SamplingParams:
             set_field(self, "bad_words_token_ids", tuple(map(tuple, self.bad_words_token_ids or ())))
         if self.allowed_token_ids is not None:
             set_field(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.logprob_token_ids is not None:
+            set_field(self, "logprob_token_ids", tuple(self.logprob_token_ids))
         set_field(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
         if self.top_k == -1:
             set_field(self, "top_k", 0)
@@ -201,7 +207,7 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need text: leave detokenize on, or use stop_token_ids")
         self._check_bad_words()
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             for token_id in getattr(self, name) or ():
                 _check_int(f"{name}: token id", token_id, 0, _MAX_INT32)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
@@ -213,10 +219,25 @@ class SamplingParams:
         _check_int("min_tokens", self.min_tokens, 0, _MAX_INT32)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        self._check_logprobs()
+
+    def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _check_int(name, value, 0, MAX_LOGPROBS)
+                _check_int(name, value, -1, _MAX_INT32, "; -1 is the whole vocabulary")
+        ids = self.logprob_token_ids
+        if ids is None:
+            return
+        if not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
+            raise ValueError(f"logprob_token_ids holds {len(ids)} ids, 1 to {MAX_LOGPROB_TOKEN_IDS} are allowed")
+        if len(set(ids)) < len(ids):
+            raise ValueError("logprob_token_ids holds a token id twice")
+        if self.logprobs not in (None, len(ids)):
+            raise ValueError(
+                f"logprobs={self.logprobs} and {len(ids)} logprob_token_ids: they are given in place of the most "
+                "likely tokens; leave logprobs out"
+            )
 
     def _check_bad_words(self) -> None:
         if not isinstance(self.bad_words, tuple):
@@ -231,6 +252,11 @@ class SamplingParams:
                 raise ValueError("bad_words_token_ids must hold words of at least one token id")
             for token_id in ids:
                 _check_int("bad_words_token_ids: token id", token_id, 0, _MAX_INT32)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many log-probabilities a sampled token brings beside its own; None for not even that."""
+        return self.logprobs if self.logprob_token_ids is None else len(self.logprob_token_ids)
 
     @property
     def greedy(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from rayllm.api import continuity
 from rayllm.api.generation import Choice, Generation, Parsing
 from rayllm.api.protocol import GenerationBody
+from rayllm.api.request_metrics import request_metrics
 from rayllm.api.service import ServedModel
 from rayllm.api.sse import ChunkWriter, whole_stream
 from rayllm.errors import RequestError
@@ -91,9 +92,11 @@ class ChunkedAnswer(Answer):
         parsing: Parsing | None = None,
     ):
         self._body = body
-        options = body.stream_options
-        self._includes_usage = options is not None and bool(options.include_usage)
+        options, engine = body.stream_options, model.config.engine
+        self._includes_usage = engine.enable_force_include_usage or bool(options and options.include_usage)
         self._continuous_usage = self._includes_usage and bool(options and options.continuous_usage_stats)
+        as_ids = body.return_tokens_as_token_ids
+        self._shows_ids: bool = engine.return_tokens_as_token_ids if as_ids is None else as_ids
         super().__init__(model, requests, answer_id, parsing)
         self._head = {
             "id": answer_id,
@@ -116,13 +119,20 @@ class ChunkedAnswer(Answer):
             ]
             yield b"".join(chunks)
         if self._includes_usage:
-            yield writer.chunk(None, {"usage": self._usage()})
+            yield writer.chunk(None, self._closing_fields())
 
     def _chunk_fields(self, choice: Choice, entry: dict[str, Any]) -> dict[str, Any] | None:
         """Fields beside `choices`."""
         if self._includes_usage:
             return {"usage": self._usage() if self._continuous_usage else None}
         return None
+
+    def _closing_fields(self) -> dict[str, Any]:
+        """What a whole answer, or the last chunk of a stream with usage, says of all of it."""
+        fields: dict[str, Any] = {"usage": self._usage()}
+        if self._model.config.engine.enable_per_request_metrics:
+            fields["metrics"] = request_metrics(self.generation.choices)
+        return fields
 
     def _num_generated(self) -> int:
         return self.generation.num_generated_tokens

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
+from rayllm.api.beam import with_beam_search
 from rayllm.api.chat_format import ChatFormat
 from rayllm.api.chat_messages import read_messages
-from rayllm.api.errors import shorten
 from rayllm.api.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from rayllm.api.generation import Choice
 from rayllm.api.logprobs import chat_logprobs, prompt_logprobs
@@ -24,7 +24,7 @@ from rayllm.api.tool_grammar import Thinking
 from rayllm.api.tools import ToolPlan, read_tools
 from rayllm.config import EngineConfig
 from rayllm.errors import RequestError
-from rayllm.request import MAX_LOGPROBS, Request, StructuredOutputsParams
+from rayllm.request import Request, StructuredOutputsParams
 from rayllm.structured.grammar import rule_of
 from rayllm.text.tokenizer import Tokenizer
 
@@ -39,7 +39,8 @@ async def open_chat(fields: dict[str, Any], service: ModelService, client_key: s
     body = read_body(fields, ChatBody)
     model = service.named(body.model)
     check_stream_options(body)
-    return ChatAnswer(model, body, await prepare_chat(body, model, client_key, "chatcmpl-"))
+    chat = await prepare_chat(body, model, client_key, "chatcmpl-")
+    return ChatAnswer(with_beam_search(model, body, chat.request.params), body, chat)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class PreparedChat:
     thinking: Thinking
     calls_are_bound: bool = False
     """Whether the answer's grammar comes from its tools."""
+    prompt_text: str = ""
+    """The prompt as the template wrote it."""
+    shows_reasoning: bool = True
 
     @property
     def shown_ids(self) -> frozenset[int]:
@@ -120,11 +124,19 @@ def _prepare(
         settled["structured_outputs"] = constraint or _after_reasoning(wanted, form, thinking)
         params = sampling_params(body, model, **settled)
         token_ids = model.tokenize(text, add_special_tokens=bool(body.add_special_tokens), param="messages")
-        token_ids = truncate_ids(token_ids, body.truncate_prompt_tokens, model.config.max_model_len)
+        token_ids = truncate_ids(token_ids, body, model.config.max_model_len)
         request = build_request(
             new_id(id_prefix), token_ids, params, body, model.config, default_max_tokens, client_key
         )
-        return PreparedChat(request, form, plan, thinking, constraint is not None)
+        return PreparedChat(
+            request,
+            form,
+            plan,
+            thinking,
+            calls_are_bound=constraint is not None,
+            prompt_text=model.tokenizer.without_marks(text),
+            shows_reasoning=body.include_reasoning is not False,
+        )
 
 
 def _constraint(
@@ -160,13 +172,12 @@ def _after_reasoning(
 
 
 def _num_logprobs(body: ChatBody) -> int | None:
-    if body.top_logprobs is not None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+    if body.logprob_token_ids is not None:
         if not body.logprobs:
-            raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
-        if not 0 <= body.top_logprobs <= MAX_LOGPROBS:
-            raise RequestError(
-                f"top_logprobs={shorten(body.top_logprobs)} is outside [0, {MAX_LOGPROBS}]", param="top_logprobs"
-            )
+            raise RequestError("logprob_token_ids needs logprobs=true", param="logprob_token_ids")
+        return None  # they are given in place of the most likely tokens
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
@@ -218,6 +229,8 @@ def _rendered(
         )
     shown, tools = form.template_messages(read_messages(messages), plan.tools if plan else ())
     if isinstance(body, ChatBody):
+        if body.documents is not None:
+            variables = {"documents": body.documents, **variables}
         variables = {**form.thinking_variables(body.reasoning_effort, body.verbosity), **variables}
     return form.tokenizer.render_chat(
         shown,
@@ -236,6 +249,7 @@ class ChatAnswer(ChunkedAnswer):
 
     def __init__(self, model: ServedModel, body: ChatBody, chat: PreparedChat):
         self._chat = chat
+        self._echoed_text = _echoed_text(body)
         super().__init__(model, body, [chat.request], chat.request.request_id, chat)
         self._head["service_tier"] = "default"
 
@@ -251,6 +265,8 @@ class ChatAnswer(ChunkedAnswer):
         if start == 0:
             calls_first = bool(deltas) and "tool_calls" in deltas[0]
             yield self._entry(choice, {"role": "assistant", "content": None if calls_first else ""})
+            if self._echoed_text:
+                yield self._entry(choice, {"content": self._echoed_text})
         choice.num_told = end
         for i, delta in enumerate(deltas or [{"content": ""}] * tells_tokens):
             entry = self._entry(choice, delta)
@@ -278,13 +294,25 @@ class ChatAnswer(ChunkedAnswer):
 
     def _chunk_fields(self, choice: Choice, entry: dict[str, Any]) -> dict[str, Any] | None:
         fields = super()._chunk_fields(choice, entry)
-        if self._body.return_token_ids and "role" in entry["delta"]:
-            return {**(fields or {}), "prompt_token_ids": self.generation.prompt_ids[0]}
+        return {**(fields or {}), **self._prompt_fields()} if "role" in entry["delta"] else fields
+
+    def _prompt_fields(self) -> dict[str, Any]:
+        """What is told of the prompt, once."""
+        fields: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = self.generation.prompt_ids[0]
+        if self._body.return_prompt_text:
+            fields["prompt_text"] = self._chat.prompt_text
         return fields
 
     def _add_tokens(self, entry: dict[str, Any], choice: Choice, start: int, end: int | None) -> None:
         if self._body.logprobs:
-            entry["logprobs"] = chat_logprobs(self._model.tokenizer, choice.logprobs[start:end])
+            entry["logprobs"] = chat_logprobs(
+                self._model.tokenizer,
+                choice.logprobs[start:end],
+                as_ids=self._shows_ids,
+                shows_own=self._body.logprob_token_ids is not None,
+            )
         if self._body.return_token_ids:
             entry["token_ids"] = choice.token_ids[start:end]
 
@@ -301,22 +329,22 @@ class ChatAnswer(ChunkedAnswer):
                 "logprobs": None,
                 "finish_reason": self._finish_reason(choice),
                 "stop_reason": choice.stop_reason,
+                "token_ids": None,
             }
             self._add_tokens(entry, choice, 0, None)
             choices.append(entry)
-        whole = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+        whole: dict[str, Any] = {**self._head, "object": "chat.completion", "choices": choices}
+        whole |= {**self._closing_fields(), "prompt_logprobs": None, "prompt_token_ids": None}
         if self._body.prompt_logprobs is not None:
             entries = self.generation.prompt_logprobs[0]
             whole["prompt_logprobs"] = prompt_logprobs(self._model.tokenizer, entries)
-        if self._body.return_token_ids:
-            whole["prompt_token_ids"] = self.generation.prompt_ids[0]
-        return whole
+        return {**whole, **self._prompt_fields()}
 
     def _message(self, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None, "annotations": []}
         if choice.parser is None:
-            return {**message, "content": choice.text.text}
-        texts: list[str] = []
+            return {**message, "content": self._echoed_text + choice.text.text}
+        texts: list[str] = [self._echoed_text]
         thoughts: list[str] = []
         calls: list[dict[str, Any]] = []
         for event in choice.take_events(""):
@@ -337,6 +365,14 @@ class ChatAnswer(ChunkedAnswer):
         if calls:
             message["tool_calls"] = calls
         return message
+
+
+def _echoed_text(body: ChatBody) -> str:
+    """The text of the last message, where `echo` asks for it and the answer is of the same role."""
+    last = body.messages[-1]
+    if not body.echo or (last.get("role") != "assistant" and body.add_generation_prompt is not False):
+        return ""
+    return str(read_messages([last])[0]["content"])
 
 
 def _call(event: ToolCallBegin) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
+from rayllm.api.beam import with_beam_search
 from rayllm.api.errors import shorten
 from rayllm.api.generation import Choice, Prompt
 from rayllm.api.logprobs import completion_logprobs, own_logprob, prompt_logprobs
@@ -40,7 +41,7 @@ async def open_completion(fields: dict[str, Any], service: ModelService, client_
     else:
         prompts, requests = await asyncio.to_thread(_prepare, body, raw_prompts, model, client_key)
     requests = [await tried(request, model, structured_field(body)) for request in requests]
-    return CompletionAnswer(model, body, prompts, requests)
+    return CompletionAnswer(with_beam_search(model, body, requests[0].params), body, prompts, requests)
 
 
 def _prompt_list(prompt: Any) -> list[str | list[int]]:
@@ -92,10 +93,17 @@ def _settled(body: CompletionBody) -> dict[str, Any]:
         settled["n"] = num_choices
     if body.echo and body.max_tokens == 0:
         settled["max_tokens"] = 1  # the engine always draws a token; it is not shown
+    if body.logprob_token_ids is not None:
+        if body.logprobs is None:
+            raise RequestError("logprob_token_ids needs logprobs", param="logprob_token_ids")
+        if body.echo and body.max_tokens == 0:
+            raise RequestError("logprob_token_ids say nothing with max_tokens=0: no token is drawn", param="max_tokens")
+        settled["logprobs"] = None
     if body.echo and body.logprobs is not None:
         if body.stream and num_choices > 1:
             raise RequestError("echo with logprobs is streamed for n=1 only", param="echo")
-        settled["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+        asked = (body.logprobs, body.prompt_logprobs or 0)
+        settled["prompt_logprobs"] = -1 if -1 in asked else max(asked)
     return settled
 
 
@@ -123,9 +131,10 @@ def read_prompt(body: GenerationBody, prompt: str | list[int], model: ServedMode
         if min(ids) < 0 or max(ids) >= model.vocab_size:
             wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
             raise RequestError(
-                f"prompt: token id {shorten(wrong)} is outside the vocabulary of {model.vocab_size}", param="prompt"
+                f"prompt: token id {shorten(wrong)} is outside the vocabulary of {model.vocab_size}",
+                param="prompt",
             )
-    kept = truncate_ids(ids, body.truncate_prompt_tokens, model.config.max_model_len)
+    kept = truncate_ids(ids, body, model.config.max_model_len)
     return Prompt(text if len(kept) == len(ids) else None, kept)
 
 
@@ -186,19 +195,23 @@ class CompletionAnswer(ChunkedAnswer):
         ids, entries = choice.token_ids[start:end], list(choice.logprobs[start:end])
         offsets = [base + offset for offset in choice.text.offsets[start:end]]
         if not echoes:
-            return completion_logprobs(tokenizer, ids, entries, offsets)
+            return completion_logprobs(tokenizer, ids, entries, offsets, as_ids=self._shows_ids)
         prompt_ids = self._prompts[choice.prompt_index].token_ids
         skips = self._body.skip_special_tokens is not False
         prompt_text = ChoiceText(tokenizer, SamplingParams(skip_special_tokens=skips))
         prompt_text.push(prompt_ids)
         scored = [None, *(self.generation.prompt_logprobs[choice.prompt_index] or [])]
         return completion_logprobs(
-            tokenizer, [*prompt_ids, *ids], [*scored, *entries], [*prompt_text.offsets, *offsets]
+            tokenizer,
+            [*prompt_ids, *ids],
+            [*scored, *entries],
+            [*prompt_text.offsets, *offsets],
+            as_ids=self._shows_ids,
         )
 
     def _whole(self) -> dict[str, Any]:
         choices = [self._whole_choice(index, choice) for index, choice in enumerate(self._best_choices())]
-        return {**self._head, "object": "text_completion", "choices": choices, "usage": self._usage()}
+        return {**self._head, "object": "text_completion", "choices": choices, **self._closing_fields()}
 
     def _best_choices(self) -> list[Choice]:
         """For each prompt the n choices of the highest log-probability a token, where more than n were
@@ -219,7 +232,10 @@ class CompletionAnswer(ChunkedAnswer):
             "index": index,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            "prompt_logprobs": None,
         }
+        for name in ("token_ids", "prompt_token_ids"):
+            entry.setdefault(name, None)
         if self._body.prompt_logprobs is not None:
             entries = self.generation.prompt_logprobs[choice.prompt_index]
             entry["prompt_logprobs"] = prompt_logprobs(self._model.tokenizer, entries)

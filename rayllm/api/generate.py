@@ -20,7 +20,14 @@ from rayllm.api.structured import structured_field, tried
 from rayllm.errors import RequestError
 from rayllm.request import Request
 
-_NOT_SHOWN = ("stream_options", "prompt_logprobs", "return_token_ids")
+_NOT_SHOWN = (
+    "stream_options",
+    "prompt_logprobs",
+    "return_token_ids",
+    "logprob_token_ids",
+    "return_tokens_as_token_ids",
+    "use_beam_search",
+)
 """Fields that ask for more than text, for which this answer has no place."""
 
 

@@ -13,7 +13,7 @@ import msgspec
 from rayllm.api import continuity
 from rayllm.api.engine import EngineClient, RequestStream
 from rayllm.api.errors import error_of
-from rayllm.api.events import Event, Text, joined
+from rayllm.api.events import Event, Reasoning, Text, joined
 from rayllm.api.output_parser import OutputParser
 from rayllm.errors import EngineError
 from rayllm.messages import ADOPTED_BY_ANOTHER, TokenDelta, TokenLogprobs, single_tokens
@@ -50,6 +50,8 @@ class Choice:
         "parser",
         "prefill_s",
         "prompt_index",
+        "queued_s",
+        "shows_reasoning",
         "stop_reason",
         "text",
         "token_ids",
@@ -68,8 +70,10 @@ class Choice:
         self.first_token_s: float | None = None
         self.last_token_s = 0.0
         self.prefill_s = 0.0
+        self.queued_s = 0.0
         self.parser = parser
         """None where the text is only text."""
+        self.shows_reasoning = True
         self.num_reasoning_tokens = 0
         self._events: list[Event] = []
 
@@ -97,6 +101,8 @@ class Choice:
         if self.parser is None:
             return [Text(text)] if text else []
         events, self._events = self._events, []
+        if not self.shows_reasoning:
+            events = [event for event in events if not isinstance(event, Reasoning)]
         return joined(events) if len(events) > 1 else events
 
     def _parse(self, parser: OutputParser, text: str, num_tokens: int) -> None:
@@ -117,6 +123,10 @@ class Parsing(Protocol):
     def shown_ids(self) -> frozenset[int]:
         """Special tokens that the parsers want to see."""
 
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether the client wants to see what the model thought."""
+
     def parser(self, choice: int) -> OutputParser | None: ...
 
 
@@ -126,7 +136,9 @@ def _new_choice(
     parser = parsing.parser(index) if parsing is not None else None
     shown_ids = parsing.shown_ids if parsing is not None and parser is not None else frozenset[int]()
     text = ChoiceText(tokenizer, request.params, request.prompt_token_ids, shown_ids)
-    return Choice(index, prompt_index, text, parser)
+    choice = Choice(index, prompt_index, text, parser)
+    choice.shows_reasoning = parsing is None or parsing.shows_reasoning
+    return choice
 
 
 class Generation:
@@ -296,7 +308,7 @@ class Generation:
             if self._context is not None and self._context.span is not None:
                 self._context.span.first_token(delta.times)
             if delta.times is not None:
-                choice.prefill_s = delta.times.prefill_s
+                choice.queued_s, choice.prefill_s = delta.times.queued_s, delta.times.prefill_s
             self._note_prompt(choice.prompt_index)
         else:
             metrics.next_token(now_s - choice.last_token_s)

@@ -29,16 +29,22 @@ def own_logprob(packed: TokenLogprobs) -> float:
     return _unpack(packed)[0][1]
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """OpenAI's object for chats: an entry a token, with its bytes."""
+def chat_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], *, as_ids: bool = False, shows_own: bool = False
+) -> dict[str, Any]:
+    """OpenAI's object for chats: an entry a token, with its bytes. `as_ids`: tokens are written as their ids.
+    `shows_own`: the token itself is among `top_logprobs` too."""
 
     def candidate(token_id: int, value: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": value, "bytes": list(raw)}
+        text = _id_text(token_id) if as_ids else raw.decode("utf-8", "replace")
+        return {"token": text, "logprob": value, "bytes": list(raw)}
 
     content = []
     for packed in entries:
         own, *top = _unpack(packed)
+        if shows_own:
+            top = [own, *(entry for entry in top if entry[0] != own[0])]
         content.append({**candidate(*own), "top_logprobs": [candidate(*entry) for entry in top]})
     return {"content": content, "refusal": None}
 
@@ -48,9 +54,15 @@ def completion_logprobs(
     token_ids: Sequence[int],
     entries: Sequence[TokenLogprobs | None],
     offsets: Sequence[int],
+    *,
+    as_ids: bool = False,
 ) -> dict[str, Any]:
     """OpenAI's object for completions: four lists, parallel with the tokens. A prompt's first token has no
-    entry."""
+    entry. `as_ids`: tokens are written as their ids."""
+
+    def text(token_id: int) -> str:
+        return _id_text(token_id) if as_ids else _legacy_text(tokenizer, token_id)
+
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
     for packed in entries:
@@ -60,13 +72,18 @@ def completion_logprobs(
             continue
         candidates = _unpack(packed)
         token_logprobs.append(candidates[0][1])
-        top_logprobs.append({_legacy_text(tokenizer, token_id): value for token_id, value in candidates})
+        top_logprobs.append({text(token_id): value for token_id, value in candidates})
     return {
-        "tokens": [_legacy_text(tokenizer, token_id) for token_id in token_ids],
+        "tokens": [text(token_id) for token_id in token_ids],
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": list(offsets),
     }
+
+
+def _id_text(token_id: int) -> str:
+    """vLLM's notation for a token by its id."""
+    return f"token_id:{token_id}"
 
 
 def _legacy_text(tokenizer: Tokenizer, token_id: int) -> str:

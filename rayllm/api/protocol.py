@@ -34,11 +34,16 @@ WITHOUT_EFFECT = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "prediction",
+        # vLLM's
+        "session_id",
+        "return_token_offsets",
+        "mm_payload",
+        "return_mm_kwargs",
     }
 )
-"""OpenAI's fields about accounts, storage, billing and speed: there is nothing here for them to change."""
+"""OpenAI's fields about accounts, storage, billing and speed, and vLLM's for routing and its render endpoints: there is
+nothing here for them to change."""
 
-_LATER = "is not supported yet"
 NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": (([],), "is for chats: completions call nothing"),
     "tool_choice": (("none",), "is for chats: completions call nothing"),
@@ -56,8 +61,21 @@ NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logits_processors": ((), "is not supported: requests run no code"),
     "chat_template": ((), "is for chats"),
     "spaces_between_special_tokens": ((True,), "can only be true"),
-    "use_beam_search": ((False,), _LATER),
-    "length_penalty": ((1, 1.0), "is not supported: it is of beam search"),
+    "include_reasoning": ((True,), "is for chats"),
+    "return_prompt_text": ((False,), "is for chats"),
+    "documents": (([],), "is for chats"),
+    "thinking_token_budget": ((), "is not supported"),
+    "watermarking": ((False,), "is not supported"),
+    "return_weight_versions": ((False,), "is not supported: this server's weights do not change"),
+    "routed_experts_prompt_start": ((0,), "is not supported: no routed experts are returned"),
+    "request_id": ((), "is not supported; send the header x-request-id"),
+    "repetition_detection": ((), "is not supported; see repetition_penalty and frequency_penalty"),
+    "stream_interval": ((1,), "can only be 1: every step of the engine is sent as it comes"),
+    "kv_transfer_params": (({},), "is not supported: this server hands no KV cache on"),
+    "ec_transfer_params": (({},), "is not supported: this server hands no encoder cache on"),
+    "vllm_xargs": (({},), "is not supported: this server has no extensions that read it"),
+    "media_io_kwargs": (({},), "is not supported: this server reads text"),
+    "mm_processor_kwargs": (({},), "is not supported: this server reads text"),
 }
 """Name: the values that ask for nothing (besides null), and why others are refused."""
 
@@ -193,7 +211,13 @@ class GenerationBody(Body):
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    """Where `truncate_prompt_tokens` cuts; left keeps the last tokens."""
     prompt_logprobs: int | None = None
+    logprob_token_ids: TokenIds = None
+    use_beam_search: bool | None = None
+    length_penalty: FiniteFloat | None = None
+    return_tokens_as_token_ids: bool | None = None
     allowed_token_ids: TokenIds = None
     add_special_tokens: bool | None = None
     priority: int | None = None
@@ -234,6 +258,12 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
+    # vLLM's
+    echo: bool | None = None
+    """The answer begins with the message that it continues."""
+    include_reasoning: bool | None = None
+    return_prompt_text: bool | None = None
+    documents: Objects = None
 
 
 class TokensBody(Body):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import AfterValidator, FiniteFloat, WithJsonSchema
 
 from rayllm.api import continuity
 from rayllm.api.answer import created_s
 from rayllm.api.chat import PreparedChat, prepare_chat
 from rayllm.api.errors import shorten
 from rayllm.api.protocol import (
+    NOT_SUPPORTED,
     ChatBody,
     Objects,
     SamplingFields,
     StopStrings,
     StreamOptions,
+    TokenIds,
     check_names,
     read_body,
 )
@@ -26,8 +28,9 @@ from rayllm.api.responses_answer import ResponseAnswer
 from rayllm.api.responses_items import chat_messages, chat_tool_choice, chat_tools, read_input, read_tools
 from rayllm.api.sampling import named_as
 from rayllm.api.service import ModelService, ServedModel
+from rayllm.engine.admission import resolve_logprobs
 from rayllm.errors import ContextLengthError, RequestError
-from rayllm.request import MAX_LOGPROBS
+from rayllm.request import SamplingParams
 
 MAX_METADATA = 16
 _LOGPROBS = "message.output_text.logprobs"
@@ -44,6 +47,20 @@ INCLUDABLE = (
 """The first is given where it is asked for; of the others there is nothing to give."""
 _ECHOED = ("user", "safety_identifier", "prompt_cache_key")
 """Fields that are given back, where they were given."""
+_AS_IN_A_CHAT = (
+    "stop",
+    "structured_outputs",
+    "logit_bias",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "allowed_token_ids",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "add_special_tokens",
+    "include_reasoning",
+    "documents",
+)
+"""vLLM's fields that a chat has under the same name."""
 _PARAMS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -66,6 +83,20 @@ def _tool_choice(value: Any) -> Any:
     raise ValueError("Input should be none, auto, required or an object")
 
 
+_NOT_IN_A_CHAT = (
+    "spaces_between_special_tokens",
+    "thinking_token_budget",
+    "watermarking",
+    "request_id",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+)
+"""vLLM's fields that a chat refuses too, by the same words."""
+
+
 class ResponsesBody(SamplingFields):
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
@@ -73,6 +104,10 @@ class ResponsesBody(SamplingFields):
             "prompt_cache_options",
             "prompt_cache_retention",
             "max_tool_calls",  # of tools that a server runs
+            # vLLM's
+            "session_id",
+            "mm_payload",
+            "return_mm_kwargs",
         }
     )
     not_supported: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {
@@ -88,6 +123,9 @@ class ResponsesBody(SamplingFields):
         "response_format": ((), "is called text.format here"),
         "reasoning_effort": ((), "is called reasoning.effort here"),
         "n": ((1,), "can only be 1: a response has one answer"),
+        "enable_response_messages": ((False,), "is not supported"),
+        "previous_input_messages": ((), "is not supported; give previous_response_id, or all items as input"),
+        **{name: NOT_SUPPORTED[name] for name in _NOT_IN_A_CHAT},
     }
 
     model: str
@@ -119,6 +157,16 @@ class ResponsesBody(SamplingFields):
     prompt_cache_key: str | None = None
     # vLLM's, as in a chat
     stop: StopStrings = None
+    structured_outputs: dict[str, Any] | None = None
+    logit_bias: dict[str, FiniteFloat] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    allowed_token_ids: TokenIds = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    include_reasoning: bool | None = None
+    documents: Objects = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +280,7 @@ async def _prepare(
     """The request. With truncation=auto, as many of the oldest turns are left out as do not fit."""
 
     async def prepared(items: list[dict[str, Any]]) -> PreparedChat:
-        return await prepare_chat(_chat_body(body, items, tools), model, client_key, "resp_")
+        return await prepare_chat(_chat_body(body, items, tools, model), model, client_key, "resp_")
 
     try:
         return await prepared(context)
@@ -256,28 +304,37 @@ async def _prepare(
     return found
 
 
-def _chat_body(body: ResponsesBody, items: list[dict[str, Any]], tools: list[dict[str, Any]]) -> ChatBody:
+def _chat_body(
+    body: ResponsesBody, items: list[dict[str, Any]], tools: list[dict[str, Any]], model: ServedModel
+) -> ChatBody:
     fields: dict[str, Any] = {
         "model": body.model,
         "messages": chat_messages(body.instructions, items),
         "max_tokens": body.max_output_tokens,
-        "stop": body.stop,
         "user": body.user,
+        **{name: getattr(body, name) for name in _AS_IN_A_CHAT},
         **body.sampling_fields(),
         **_text(body.text),
         **_reasoning(body.reasoning),
     }
     if _LOGPROBS in (body.include or ()):
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
-    elif body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
-        raise RequestError(
-            f"top_logprobs={shorten(body.top_logprobs)} is outside [0, {MAX_LOGPROBS}]", param="top_logprobs"
-        )
+    elif body.top_logprobs is not None:
+        _check_unshown_logprobs(body.top_logprobs, model)
     if tools:
         fields |= {"tools": chat_tools(tools), "parallel_tool_calls": body.parallel_tool_calls}
     if body.tool_choice is not None and (tools or body.tool_choice != "auto"):
         fields["tool_choice"] = chat_tool_choice(body.tool_choice)
     return read_body({name: value for name, value in fields.items() if value is not None}, ChatBody)
+
+
+def _check_unshown_logprobs(num_logprobs: int, model: ServedModel) -> None:
+    """`top_logprobs` is checked also where `include` does not ask to see them."""
+    with named_as({"logprobs": "top_logprobs"}):
+        try:
+            resolve_logprobs(SamplingParams(logprobs=num_logprobs), model.config)
+        except ValueError as error:
+            raise RequestError(str(error), param="logprobs") from None
 
 
 def _text(text: dict[str, Any] | None) -> dict[str, Any]:

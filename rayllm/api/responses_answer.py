@@ -184,7 +184,8 @@ class ResponseAnswer(EventAnswer):
         start, choice.num_told = choice.num_told, len(choice.token_ids)
         if self._shows_logprobs:
             new = choice.logprobs[start : choice.num_told]
-            self._output.logprobs += chat_logprobs(self._model.tokenizer, new)["content"]
+            as_ids = self._model.config.engine.return_tokens_as_token_ids
+            self._output.logprobs += chat_logprobs(self._model.tokenizer, new, as_ids=as_ids)["content"]
         for event in self._events_of(choice, text):
             yield from self._output.take(event)
         if choice.finish_reason is not None:

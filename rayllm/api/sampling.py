@@ -20,7 +20,7 @@ from rayllm.api.protocol import (
 )
 from rayllm.api.structured import structured_outputs
 from rayllm.config import ResolvedConfig
-from rayllm.engine.admission import check_request, resolve_max_tokens
+from rayllm.engine.admission import check_request, resolve_logprobs, resolve_max_tokens
 from rayllm.errors import RequestError
 from rayllm.request import MAX_SEED, Request, SamplingParams, pack_ids
 from rayllm.text.bad_words import with_bad_word_ids
@@ -47,12 +47,15 @@ _PLAIN_FIELDS = (
     "skip_special_tokens",
     "prompt_logprobs",
     "allowed_token_ids",
+    "logprob_token_ids",
 )
 """Fields that `SamplingParams` takes as they are; null is the model's default, or else its own."""
 _MIN_REPETITION_PENALTY = 0.01
 _MAX_TEMPERATURE = 2
 """OpenAI's limit; `SamplingParams` allows more."""
 _TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
+_MAX_NAMED = 10
+"""Wrong keys of an object that a message names."""
 _MAX_PRIORITY = 2**31 - 1
 MAX_TIMEOUT_S = 7 * 24 * 3600
 
@@ -65,8 +68,8 @@ def sampling_params(body: GenerationBody, model: ServedModel, **settled: Any) ->
     fields |= {name: value for name in _PLAIN_FIELDS if (value := getattr(body, name)) is not None}
     _check_stop(body.stop)
     _check_bad_words(body.bad_words or ())
-    for name in ("stop_token_ids", "allowed_token_ids"):
-        limit = MAX_TOKEN_ID_LIST if name == "stop_token_ids" else vocab_size
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        limit = vocab_size if name == "allowed_token_ids" else MAX_TOKEN_ID_LIST
         _check_ids(name, getattr(body, name) or (), vocab_size, limit)
     if body.temperature is not None and body.temperature > _MAX_TEMPERATURE:
         raise RequestError(
@@ -86,6 +89,7 @@ def sampling_params(body: GenerationBody, model: ServedModel, **settled: Any) ->
         params = SamplingParams(**{**fields, **settled})
     except ValueError as error:
         raise RequestError(str(error), param=_field_named(str(error))) from None
+    params = resolve_logprobs(params, model.config)
     with named_as({"prompt": "bad_words"}):
         return with_bad_word_ids(params, model.tokenizer, vocab_size)
 
@@ -131,16 +135,18 @@ def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> dict[int, float
         raise RequestError(
             f"logit_bias holds {len(biases)} tokens, at most {MAX_LOGIT_BIASES} are allowed", param="logit_bias"
         )
-    for key in biases:
-        if not _TOKEN_ID.fullmatch(key):
-            raise RequestError(f"logit_bias: {shorten(key)} is not a token id", param="logit_bias")
+    if wrong := [shorten(key) for key in biases if not _TOKEN_ID.fullmatch(key)]:
+        more = f" and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
+        are = "is not a token id" if len(wrong) == 1 else "are not token ids"
+        raise RequestError(f"logit_bias: {', '.join(wrong[:_MAX_NAMED])}{more} {are}", param="logit_bias")
     found = {int(key): bias for key, bias in biases.items()}
     _check_ids("logit_bias", list(found), vocab_size, MAX_LOGIT_BIASES)
     return found
 
 
-def truncate_ids(ids: list[int], num_tokens: int | None, max_model_len: int) -> list[int]:
-    """The last `num_tokens` ids (-1: as many as the context holds)."""
+def truncate_ids(ids: list[int], body: GenerationBody, max_model_len: int) -> list[int]:
+    """The ids that `truncate_prompt_tokens` and `truncation_side` leave (-1: as many as the context holds)."""
+    num_tokens = body.truncate_prompt_tokens
     if num_tokens is None:
         return ids
     if num_tokens != -1 and not 1 <= num_tokens <= max_model_len:
@@ -148,7 +154,8 @@ def truncate_ids(ids: list[int], num_tokens: int | None, max_model_len: int) -> 
             f"truncate_prompt_tokens={num_tokens} is outside [1, {max_model_len}]; -1 means {max_model_len}",
             param="truncate_prompt_tokens",
         )
-    return ids[-(max_model_len if num_tokens == -1 else num_tokens) :]
+    num_kept = max_model_len if num_tokens == -1 else num_tokens
+    return ids[:num_kept] if body.truncation_side == "right" else ids[-num_kept:]
 
 
 def build_request(

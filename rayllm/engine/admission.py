@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from rayllm.config import ResolvedConfig
 from rayllm.errors import ContextLengthError, OverloadedError, RequestError
-from rayllm.request import Request
+from rayllm.request import Request, SamplingParams
 from rayllm.scheduler.fairness import Line
 from rayllm.scheduler.scheduler import Scheduler
 
@@ -30,7 +30,7 @@ def check_request(request: Request, config: ResolvedConfig) -> None:
         if not 0 <= token_id < vocab_size:
             raise RequestError(f"prompt token id {token_id} is outside the vocabulary of {vocab_size}", param="prompt")
     params = request.params
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
         for token_id in getattr(params, name) or ():
             if token_id >= vocab_size:
                 raise RequestError(f"{name} holds {token_id}, outside the vocabulary of {vocab_size}", param=name)
@@ -47,6 +47,28 @@ def check_request(request: Request, config: ResolvedConfig) -> None:
         raise RequestError(
             f"min_tokens={params.min_tokens} is more than max_tokens={request.max_tokens}", param="min_tokens"
         )
+
+
+def resolve_logprobs(params: SamplingParams, config: ResolvedConfig) -> SamplingParams:
+    """The parameters with a number in the place of -1, the whole vocabulary. Raises `RequestError` for more than
+    `max_logprobs`."""
+    vocab_size = config.shape.vocab_size
+    limit = vocab_size if config.engine.max_logprobs == -1 else config.engine.max_logprobs
+    changes = {}
+    for name in ("logprobs", "prompt_logprobs"):
+        asked: int | None = getattr(params, name)
+        if asked is None:
+            continue
+        num = vocab_size if asked == -1 else asked
+        if num > limit:
+            whole = f", the whole vocabulary of {vocab_size}," if asked == -1 else ""
+            raise RequestError(
+                f"{name}={asked}{whole} is outside [0, {limit}]; the server's operator raises that with --max-logprobs",
+                param=name,
+            )
+        if asked == -1:
+            changes[name] = num
+    return params.with_(**changes) if changes else params
 
 
 def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:

@@ -17,9 +17,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from rayllm.errors import ContextLengthError
-from rayllm.request import MAX_LOGPROBS, CompletionOutput, Logprob, SamplingParams
+from rayllm.request import DEFAULT_MAX_LOGPROBS, CompletionOutput, Logprob, SamplingParams
 
-MAX_BEAM_WIDTH = MAX_LOGPROBS // 2
+MAX_BEAM_WIDTH = DEFAULT_MAX_LOGPROBS // 2
 """Each beam is extended by its 2 x `beam_width` most likely tokens."""
 
 

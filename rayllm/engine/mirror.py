@@ -69,8 +69,8 @@ class History:
             kept = None if logprobs is None else list(logprobs)
             line = _Line(choice, ids, kept, delta.finish, delta.prompt_logprobs, delta.num_cached_tokens)
             self._lines.append(line)
-            self.num_bytes += _LINE_BYTES + _LOGPROBS_BYTES * len(delta.prompt_logprobs or ())
-        self.num_bytes += len(delta.token_ids) + _LOGPROBS_BYTES * len(logprobs or ())
+            self.num_bytes += _LINE_BYTES + _logprobs_bytes(delta.prompt_logprobs)
+        self.num_bytes += len(delta.token_ids) + _logprobs_bytes(logprobs)
         if self.num_bytes > MAX_HISTORY_BYTES:
             self.is_too_long, self._lines, self.num_bytes = True, [], 0
 
@@ -99,6 +99,10 @@ class History:
     @classmethod
     def decode(cls, encoded: bytes) -> History:
         return cls(_DECODER.decode(encoded) if encoded else ())
+
+
+def _logprobs_bytes(entries: list[TokenLogprobs] | None) -> int:
+    return sum(_LOGPROBS_BYTES + len(entry.ids) + len(entry.values) for entry in entries or ())
 
 
 def _continues(delta: TokenDelta) -> bool:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.admission import check_request, resolve_max_tokens
+from rayllm.engine.admission import check_request, resolve_logprobs, resolve_max_tokens
 from rayllm.errors import EngineError, RequestError
 from rayllm.messages import Finish, TokenDelta, TokenLogprobs
 from rayllm.request import (
@@ -96,7 +96,7 @@ def build_request(
     default_seed: int,
 ) -> Request:
     """A complete `Request`; raises `RequestError` when it does not fit the model."""
-    params = with_bad_word_ids(params, tokenizer, config.shape.vocab_size)
+    params = resolve_logprobs(with_bad_word_ids(params, tokenizer, config.shape.vocab_size), config)
     try:
         prompt = pack_ids(token_ids)
     except OverflowError:
@@ -207,7 +207,7 @@ class OutputBuilder:
             if stopped:
                 ids = ids[: choice.text.num_tokens_used - len(choice.output.token_ids)]
         added.token_ids = ids
-        if params.logprobs is not None and delta.logprobs:
+        if params.num_logprobs is not None and delta.logprobs:
             added.logprobs = [read_logprobs(packed, self.tokenizer) for packed in delta.logprobs[: len(ids)]]
             added.cumulative_logprob = sum(entry[i].logprob for entry, i in zip(added.logprobs, ids, strict=True))
         if stopped:

@@ -5,6 +5,7 @@ Shapes: N positions, V vocabulary ids, K most likely tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from rayllm.messages import TokenLogprobs
+from rayllm.sampling.penalties import upload
 from rayllm_kernels.sampling.reference import candidates, row_slices
 
 
 @dataclass(slots=True)
 class LogprobTensors:
-    """Log-probabilities still on the device: each line's own token first, then the K most likely."""
+    """Log-probabilities still on the device: each line's own token first, then K others: the most likely, or those that
+    the line lists."""
 
     ids_NK: Tensor
     values_NK: Tensor
@@ -37,17 +40,34 @@ class LogprobTensors:
         ]
 
 
-def compute_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top_N: list[int]) -> LogprobTensors:
+def compute_logprobs(
+    logits_NV: Tensor,
+    token_ids_N: Tensor,
+    num_top_N: list[int],
+    listed_N: Sequence[tuple[int, ...] | None] = (),
+) -> LogprobTensors:
     """Does not wait for the device. A rank is 1 plus the number of strictly more likely tokens.
 
-    The `num_top_N[i]` most likely of line i come in falling order, equal ones in order of their ids.
+    The `num_top_N[i]` most likely of line i come in falling order, equal ones in order of their ids; or, where
+    `listed_N[i]` lists that many ids, those, in its order.
     """
-    parts = [_logprobs_of_slice(logits_NV[some], token_ids_N[some], max(num_top_N)) for some in row_slices(logits_NV)]
+    num_top = max(num_top_N)
+    listed_NK = None
+    if any(listed is not None for listed in listed_N):
+        padded = [[*(listed or ()), *[-1] * (num_top - len(listed or ()))] for listed in listed_N]
+        listed_NK = upload(torch.tensor(padded, dtype=torch.int64), logits_NV.device)
+    parts = [
+        _logprobs_of_slice(logits_NV[some], token_ids_N[some], num_top, None if listed_NK is None else listed_NK[some])
+        for some in row_slices(logits_NV)
+    ]
     ids, values, ranks = zip(*parts)
     return LogprobTensors(torch.cat(ids), torch.cat(values), torch.cat(ranks), num_top_N)
 
 
-def _logprobs_of_slice(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs_of_slice(
+    logits_NV: Tensor, token_ids_N: Tensor, num_top: int, listed_NK: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`listed_NK`: ids in place of the most likely; -1 for none."""
     chosen_N1 = logits_NV.gather(1, token_ids_N[:, None].long())
     max_N1 = logits_NV.amax(1, keepdim=True)
     # Summed in float64, so that the order of summation, which depends on the batch, does not show in float32.
@@ -56,6 +76,11 @@ def _logprobs_of_slice(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> 
     ids_NK, values_NK = token_ids_N[:, None].long(), chosen_N1
     if num_top:
         top_NK, top_ids_NK, _ = candidates(logits_NV, num_top)
-        values_NK = torch.cat((values_NK, top_NK[:, :num_top]), 1)
-        ids_NK = torch.cat((ids_NK, top_ids_NK[:, :num_top]), 1)
+        top_NK, top_ids_NK = top_NK[:, :num_top], top_ids_NK[:, :num_top]
+        if listed_NK is not None:
+            listed_NK = listed_NK[:, : top_NK.shape[1]]
+            top_ids_NK = torch.where(listed_NK < 0, top_ids_NK, listed_NK)
+            top_NK = logits_NV.gather(1, top_ids_NK)
+        values_NK = torch.cat((values_NK, top_NK), 1)
+        ids_NK = torch.cat((ids_NK, top_ids_NK), 1)
     return ids_NK, ((values_NK - max_N1).double() - mass_N1.log()).float(), rank_N

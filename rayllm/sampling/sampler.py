@@ -129,12 +129,13 @@ class Sampler:
     ) -> None:
         """A sequence takes the row. `tokens` are the prompt and, when it is replayed, what it has emitted.
 
-        Raises `RequestError` for ids in `allowed_token_ids`, `logit_bias` or `bad_words_token_ids` that the model does
-        not have. Words in `bad_words` must have become ids before.
+        Raises `RequestError` for ids in `allowed_token_ids`, `logit_bias`, `logprob_token_ids` or
+        `bad_words_token_ids` that the model does not have. Words in `bad_words` must have become ids before.
         """
         assert not params.bad_words, "bad_words without token ids: see rayllm.text.bad_words"
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_ids("logit_bias", tuple(params.logit_bias))
+        self._check_ids("logprob_token_ids", params.logprob_token_ids or ())
         for word in params.bad_words_token_ids:
             self._check_ids("bad_words_token_ids", word)
         self.clear_row(row)
@@ -173,7 +174,7 @@ class Sampler:
         assert logits_NV.shape == (len(rows), self._vocab_size), (logits_NV.shape, self._vocab_size)
         assert logits_NV.dtype == torch.float32, logits_NV.dtype
         states = [self._state(row) for row in rows]
-        asking = [i for i, state in enumerate(states) if state.params.logprobs is not None]
+        asking = [i for i, state in enumerate(states) if state.params.num_logprobs is not None]
         edited = [i for i, state in enumerate(states) if state.is_edited]
         penalised = [i for i, row in enumerate(rows) if row in self._penalties]
         barred = [i for i, row in enumerate(rows) if row in self._bad_words] if self._bad_words else []
@@ -197,8 +198,9 @@ class Sampler:
             self._bad_words.append([rows[i] for i in barred], token_ids_N[self._ids(barred)])
         logprobs = None
         if asking:
-            num_top = [states[i].params.logprobs or 0 for i in asking]
-            logprobs = compute_logprobs(raw_GV, token_ids_N[self._ids(asking)], num_top)
+            num_top = [states[i].params.num_logprobs or 0 for i in asking]
+            listed = [states[i].params.logprob_token_ids for i in asking]
+            logprobs = compute_logprobs(raw_GV, token_ids_N[self._ids(asking)], num_top, listed)
         is_usable_N, is_stuck_N = max_N.isfinite(), None
         if bound := [*(masks[0] if masks else ()), *barred]:
             is_stuck_N = torch.zeros_like(is_usable_N)

@@ -180,6 +180,11 @@ class Tokenizer:
             return content
         return self._special_text.sub(lambda found: f"{_OPEN_MARK}{found.group()}{_CLOSE_MARK}", content)
 
+    @staticmethod
+    def without_marks(text: str) -> str:
+        """A text as people read it."""
+        return _MARKS.sub("", text)
+
     def encode_marked(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text in which special tokens count only outside the marks: a user cannot write them."""
         if _OPEN_MARK not in text:

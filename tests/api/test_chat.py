@@ -61,8 +61,11 @@ async def test_an_answer_has_openais_shape(service: ModelService, engine: FakeEn
                 "logprobs": None,
                 "finish_reason": "stop",
                 "stop_reason": None,
+                "token_ids": None,
             }
         ],
+        "prompt_logprobs": None,
+        "prompt_token_ids": None,
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_answer,

@@ -65,7 +65,18 @@ async def test_an_answer_has_openais_shape(service: ModelService, tokenizer: Tok
     assert answer == {
         "object": "text_completion",
         "model": "tiny",
-        "choices": [{"index": 0, "text": ANSWER, "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
+        "choices": [
+            {
+                "index": 0,
+                "text": ANSWER,
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+                "token_ids": None,
+                "prompt_token_ids": None,
+                "prompt_logprobs": None,
+            }
+        ],
         "usage": {
             "prompt_tokens": 2,
             "completion_tokens": num_answer,

@@ -19,7 +19,7 @@ from rayllm.messages import Finish
     ("error", "status", "kind", "code", "retry_after"),
     [
         (RequestError("m", param="n"), 400, "invalid_request_error", None, None),
-        (RequestError("m", param="n", code="c", status=404), 404, "not_found_error", "c", None),
+        (RequestError("m", param="n", code="c", status=404), 404, "invalid_request_error", "c", None),
         (ContextLengthError("m", param="n"), 400, "invalid_request_error", "context_length_exceeded", None),
         (OverloadedError("m", retry_after_s=2.1), 429, "rate_limit_error", "overloaded", "3"),
         (EngineError("m"), 503, "engine_error", "engine_error", "1"),

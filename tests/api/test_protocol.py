@@ -26,8 +26,8 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one(name: str, near: s
 
 
 def test_a_field_of_the_other_endpoint_is_unknown() -> None:
-    with pytest.raises(RequestError, match="'echo'"):
-        read_body({**CHAT, "echo": True}, ChatBody)
+    with pytest.raises(RequestError, match="'best_of'"):
+        read_body({**CHAT, "best_of": 2}, ChatBody)
 
 
 def test_a_huge_name_is_shown_in_part() -> None:
@@ -118,16 +118,18 @@ def test_a_missing_field_is_named() -> None:
 
 SHARED_FIELDS = {
     "add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt", "frequency_penalty", "guided_choice",
-    "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "include_stop_str_in_output", "logit_bias",
-    "max_tokens", "min_p", "min_tokens", "model", "n", "presence_penalty", "priority", "prompt_logprobs",
-    "repetition_penalty", "response_format", "return_token_ids", "seed", "skip_special_tokens", "stop",
-    "stop_token_ids", "stream", "stream_options", "structured_outputs", "temperature", "timeout", "top_k", "top_p",
-    "truncate_prompt_tokens",
+    "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "include_stop_str_in_output", "length_penalty",
+    "logit_bias", "logprob_token_ids", "max_tokens", "min_p", "min_tokens", "model", "n", "presence_penalty",
+    "priority", "prompt_logprobs", "repetition_penalty", "response_format", "return_token_ids",
+    "return_tokens_as_token_ids", "seed", "skip_special_tokens", "stop", "stop_token_ids", "stream", "stream_options",
+    "structured_outputs", "temperature", "timeout", "top_k", "top_p", "truncate_prompt_tokens", "truncation_side",
+    "use_beam_search",
 }  # fmt: skip
 CHAT_FIELDS = {
-    "add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "logprobs",
+    "add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "documents", "echo",
+    "include_reasoning", "logprobs",
     "max_completion_tokens", "messages", "parallel_tool_calls", "reasoning_effort", "tool_choice", "tools",
-    "top_logprobs", "verbosity",
+    "return_prompt_text", "top_logprobs", "verbosity",
 }  # fmt: skip
 
 

@@ -67,3 +67,16 @@ def test_nan_gives_its_line_no_logprob_and_others_theirs() -> None:
     logits_NV[1, 40] = torch.nan
     found = token_logprobs(logits_NV, torch.tensor([1, 2, 3]), 0)
     assert [entry is None for entry in found] == [False, True, False]
+
+
+def test_listed_tokens_come_in_place_of_the_most_likely_beside_lines_that_list_none() -> None:
+    logits_NV = torch.randn(3, 1000, generator=torch.Generator().manual_seed(3)) * 5
+    token_ids_N, exact_NV = torch.tensor([4, 5, 6]), logits_NV.double().log_softmax(1)
+
+    tensors = compute_logprobs(logits_NV, token_ids_N, [2, 3, 0], [(900, 5), None, None])
+    found = [unpacked(entry) for entry in tensors.to_messages() if entry is not None]
+
+    top = exact_NV[1].argsort(descending=True)[:3].tolist()
+    assert [ids for ids, _ in found] == [[4, 900, 5], [5, *top], [6]]
+    for (ids, values), exact_V in zip(found, exact_NV):
+        np.testing.assert_allclose(values, exact_V[ids].numpy(), rtol=2e-6, atol=1e-6)
