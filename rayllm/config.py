@@ -424,6 +424,8 @@ class ResolvedConfig(_Config):
     max_num_seqs: int
     max_num_batched_tokens: int
     shape: ModelShape
+    architecture_module: str = ""
+    """Import path of the module that reads the model's architecture, where it is not one of RayLLM's own."""
     num_threads: int
     """OpenMP threads of each worker on CPU."""
     generation: GenerationDefaults = GenerationDefaults()

@@ -12,7 +12,7 @@ from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig, cou
 from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.engine.generation_config import FILE_NAME, generation_config_file, generation_defaults
 from rayllm.errors import ConfigError
-from rayllm.models.registry import read_spec
+from rayllm.models.registry import outside_module, read_spec
 from rayllm.models.split import check_split
 from rayllm.text.end_token import end_token_id
 from rayllm.weights.config_file import read_json
@@ -76,6 +76,7 @@ def resolve(
             eos_token_ids=_end_token_ids(config, path, tokenizer, spec.vocab_size),
             num_layers=spec.num_layers,
         ),
+        architecture_module=outside_module(spec.architecture),
         num_threads=max(1, num_cores // size),
         generation=generation_defaults(config, path),
     )

@@ -56,6 +56,12 @@ def known_architectures() -> list[str]:
     return sorted({*_modules, *_entry_points()})
 
 
+def outside_module(name: str) -> str:
+    """The import path of an architecture's module, for processes that do not know it; empty for RayLLM's own."""
+    path = architecture_module(name) or ""
+    return "" if path.startswith(f"{_PACKAGE}.") else path
+
+
 def architecture_module(name: str) -> str | None:
     """The import path of an architecture's module; None where there is none."""
     return _modules.get(name) or _entry_points().get(name)
@@ -69,8 +75,9 @@ def weight_names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
     return names
 
 
-def read_spec(model_path: str | Path) -> DecoderSpec:
-    """The spec of the model in a folder; `ConfigError` names config.json and the field that cannot be served.
+def read_spec(model_path: str | Path, module: str = "") -> DecoderSpec:
+    """The spec of the model in a folder, read by the architecture's `outside_module`, if given. `ConfigError` names
+    config.json and the field that cannot be served.
 
     Where config.json says no dtype, or "auto", it is that of the weights' files, as with `transformers`.
     """
@@ -78,6 +85,8 @@ def read_spec(model_path: str | Path) -> DecoderSpec:
     if all(config.get(name) in (None, "auto") for name in ("dtype", "torch_dtype")):
         config = {**config, "dtype": stored_dtype(model_path), "torch_dtype": None}
     try:
+        if module:
+            register_architecture(config["architectures"][0], module)
         return spec_of(config)
     except ConfigError as error:
         raise ConfigError(f"{Path(model_path) / 'config.json'}: {error}") from None

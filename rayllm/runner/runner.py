@@ -64,7 +64,7 @@ class Runner:
         self._device = device or _own_device(config)
         check_device(config, tp.rank, self._device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        spec = read_spec(config.model_path)
+        spec = read_spec(config.model_path, config.architecture_module)
         self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
         self._model = load_model(
             config.model_path,

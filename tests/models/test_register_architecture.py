@@ -18,7 +18,9 @@ from teacher import log_probs_of_folder
 from tiny import make_model, make_tokenizer
 
 import rayllm
+from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.distributed.groups import TensorParallel
+from rayllm.engine.resolve import resolve
 from rayllm.errors import ConfigError
 from rayllm.models import registry
 from rayllm.models.registry import known_architectures, read_spec, register_architecture
@@ -101,6 +103,16 @@ def test_llm_serves_a_registered_architecture(tmp_path: Path) -> None:
         for _ in range(8):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert output.outputs[0].token_ids == tokens[4:]
+
+
+def test_a_process_that_is_given_the_resolved_config_knows_the_architecture(tmp_path: Path) -> None:
+    path, _ = _checkpoint(tmp_path, "GPTNeoXConfig", {"intermediate_size": 96})
+    make_tokenizer(path)
+    register_architecture("GPTNeoXForCausalLM", toy_neox)
+    sent = resolve(EngineConfig(model=str(path), device="cpu")).model_dump_json()
+    registry._modules.pop("GPTNeoXForCausalLM")  # as in a worker process
+    received = ResolvedConfig.model_validate_json(sent)
+    assert read_spec(received.model_path, received.architecture_module).layers[0].parallel
 
 
 def test_an_entry_point_is_found_without_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
