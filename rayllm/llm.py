@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
-import functools
+import itertools
+import os
+import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from rayllm.config import EngineConfig, ResolvedConfig, not_supported_yet
+from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams
+from rayllm.engine.blocking import AnswerStream, BlockingClient, ShowsProgress, per_prompt
 from rayllm.engine.client import EngineConnection, connect
 from rayllm.engine.continued import ContinuedEngine
 from rayllm.engine.driver import Driver
+from rayllm.engine.engine_thread import EngineThread, check_not_forked, closed_error
 from rayllm.engine.generation_config import default_sampling_params
 from rayllm.engine.journal import JournaledEngine
-from rayllm.engine.local import BlockingEngine, LocalEngine
+from rayllm.engine.local import LocalEngine
 from rayllm.engine.outputs import (
     Conversation,
     OutputBuilder,
@@ -27,7 +35,6 @@ from rayllm.engine.outputs import (
     prepare_chat,
     prepare_prompt,
     raise_failed,
-    settle,
 )
 from rayllm.engine.owner import OwnedEngine
 from rayllm.engine.resolve import resolve
@@ -36,7 +43,7 @@ from rayllm.executor.inproc import InprocExecutor
 from rayllm.executor.placement import cluster_devices
 from rayllm.executor.ray_cluster import connected_ray, ray_is_initialized
 from rayllm.messages import EngineStats
-from rayllm.request import CompletionOutput, Request, RequestOutput, SamplingParams
+from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.weights.hub import bring_here
 
@@ -78,12 +85,10 @@ class LLM:
         config = _engine_config(model, settings)
         self.config = _resolve(config)
         self._tokenizer = Tokenizer.from_config(self.config)
-        self._cleanup = contextlib.ExitStack()
-        with self._cleanup as cleanup:
-            self._engine = _open_engine(self.config, cleanup)
-            self._cleanup = cleanup.pop_all()
-        self._next_stream = 0
-        self._num_unseeded = 0
+        self._pid = os.getpid()
+        with contextlib.ExitStack() as cleanup:
+            self._client = BlockingClient(_open_engine(self.config, cleanup), self.config, self._tokenizer)
+            self._ends = _ending(self, cleanup.pop_all())
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -91,7 +96,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: ShowsProgress = False,
     ) -> list[RequestOutput]:
         """Completes every prompt; outputs in the order of the prompts.
 
@@ -99,120 +104,90 @@ class LLM:
         `finish_reason` `"error"`, says why in `error`, and costs the others nothing. Raises `RequestError` (nothing is
         started) when a prompt does not fit, `EngineError` when the engine is lost, or gave every answer up.
         """
-        return self._run([prepare_prompt(p, self._tokenizer) for p in _as_prompts(prompts)], sampling_params, use_tqdm)
+        client = self._usable()
+        prepared = [prepare_prompt(prompt, self._tokenizer) for prompt in _as_prompts(prompts)]
+        return client.run(prepared, self._params(sampling_params, len(prepared)), use_tqdm)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: ShowsProgress = False,
         *,
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, rendered by the model's chat template. Errors are as in `generate`."""
+        client = self._usable()
         conversations: Any = [messages] if _is_conversation(messages) else messages
-        return self._run(
-            [
-                prepare_chat(self._tokenizer, conversation, add_generation_prompt, chat_template_kwargs)
-                for conversation in conversations
-            ],
-            sampling_params,
-            use_tqdm,
-        )
+        prepared = [
+            prepare_chat(self._tokenizer, conversation, add_generation_prompt, chat_template_kwargs)
+            for conversation in conversations
+        ]
+        return client.run(prepared, self._params(sampling_params, len(prepared)), use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionOutput]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AnswerStream:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`). Leaving the loop
-        ends the request. Raises `EngineError` when the engine is lost or gives a choice up."""
-        [builder], first = self._submit(
-            [prepare_prompt(prompt, self._tokenizer)], [sampling_params or self.get_default_sampling_params()]
-        )
-        try:
-            while not builder.finished:
-                for delta in self._engine.receive():
-                    added, ended_by_text = builder.push(delta.stream - first, delta)
-                    raise_failed(added)
-                    if ended_by_text:
-                        self._engine.abort(delta.stream)
-                    if added.token_ids or added.text or added.finish_reason:
-                        yield added
-        finally:
-            self._abort(range(first, first + builder.request.params.n))
+        ends the request. Raises as `generate` does, and `EngineError` when the engine gives a choice up."""
+        client = self._usable()
+        [params] = self._params(sampling_params, 1)
+        return client.stream(prepare_prompt(prompt, self._tokenizer), params)
 
-    def _run(
+    def beam_search(
         self,
-        prompts: list[PreparedPrompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
-        sampling_params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        builders, first = self._submit(prompts, _per_prompt(sampling_params, len(prompts)))
-        owners = [(builder, choice) for builder in builders for choice in range(builder.request.params.n)]
-        progress = _progress(len(builders), use_tqdm)
-        num_open = len(builders)
-        try:
-            while num_open:
-                for delta in self._engine.receive():
-                    if not first <= delta.stream < first + len(owners):
-                        continue
-                    builder, choice = owners[delta.stream - first]
-                    was_finished = builder.finished
-                    _, ended_by_text = builder.push(choice, delta)
-                    if ended_by_text:
-                        self._engine.abort(delta.stream)
-                    if builder.finished and not was_finished:
-                        num_open -= 1
-                        progress.update(1)
-        finally:
-            progress.close()
-            if num_open:
-                self._abort(range(first, first + len(owners)))
-        outputs = [builder.output() for builder in builders]
-        settle(outputs)
-        return outputs
-
-    def _submit(
-        self, prompts: list[PreparedPrompt], params: Sequence[SamplingParams]
-    ) -> tuple[list[OutputBuilder], int]:
-        """Builds all requests, then submits them: a fault in one starts none. Returns the first stream's number."""
-        requests = [self._request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        builders = [OutputBuilder(r, p, self._tokenizer) for r, p in zip(requests, prompts, strict=True)]
-        first = self._next_stream
-        for request in requests:
-            self._engine.submit(self._next_stream, request)
-            self._next_stream += request.params.n
-        return builders, first
-
-    def _request(self, prompt: PreparedPrompt, params: SamplingParams) -> Request:
-        seed = 0
-        if params.seed is None and not params.greedy:
-            seed = derived_seed(self.config.engine.seed, self._num_unseeded)
-            self._num_unseeded += 1
-        return build_request(uuid.uuid4().hex, prompt.token_ids, params, self.config, self._tokenizer, seed)
-
-    def _abort(self, streams: range) -> None:
-        for stream in streams:
-            self._engine.abort(stream)
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: ShowsProgress = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best sequences of each prompt, prompts included, the best first. `concurrency_limit`: how
+        many prompts are searched at a time. Errors are as in `generate`."""
+        client = self._usable()
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"beam_search needs BeamSearchParams, got {type(params).__name__}", param="params")
+        prepared = [prepare_prompt(prompt, self._tokenizer) for prompt in _as_prompts(prompts)]
+        return client.beam_search(prepared, params, use_tqdm, concurrency_limit)
 
     # ------------------------------------------------------------------------------------------------ the engine
 
     def get_tokenizer(self) -> Tokenizer:
+        self._usable()
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Parameters of a call that brings none: the model's generation_config.json, as `generation_config` and
         `override_generation_config` have it."""
+        self._usable()
         return default_sampling_params(self.config.generation)
 
     def stats(self) -> EngineStats:
         """The engine's counters and gauges."""
-        return self._engine.stats()
+        return self._usable().engine.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Requests that come after use nothing that was computed before; open ones go on. True when it is done."""
+        self._usable().engine.ask(lambda engine: engine.reset_prefix_cache())
+        return True
 
     def close(self) -> None:
-        """Ends the engine and every process it started; safe to call twice."""
-        self._cleanup.close()
+        """Ends the engine and every process it started; open calls of other threads end with `EngineError`. Safe to
+        call twice, and without effect in a forked child."""
+        self._ends()
+
+    def _params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> Sequence[SamplingParams]:
+        return per_prompt(self.get_default_sampling_params() if given is None else given, num_prompts)
+
+    def _usable(self) -> BlockingClient:
+        """Raises `EngineError` where this LLM is closed, or this process is a forked child."""
+        check_not_forked(self._pid)
+        if not self._ends.alive:
+            raise closed_error()
+        return self._client
 
     def __enter__(self) -> LLM:
+        self._usable()
         return self
 
     def __exit__(
@@ -231,38 +206,40 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     return listed
 
 
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> Sequence[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    if len(params) != num_prompts:
-        raise RequestError(f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each")
-    return params
-
-
-def _progress(total: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="Processed prompts", disable=None if shown else True, dynamic_ncols=True)
-
-
 # ---------------------------------------------------------------------------------------------------- where it runs
 
 
-def _open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> BlockingEngine:
-    """The engine as one thread sees it; `cleanup` gets what ends it."""
+def _open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> EngineThread:
+    """The engine for all threads of this program; `cleanup` gets what ends it."""
     if config.backend == "inproc":
-        engine = LocalEngine(config, InprocExecutor.load(config))
-        cleanup.callback(engine.close)
-        return engine
-    owned = _start_owned(config, cleanup)
-    continued = ContinuedEngine(owned.connect(), owned.reconnect)
-    cleanup.callback(continued.close)
-    return continued
+        thread = EngineThread(LocalEngine(config, InprocExecutor.load(config)))
+        cleanup.callback(thread.join)
+    else:
+        cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
+        joined = cleanup.enter_context(contextlib.ExitStack())
+        owned = _start_owned(config, cleanup)
+        thread = EngineThread(ContinuedEngine(owned.connect(), owned.reconnect))
+        joined.callback(thread.join)  # after `owned.close`, by which a replacement under way fails, and before Ray ends
+    cleanup.callback(thread.close)
+    return thread
+
+
+def _ending(owner: Any, cleanup: contextlib.ExitStack) -> weakref.finalize[..., Any]:
+    """What ends an engine, once: called by its owner's `close`, when the owner is garbage, or at the program's end,
+    before Ray's own end, which was registered earlier. Without effect in forked children."""
+    ends = weakref.finalize(owner, _close, cleanup, os.getpid())
+    ends.atexit = False
+    atexit.register(ends)
+    return ends
+
+
+def _close(cleanup: contextlib.ExitStack, pid: int) -> None:
+    if os.getpid() == pid:
+        cleanup.close()
 
 
 def _start_owned(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> OwnedEngine:
-    """A driver actor with its workers, ready, in this process's Ray or in one of its own."""
-    cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
+    """A driver actor with its workers, ready, in this process's Ray."""
     owned = OwnedEngine(config)
     cleanup.callback(owned.close)
     owned.start()
@@ -278,20 +255,35 @@ def _this_node() -> str:
 # ------------------------------------------------------------------------------------------------------------ async
 
 
+@dataclass(frozen=True)
+class _Attachment:
+    """An engine as one event loop has it."""
+
+    engine: JournaledEngine
+    keeper: asyncio.Task[None]
+
+    def end(self) -> None:
+        self.engine.end(closed_error())
+        self.keeper.cancel()
+
+
 class AsyncEngine:
     """A running engine for asyncio programs: what `AsyncLLM` is, and what `rayllm.remote` uses.
 
-    `keep_attached(engine)` runs beside the requests, attaches a driver to `engine`, and the next one where that is
-    lost: open requests go on with it. Use one event loop.
+    `keep_attached(engine)` runs beside the requests of an event loop, attaches a driver to `engine`, and the next one
+    where that is lost: open requests go on with it. Any number of threads may use it, each with an event loop of its
+    own, and a program may use it in one event loop after another.
     """
 
     def __init__(self, config: ResolvedConfig, keep_attached: Callable[[JournaledEngine], Awaitable[None]]):
         self.config = config
-        self._engine = JournaledEngine(config.engine.driver_wait_s)
         self._keep_attached = keep_attached
-        self._keeper: asyncio.Task[None] | None = None
+        self._attachments: dict[asyncio.AbstractEventLoop, _Attachment] = {}
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._closed = False
         self._tokenizer: Tokenizer | None = None
-        self._num_unseeded = 0
+        self._unseeded = itertools.count()
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -331,8 +323,7 @@ class AsyncEngine:
     ) -> AsyncIterator[tuple[OutputBuilder, list[CompletionOutput]]]:
         seed = 0
         if params.seed is None and not params.greedy:
-            seed = derived_seed(self.config.engine.seed, self._num_unseeded)
-            self._num_unseeded += 1
+            seed = derived_seed(self.config.engine.seed, next(self._unseeded))
         tokenizer, request_id = self.get_tokenizer(), request_id or uuid.uuid4().hex
         request = build_request(request_id, prompt.token_ids, params, self.config, tokenizer, seed)
         builder = OutputBuilder(request, prompt, tokenizer)
@@ -353,15 +344,28 @@ class AsyncEngine:
             deltas.close()
 
     def _attached(self) -> JournaledEngine:
-        if self._keeper is None:
-            self._keeper = asyncio.create_task(self._keep())
-        return self._engine
+        """The engine as the running event loop has it."""
+        self._check_usable()
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            for other in [other for other in self._attachments if other.is_closed()]:
+                del self._attachments[other]
+            if loop not in self._attachments:
+                engine = JournaledEngine(self.config.engine.driver_wait_s)
+                self._attachments[loop] = _Attachment(engine, loop.create_task(self._keep(engine)))
+            return self._attachments[loop].engine
 
-    async def _keep(self) -> None:
+    async def _keep(self, engine: JournaledEngine) -> None:
         try:
-            await self._keep_attached(self._engine)
+            await self._keep_attached(engine)
         except Exception as error:
-            self._engine.end(error if isinstance(error, EngineError) else EngineError(f"the engine is lost: {error}"))
+            engine.end(error if isinstance(error, EngineError) else EngineError(f"the engine is lost: {error}"))
+
+    def _check_usable(self) -> None:
+        """Raises `EngineError` where this engine is closed, or this process is a forked child."""
+        check_not_forked(self._pid)
+        if self._closed:
+            raise closed_error()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Parameters of a call that brings none: the model's generation_config.json, as `generation_config` and
@@ -369,6 +373,7 @@ class AsyncEngine:
         return default_sampling_params(self.config.generation)
 
     def get_tokenizer(self) -> Tokenizer:
+        self._check_usable()
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.from_config(self.config)
         return self._tokenizer
@@ -377,12 +382,26 @@ class AsyncEngine:
         """The engine's counters and gauges."""
         return await (await self._attached().next_driver(None, None)).stats()
 
+    async def reset_prefix_cache(self) -> bool:
+        """Requests that come after use nothing that was computed before; open ones go on. True when it is done."""
+        await (await self._attached().next_driver(None, None)).reset_prefix_cache()
+        return True
+
     async def close(self) -> None:
-        """Ends this client's connection, and its open requests with it."""
-        self._engine.end(EngineError("the engine was closed", code="engine_gone"))
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+        """Ends this client's connections, of all event loops, and their open requests with `EngineError`. Safe to call
+        twice, and without effect in a forked child."""
+        if os.getpid() != self._pid:
+            return
+        self._closed = True
+        with self._lock:
+            attachments, self._attachments = self._attachments, {}
+        for loop, attachment in attachments.items():
+            if loop is asyncio.get_running_loop():
+                attachment.end()
+                await asyncio.wait([attachment.keeper])
+            else:
+                with contextlib.suppress(RuntimeError):  # that loop has ended
+                    loop.call_soon_threadsafe(attachment.end)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -403,18 +422,19 @@ class AsyncLLM(AsyncEngine):
         config = _resolve(_engine_config(model, settings))
         with contextlib.ExitStack() as cleanup:
             if config.backend == "ray":
-                super().__init__(config, _OwnedDrivers(_start_owned(config, cleanup)).keep_attached)
+                cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
+                owned = _start_owned(config, cleanup)
+                super().__init__(config, lambda engine: _OwnedDrivers(owned).keep_attached(engine))
             else:
-                local = Driver(lambda config, on_stage: InprocExecutor.load(config))
-                local.start(config)
-                cleanup.callback(local.close)
-                super().__init__(config, functools.partial(_attach_local, local))
+                local = _LocalDriver(config)
+                cleanup.callback(local.driver.close)
+                super().__init__(config, local.keep_attached)
             self.get_tokenizer()
-            self._cleanup = cleanup.pop_all()
+            self._ends = _ending(self, cleanup.pop_all())
 
     async def close(self) -> None:
         await super().close()
-        await asyncio.to_thread(self._cleanup.close)
+        await asyncio.to_thread(self._ends)
 
 
 class _OwnedDrivers:
@@ -433,8 +453,8 @@ class _OwnedDrivers:
 
     async def _connect(self) -> EngineConnection:
         owned = self._owned
-        if self._was_lost and (failure := await asyncio.to_thread(owned.failure)) is not None:
-            await asyncio.to_thread(owned.replace, failure)
+        if self._was_lost:
+            await asyncio.to_thread(owned.replace_if_failed)
         connection = await connect(await owned.driver.address.remote(_this_node()))
         self._watch = asyncio.create_task(self._close_when_failed(connection))
         return connection
@@ -454,16 +474,31 @@ class _OwnedDrivers:
             self._watch.cancel()
 
 
-async def _attach_local(local: Driver, engine: JournaledEngine) -> None:
-    """Attaches the driver in this process; when it fails, there is no other."""
-    loop = asyncio.get_running_loop()
-    failed: asyncio.Future[str] = loop.create_future()
+class _LocalDriver:
+    """Keeps an engine attached to the driver in this process; when that fails, there is no other."""
 
-    def on_failed(reason: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the program has left its event loop
+    def __init__(self, config: ResolvedConfig):
+        self.driver = Driver(lambda config, on_stage: InprocExecutor.load(config))
+        self._listeners: set[Callable[[str], None]] = set()
+        self.driver.on_failed = self._tell
+        self.driver.start(config)
+
+    def _tell(self, reason: str) -> None:
+        for listener in list(self._listeners):
+            with contextlib.suppress(RuntimeError):  # the program has left that event loop
+                listener(reason)
+
+    async def keep_attached(self, engine: JournaledEngine) -> None:
+        loop = asyncio.get_running_loop()
+        failed: asyncio.Future[str] = loop.create_future()
+
+        def listener(reason: str) -> None:
             loop.call_soon_threadsafe(failed.set_result, reason)
 
-    local.on_failed = on_failed
-    async with await connect(local.address()) as connection:
-        engine.attach(connection)
-        raise EngineError(local.failure or await failed)
+        self._listeners.add(listener)
+        try:
+            async with await connect(self.driver.address()) as connection:
+                engine.attach(connection)
+                raise EngineError(self.driver.failure or await failed)
+        finally:
+            self._listeners.discard(listener)

@@ -142,6 +142,12 @@ class StatsQuery(msgspec.Struct, frozen=True, array_like=True, tag="stats?"):
     ticket: int
 
 
+class ResetPrefixCache(msgspec.Struct, frozen=True, array_like=True, tag="reset_prefix_cache"):
+    """Nothing computed before is used for requests that come after. Answered as a `StatsQuery` is."""
+
+    ticket: int
+
+
 class Distribution(msgspec.Struct, frozen=True, array_like=True):
     """How often values fell between the edges of an `observability.histogram.Histogram`, and their sum."""
 
@@ -159,7 +165,7 @@ class IngressReport(msgspec.Struct, frozen=True, array_like=True, tag="report"):
     histograms: dict[str, Distribution]
 
 
-ClientMessage = Hello | Submit | Abort | Adopt | Forget | StatsQuery | IngressReport
+ClientMessage = Hello | Submit | Abort | Adopt | Forget | StatsQuery | ResetPrefixCache | IngressReport
 
 
 READER_PAUSED = "reader_paused"

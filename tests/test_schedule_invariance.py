@@ -195,12 +195,12 @@ def test_continued_with_what_was_emitted(llama_path: Path, alone: list[list[list
     with _llm(llama_path) as llm:
         for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
             kept = [choice[: len(choice) // 2 + n] for n, choice in enumerate(alone[i])]
-            request = llm._request(PreparedPrompt(None, prompt), params)
-            llm._engine.submit(100 * i, msgspec.structs.replace(request, emitted=tuple(map(pack_ids, kept))))
+            request = llm._client.request(PreparedPrompt(None, prompt), params)
+            call = llm._client.engine.open([msgspec.structs.replace(request, emitted=tuple(map(pack_ids, kept)))])
             num_open = params.n
             while num_open:
-                for delta in llm._engine.receive():
-                    kept[delta.stream - 100 * i] += unpack_ids(delta.token_ids)
+                for delta in call.receive():
+                    kept[delta.stream] += unpack_ids(delta.token_ids)
                     num_open -= delta.finish is not None
             assert kept == alone[i], params
 

@@ -47,13 +47,12 @@ class BeamSearchParams:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if not 1 <= value <= limit:
                 raise ValueError(f"{name}={value} is outside [1, {limit}]")
-        for name, limit in (("temperature", 100.0), ("length_penalty", 100.0)):
+        for name, low in (("temperature", 0), ("length_penalty", -100)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
-            low = 0.0 if name == "temperature" else -limit
-            if not low <= value <= limit:
-                raise ValueError(f"{name}={value!r} is outside [{low:g}, {limit:g}]")
+            if not low <= value <= 100:
+                raise ValueError(f"{name}={value!r} is outside [{low}, 100]")
         for name in ("ignore_eos", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -28,6 +28,7 @@ from rayllm.executor.channel import (
 from rayllm.executor.channel import (
     connect as connect_channel,
 )
+from rayllm.executor.executor import Selectable, wait_readable
 from rayllm.messages import (
     READER_PAUSED,
     Abort,
@@ -39,6 +40,7 @@ from rayllm.messages import (
     Forget,
     Hello,
     IngressReport,
+    ResetPrefixCache,
     StatsQuery,
     Submit,
     TokenDelta,
@@ -255,10 +257,17 @@ class EngineConnection:
 
     async def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> EngineStats:
         """The driver's figures. Raises `EngineError` when it is gone or does not answer in time."""
+        return await self._ask(StatsQuery(next(self._tickets)), timeout_s)
+
+    async def reset_prefix_cache(self) -> None:
+        """Has the driver use nothing that was computed before for requests that come after. Raises as `stats` does."""
+        await self._ask(ResetPrefixCache(next(self._tickets)), STATS_TIMEOUT_S)
+
+    async def _ask(self, question: StatsQuery | ResetPrefixCache, timeout_s: float) -> EngineStats:
         self._check_alive()
-        ticket = next(self._tickets)
+        ticket = question.ticket
         answer = self._asked[ticket] = asyncio.get_running_loop().create_future()
-        self._send(StatsQuery(ticket))
+        self._send(question)
         try:
             return await asyncio.wait_for(answer, timeout_s)
         except asyncio.TimeoutError:
@@ -415,20 +424,30 @@ class BlockingConnection:
         """Wants no more of the choice with this number; deltas on their way may still come."""
         self._send(Abort(stream))
 
-    def receive(self) -> list[TokenDelta]:
-        """The next deltas; waits for some. Raises `EngineError` when the driver is gone."""
+    def receive(self, wake: Selectable | None = None) -> list[TokenDelta]:
+        """The next deltas; waits for some, or until `wake` is readable. Raises `EngineError` when the driver is
+        gone."""
+        channel = self._channel
         while not self._deltas:
+            if wake is not None and not channel.has_frame and channel not in wait_readable(channel, wake):
+                return []
             self._take(None)
         deltas, self._deltas = self._deltas, []
         return deltas
 
     def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> EngineStats:
         """The driver's figures. Raises `EngineError` when it is gone or does not answer in time."""
-        ticket = next(self._tickets)
-        self._send(StatsQuery(ticket))
+        return self._ask(StatsQuery(next(self._tickets)), timeout_s)
+
+    def reset_prefix_cache(self) -> None:
+        """Has the driver use nothing that was computed before for requests that come after. Raises as `stats` does."""
+        self._ask(ResetPrefixCache(next(self._tickets)), STATS_TIMEOUT_S)
+
+    def _ask(self, question: StatsQuery | ResetPrefixCache, timeout_s: float) -> EngineStats:
+        self._send(question)
         while True:
             answer = self._take(timeout_s)
-            if answer is not None and answer.ticket == ticket:
+            if answer is not None and answer.ticket == question.ticket:
                 return answer
 
     def close(self) -> None:

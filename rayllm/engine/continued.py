@@ -11,6 +11,7 @@ import msgspec
 from rayllm.engine.journal import Journal, is_fault
 from rayllm.engine.local import BlockingEngine
 from rayllm.errors import EngineError
+from rayllm.executor.executor import Selectable
 from rayllm.messages import EngineStats, Finish, TokenDelta
 from rayllm.request import Request
 
@@ -51,14 +52,14 @@ class ContinuedEngine:
             with contextlib.suppress(EngineError):
                 self._driver.abort(stream)
 
-    def receive(self) -> list[TokenDelta]:
-        """The next deltas; waits for some."""
+    def receive(self, wake: Selectable | None = None) -> list[TokenDelta]:
+        """The next deltas; waits for some, or until `wake` is readable."""
         while True:
             if self._refusals:
                 refusals, self._refusals = self._refusals, []
                 return refusals
             try:
-                deltas = self._driver.receive()
+                deltas = self._driver.receive(wake)
             except EngineError as error:
                 self._continue(error)
                 continue
@@ -66,7 +67,7 @@ class ContinuedEngine:
             news = [delta for delta in deltas if self._append(delta)]
             if fault is not None:
                 self._continue(EngineError(fault.message or "the engine failed", code=fault.code or "engine_error"))
-            if news:
+            if news or (wake is not None and not deltas):
                 return news
 
     def stats(self) -> EngineStats:
@@ -75,6 +76,12 @@ class ContinuedEngine:
         except EngineError as error:
             self._continue(error)
             return self._driver.stats()
+
+    def reset_prefix_cache(self) -> None:
+        try:
+            self._driver.reset_prefix_cache()
+        except EngineError as error:  # the next driver begins with an empty one
+            self._continue(error)
 
     def close(self) -> None:
         self._lines.clear()

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.loop import EngineLoop
-from rayllm.executor.executor import Executor
-from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Submit, TokenDelta
+from rayllm.executor.executor import Executor, Selectable, wait_readable
+from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, ResetPrefixCache, Submit, TokenDelta
 from rayllm.request import Request
 from rayllm.scheduler.scheduler import Scheduler
 
@@ -20,10 +20,14 @@ class BlockingEngine(Protocol):
 
     def abort(self, stream: int) -> None: ...
 
-    def receive(self) -> list[TokenDelta]:
-        """The next deltas; waits for some. Raises `EngineError` when the engine is lost."""
+    def receive(self, wake: Selectable | None = None) -> list[TokenDelta]:
+        """The next deltas; waits for some. With `wake`, it may also return none, and does when that is readable.
+        Raises `EngineError` when the engine is lost."""
 
     def stats(self) -> EngineStats: ...
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed before is used for requests that come after."""
 
     def close(self) -> None: ...
 
@@ -42,7 +46,7 @@ def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
 
 
 class LocalEngine:
-    """A `BlockingEngine` that computes in `receive`, on the caller's thread."""
+    """A `BlockingEngine` that computes in `receive`, on the caller's thread; given a `wake`, one step at most."""
 
     def __init__(
         self, config: ResolvedConfig, executor: Executor, after_step: Callable[[EngineLoop], None] | None = None
@@ -62,15 +66,23 @@ class LocalEngine:
     def abort(self, stream: int) -> None:
         self.loop.submit("local", Abort(stream))
 
-    def receive(self) -> list[TokenDelta]:
+    def receive(self, wake: Selectable | None = None) -> list[TokenDelta]:
         while not self._deltas and self.loop.step():
             if self._after_step is not None:
                 self._after_step(self.loop)
+            if wake is not None:
+                break
+        else:
+            if wake is not None and not self._deltas:  # without work
+                wait_readable(wake)
         deltas, self._deltas = self._deltas, []
         return deltas
 
     def stats(self) -> EngineStats:
         return self.loop.stats()
+
+    def reset_prefix_cache(self) -> None:
+        self.loop.submit("local", ResetPrefixCache(0))
 
     def close(self) -> None:
         self._executor.close()

@@ -33,6 +33,7 @@ from rayllm.messages import (
     Finish,
     Forget,
     IngressReport,
+    ResetPrefixCache,
     StatsQuery,
     StepPlan,
     StepResult,
@@ -106,7 +107,9 @@ class EngineLoop:
             self._adopt(client, message)
         elif isinstance(message, Forget):
             self._mirror.forget(message.client_key, message.answer_id)
-        elif isinstance(message, StatsQuery):
+        elif isinstance(message, (StatsQuery, ResetPrefixCache)):
+            if isinstance(message, ResetPrefixCache):
+                self._scheduler.reset_prefix_cache()
             others = [report for other, report in self._reports.items() if other != client]
             self._outbox(client, msgspec.structs.replace(self.stats(message.ticket), reports=others))
         elif isinstance(message, IngressReport):

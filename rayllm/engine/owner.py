@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from rayllm.config import ResolvedConfig
 from rayllm.engine.client import BlockingConnection, connect_by_name
 from rayllm.engine.driver import RunningEngine, create_driver, known_engines
 from rayllm.errors import EngineError
+from rayllm.executor.ray_cluster import ray_is_initialized
 from rayllm.executor.worker import RunnerFactory, WorkerPlace, death_reason, is_stopped, kill_process
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class OwnedEngine:
         self._restarts = RestartBudget()
         self._num_restarts = 0
         self._closed = False
+        self._replacing = threading.Lock()
         self.has_given_up = False
         """Whether `replace` has failed."""
         self._running: RunningEngine = create_driver(config, runner_factory)
@@ -72,15 +75,21 @@ class OwnedEngine:
         """A client of the driver, for one thread."""
         import ray
 
+        _check_connected()
         address = self.driver.address.remote(ray.get_runtime_context().get_node_id())
         return BlockingConnection(ray.get(address))
 
     def reconnect(self, reason: str) -> BlockingConnection:
         """The same after the connection was lost for `reason`: to another driver where this one is lost too."""
-        failure = self.failure()
-        if failure is not None:
-            self.replace(failure)
+        self.replace_if_failed()
         return self.connect()
+
+    def replace_if_failed(self) -> None:
+        """As `replace`, where the driver is lost; of several threads that see it lost, one replaces it."""
+        with self._replacing:
+            failure = self.failure()
+            if failure is not None:
+                self.replace(failure)
 
     async def wait_failed(self) -> str:
         """Returns once the driver has failed, died or fallen silent, with the reason. One that is silent is killed: it
@@ -138,9 +147,11 @@ class OwnedEngine:
         return place
 
     def failure(self) -> str | None:
-        """Why the driver is lost, of which some sign was seen; None where it is not."""
+        """Why the driver is lost, of which some sign was seen; None where it is not. `EngineError` where this process
+        has left Ray."""
         import ray
 
+        _check_connected()
         try:
             return str(ray.get(self.driver.wait_failed.remote(), timeout=_NOTICE_S))
         except ray.exceptions.GetTimeoutError:
@@ -175,7 +186,16 @@ class OwnedEngine:
     def close(self) -> None:
         """Ends driver and workers and gives the resources back; a `replace` under way on another thread fails."""
         self._closed = True
-        self._running.close()
+        if ray_is_initialized():  # else all that it made has ended with the connection to Ray
+            self._running.close()
+
+
+def _check_connected() -> None:
+    """Ray would start a cluster of its own for whoever asks it something."""
+    if not ray_is_initialized():
+        raise EngineError(
+            "the engine ended when this process left Ray (ray.shutdown): make it anew", code="engine_gone"
+        )
 
 
 def await_free(name: str, timeout_s: float = _NAME_WAIT_S) -> None:

@@ -90,6 +90,15 @@ class FrameReader:
         self._start = stop
         return self._view[begin:stop]
 
+    @property
+    def has_frame(self) -> bool:
+        """Whether `next_frame` has one, or raises."""
+        pending = self._end - self._start
+        if pending < _LENGTH.size:
+            return False
+        length: int = _LENGTH.unpack_from(self._view, self._start)[0]
+        return length > self.max_frame_bytes or pending >= _LENGTH.size + length
+
     def _frame_length(self) -> int:
         length: int = _LENGTH.unpack_from(self._view, self._start)[0]
         if length > self.max_frame_bytes:
@@ -159,6 +168,11 @@ class Channel:
         while (frame := self._reader.next_frame()) is None:
             self._fill(deadline)
         return frame
+
+    @property
+    def has_frame(self) -> bool:
+        """Whether `receive` ends at once, without reading from the socket."""
+        return self._reader.has_frame
 
     def read_some(self) -> list[memoryview]:
         """The whole frames that are here already, maybe none, valid until the next read. Never blocks.

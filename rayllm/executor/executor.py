@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,6 +13,15 @@ class Selectable(Protocol):
     """Anything that `select` can wait for."""
 
     def fileno(self) -> int: ...
+
+
+def wait_readable(*sources: Selectable) -> list[Selectable]:
+    """Waits until some of the sources are readable, or at their end; returns those."""
+    waiting = select.poll()
+    for source in sources:
+        waiting.register(source.fileno(), select.POLLIN)
+    ready = {descriptor for descriptor, _ in waiting.poll()}
+    return [source for source in sources if source.fileno() in ready]
 
 
 class Executor(Protocol):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -54,21 +56,31 @@ def connected_ray(
     prepare_environment(own_cluster=address is None)
     # A short path: the sockets below it may have 107 bytes at most.
     temp_dir = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    pid = os.getpid()
     try:
         if address is None:
             os.environ.update(environment(temp_dir))
         _connect(address, num_cpus, temp_dir, meanwhile)
         yield address is None
     finally:
-        if ray_is_initialized():
-            sys.modules["ray"].shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+        if os.getpid() == pid:  # a forked child that leaves the block must not end its parent's Ray
+            if ray_is_initialized():
+                sys.modules["ray"].shutdown()
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def leave_ray_at_fork() -> None:
+    """Has children that this process forks end without Ray's own end, which waits for threads that a child has not."""
+    import ray
+
+    os.register_at_fork(after_in_child=functools.partial(atexit.unregister, ray._private.worker.shutdown))
 
 
 def _connect(address: str | None, num_cpus: int, temp_dir: str, meanwhile: Callable[[], None] | None) -> None:
     import ray
 
     quieten_ray()
+    leave_ray_at_fork()
     if meanwhile is not None:  # not before Ray is imported: that reads the environment
         threading.Thread(target=meanwhile, name="meanwhile", daemon=True).start()
     common: dict[str, Any] = {

@@ -121,6 +121,10 @@ class Places:
         """The KV of its first `num_tokens` is computed, and the step committed: others may find the full blocks."""
         self._cache.publish(sequence, num_tokens // self.block_size)
 
+    def reset_prefix_cache(self) -> None:
+        """No block that is published so far is found any more; those who hold some keep them."""
+        self._cache.reset()
+
     def distrust(self, sequence: Sequence) -> None:
         """Nobody shall find what it has computed, whether it still has its place or not."""
         self._cache.distrust(sequence)

@@ -90,6 +90,11 @@ class PrefixCache:
             if block_hash in self._published:
                 self._pool.forget(self._published[block_hash])
 
+    def reset(self) -> None:
+        """Nothing that is published so far is found any more; sequences keep the blocks that they hold."""
+        for block in list(self._hash_of):
+            self._pool.forget(block)
+
     def _is_coming(self, block_hash: bytes, sequence: Sequence) -> bool:
         """Whether `sequence` can expect the block from another that runs."""
         owner = self._announced.get(block_hash)

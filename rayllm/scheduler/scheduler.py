@@ -175,6 +175,10 @@ class Scheduler:
             self.abort_sequence(sequence)
         return sequences
 
+    def reset_prefix_cache(self) -> None:
+        """Requests that come after share nothing with those that came before."""
+        self._places.reset_prefix_cache()
+
     def abort_sequence(self, sequence: Sequence) -> None:
         """Ends this choice alone, its siblings go on. Nothing happens where it has finished."""
         if sequence.finish is None:

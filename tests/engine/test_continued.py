@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 
@@ -36,7 +38,7 @@ class _Driver:
         self._check()
         self._engine.abort(stream)
 
-    def receive(self) -> list[TokenDelta]:
+    def receive(self, wake: Any = None) -> list[TokenDelta]:
         if self._num_left == 0 and self._last_words is not None:
             words, self._last_words = self._last_words, None
             return [TokenDelta(stream, b"", words) for stream in self._streams]

@@ -135,12 +135,12 @@ def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Figures
 def _slots_filled(llm: Any, run: Callable[[], None], block_size: int) -> float | None:
     """The share of token slots that hold a token, in the blocks in use, on average while most sequences run."""
     samples: list[tuple[int, int, int]] = []
-    engine = llm._engine
+    engine = llm._client.engine.engine
     receive, last = engine.receive, time.perf_counter()
 
-    def observed() -> Any:
+    def observed(wake: Any) -> Any:
         nonlocal last
-        deltas = receive()
+        deltas = receive(wake)
         if time.perf_counter() - last > _SAMPLE_PERIOD_S:
             last = time.perf_counter()
             stats = engine.stats()
