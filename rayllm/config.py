@@ -24,7 +24,7 @@ from rayllm.request import DEFAULT_MAX_LOGPROBS
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["ray", "inproc"]
-LoadFormat = Literal["auto", "safetensors", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 HttpProxy = Literal["auto", "haproxy", "python"]
 Standby = Literal["off", "process", "weights"]
 ContentFormat = Literal["auto", "string", "openai"]
@@ -138,7 +138,9 @@ class EngineConfig(_Config):
         None, ge=1, description="Memory for KV on each worker; default: by gpu_memory_utilization, or a CPU share."
     )
     enable_prefix_caching: bool = Field(True, description="Share KV blocks among requests with equal prefixes.")
-    load_format: LoadFormat = Field("auto", description="dummy: random weights, for benchmarks.")
+    load_format: LoadFormat = Field(
+        "auto", description="auto: safetensors, else PyTorch files (pt); dummy: random weights."
+    )
     standby: Standby = Field(
         "off",
         description="A spare worker that takes a lost one's place: process (started, libraries imported), or weights "

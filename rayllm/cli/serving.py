@@ -47,9 +47,11 @@ def _warn_of_open_door(server: ServerConfig) -> None:
 
 
 def _check_weights(engine: EngineConfig, model_path: str) -> None:
-    if engine.load_format != "dummy" and not any(Path(model_path).glob("*.safetensors*")):
+    from rayllm.weights.files import holds_weights
+
+    if engine.load_format != "dummy" and not holds_weights(Path(model_path)):
         raise ConfigError(
-            f"{model_path} holds no model.safetensors: give the folder of a whole checkpoint, "
+            f"{model_path} holds no model.safetensors and no pytorch_model.bin: give the folder of a whole checkpoint, "
             "or --load-format dummy for random weights"
         )
 

@@ -56,8 +56,8 @@ def load_model(
 ) -> Model:
     """This rank's share of the model in folder `model_path`, read slice by slice.
 
-    `load_format`: "auto" or "safetensors" reads the folder; "dummy" draws weights from `seed`, whatever the number of
-    ranks, and needs no weight file. Faults of the folder are `ConfigError`.
+    `load_format`: "auto", "safetensors" or "pt" reads the folder; "dummy" draws weights from `seed`, whatever the
+    number of ranks, and needs no weight file. Faults of the folder are `ConfigError`.
     """
     from rayllm.models.registry import weight_names
     from rayllm.weights.checkpoint import Checkpoint
@@ -66,9 +66,9 @@ def load_model(
 
     if load_format == "dummy":
         return build_model(spec, DummyWeights(seed, dtype, device), tp, dtype, device)
-    if load_format not in ("auto", "safetensors"):
-        raise ConfigError(f"load_format={load_format!r} is not known; known are auto, safetensors, dummy")
-    weights = CheckpointWeights(Checkpoint(model_path), weight_names(spec), dtype, device)
+    if load_format not in ("auto", "safetensors", "pt"):
+        raise ConfigError(f"load_format={load_format!r} is not known; known are auto, safetensors, pt, dummy")
+    weights = CheckpointWeights(Checkpoint(model_path, load_format), weight_names(spec), dtype, device)
     model = build_model(spec, weights, tp, dtype, device)
     weights.report_unused()
     return model

@@ -87,7 +87,7 @@ def check_model(engine: EngineConfig) -> None:
     resolved = resolve(engine, num_gpus=size, num_cores=size, backend="ray")
     Tokenizer.from_config(resolved)
     if engine.load_format != "dummy":
-        Checkpoint(resolved.model_path)
+        Checkpoint(resolved.model_path, engine.load_format)
 
 
 def _num_nodes() -> int:

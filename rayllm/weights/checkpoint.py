@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder. Nothing in it is executed; each fault is one line."""
+"""The weight files of a model folder. Nothing in them is executed; each fault is one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rayllm.errors import ConfigError, did_you_mean
 from rayllm.weights.config_file import check_regular_file, read_json
-from rayllm.weights.files import index_file, safetensors_files
+from rayllm.weights.files import PICKLED, SAFETENSORS, WeightForm, index_file, safetensors_files
+from rayllm.weights.pickled import PickledFile
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -18,12 +19,13 @@ _DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors files, read slice by slice; files are mapped, not loaded.
+    """The tensors of a folder's safetensors files, or where it has none, of its PyTorch files; read slice by slice,
+    files are mapped, not loaded. `load_format`: "safetensors" and "pt" name one of the two.
 
     Which files those are, `weights.files` says.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, load_format: str = "auto"):
         self.folder = Path(folder)
         self.bytes_read = 0
         self._used: set[str] = set()
@@ -31,11 +33,21 @@ class Checkpoint:
             raise ConfigError(f"model folder {str(folder)!r} does not exist")
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        index = index_file(self.folder)
+        self._form = self._choose_form(load_format)
+        index = self._form.index_file(self.folder)
         if index is not None:
             self._read_index(index)
         else:
             self._read_all()
+
+    def _choose_form(self, load_format: str) -> WeightForm:
+        has_safetensors = bool(index_file(self.folder) or safetensors_files(self.folder))
+        is_pickled = load_format == "pt" or (load_format == "auto" and not has_safetensors)
+        if is_pickled and PICKLED.is_in(self.folder):
+            return PICKLED
+        if load_format == "pt":
+            raise ConfigError(f"{self.folder} holds no {PICKLED.whole}, which load_format='pt' asks for")
+        return SAFETENSORS
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -46,14 +58,20 @@ class Checkpoint:
 
     def file_of(self, name: str) -> Path:
         """The file that holds tensor `name`; `ConfigError` if none does."""
-        if name not in self._files:
+        stored = self._stored(name)
+        if stored not in self._files:
             near = did_you_mean(name, self._files)
             raise ConfigError(f"{self.folder}: the checkpoint has no tensor {name!r}{near}")
-        return self._files[name]
+        return self._files[stored]
+
+    def _stored(self, name: str) -> str:
+        """The name in the file: one of the bare model, without a head, leaves `model.` out, as facebook/opt-125m's."""
+        bare = name.removeprefix("model.")
+        return bare if name not in self._files and bare in self._files else name
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """`ConfigError` where there is no tensor `name` of this shape. It counts as used from then on."""
-        self._used.add(name)
+        self._used.add(self._stored(name))
         found = self._slice(name).get_shape()
         if list(found) != list(shape):
             raise ConfigError(
@@ -79,16 +97,16 @@ class Checkpoint:
         return tensor
 
     def _slice(self, name: str) -> Any:
-        return self._open[self.file_of(name)].get_slice(name)
+        return self._open[self.file_of(name)].get_slice(self._stored(name))
 
     def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"{index}: weight_map must be an object of tensor names and file names")
         for file_name in dict.fromkeys(map(str, weight_map.values())):
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+            if Path(file_name).name != file_name or not file_name.endswith(self._form.suffix):
                 raise ConfigError(
-                    f"{index}: weight_map names {file_name!r}; it must be a .safetensors file in the same folder"
+                    f"{index}: weight_map names {file_name!r}; it must be a {self._form.suffix} file in the same folder"
                 )
             if not (self.folder / file_name).exists():
                 raise ConfigError(f"{index}: its file {file_name} cannot be read: it does not exist")
@@ -100,11 +118,11 @@ class Checkpoint:
             self._files[name] = path
 
     def _read_all(self) -> None:
-        paths = safetensors_files(self.folder)
+        paths = PICKLED.files(self.folder) if self._form is PICKLED else safetensors_files(self.folder)
         if not paths:
-            pickled = sorted(self.folder.glob("*.bin"))
-            why = f"; {pickled[0].name} is a pickle, convert it to safetensors first" if pickled else ""
-            raise ConfigError(f"{self.folder} holds no model.safetensors{why}")
+            others = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]
+            why = f"; {min(others)} has a name that is not known" if others else ""
+            raise ConfigError(f"{self.folder} holds no model.safetensors and no pytorch_model.bin{why}")
         for path in paths:
             for name in self._open_file(path).keys():  # noqa: SIM118 (not a dict)
                 if name in self._files:
@@ -115,6 +133,9 @@ class Checkpoint:
         from safetensors import safe_open
 
         check_regular_file(path)
+        if self._form is PICKLED:
+            self._open[path] = PickledFile(path)
+            return self._open[path]
         try:
             self._open[path] = safe_open(path, framework="pt")
         except Exception as error:  # the library raises its own errors, OSError and overflow errors

@@ -10,12 +10,11 @@ from pathlib import Path, PurePosixPath
 
 from rayllm.config import EngineConfig, Environment
 from rayllm.errors import ConfigError
-from rayllm.weights.files import index_file, safetensors_files
+from rayllm.weights.files import PICKLED, SAFETENSORS, holds_weights, index_file, safetensors_files
 
 MODELSCOPE_PREFIX = "ms:"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w")
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 OnProgress = Callable[[int, int], None]
 """Told bytes that are here, and bytes in all."""
@@ -85,12 +84,17 @@ def needed_files(model: HubModel, files: Iterable[RemoteFile]) -> list[RemoteFil
     top = [file for file in files if len(PurePosixPath(file.path).parts) == 1]
     texts = [file for file in top if file.path.endswith(_TEXT_SUFFIXES)]
     weights = [file for file in top if file.path.endswith(".safetensors")]
-    shards = [file for file in weights if _SHARD.fullmatch(file.path)]
+    shards = [file for file in weights if SAFETENSORS.shard.fullmatch(file.path)]
     whole = [file for file in weights if file.path == "model.safetensors"]
     others = [file for file in weights if not file.path.startswith(("consolidated", "adapter_"))]
-    chosen = shards or whole or others
+    pickled = [file for file in top if file.path == PICKLED.whole or PICKLED.shard.fullmatch(file.path)]
+    pickled = [file for file in pickled if file.path == PICKLED.whole] or pickled
+    chosen = shards or whole or others or pickled
     if not chosen:
-        raise ConfigError(f"{model} has no safetensors files: RayLLM reads no other weights; choose another repository")
+        raise ConfigError(
+            f"{model} has neither safetensors files nor pytorch_model.bin: RayLLM reads no other weights; choose "
+            "another repository"
+        )
     return [*texts, *chosen]
 
 
@@ -122,8 +126,10 @@ def _is_whole(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     index = index_file(folder)
+    if index is None and not safetensors_files(folder):
+        index = PICKLED.index_file(folder)
     if index is None:
-        return bool(safetensors_files(folder))
+        return holds_weights(folder)
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

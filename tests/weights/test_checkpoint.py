@@ -104,7 +104,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), r"model\.safetensors is not a readable"),
     "weights are a directory": (_directory, r"model\.safetensors is not a regular file"),
     "weights are a pipe": (_pipe, r"model\.safetensors is not a regular file"),
-    "weights are a pickle": (_pickle_only, r"pytorch_model\.bin is a pickle"),
+    "weights are a pickle": (_pickle_only, r"pytorch_model\.bin is not a readable PyTorch file"),
     "header past the end": (
         lambda folder: _header(folder / WEIGHTS, _tensor("F32", [2], [0, 8]), 8, 10**6),
         r"model\.safetensors is not a readable",

@@ -72,9 +72,9 @@ def test_weights_are_brought_once(weights: list[str], chosen: list[str]) -> None
     assert [file.path for file in needed_files(model, files)] == ["config.json", *chosen]
 
 
-def test_a_model_without_safetensors_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no safetensors"):
-        needed_files(HubModel("owner/model"), [RemoteFile("pytorch_model.bin", 1)])
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither safetensors files nor"):
+        needed_files(HubModel("owner/model"), [RemoteFile("tf_model.h5", 1)])
 
 
 def test_pull_brings_what_serving_needs_and_only_what_is_missing(hub: FakeHub, tmp_path: Path) -> None:
