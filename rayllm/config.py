@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from rayllm.compatibility import CompatibilitySettings
 from rayllm.errors import ConfigError, did_you_mean
 from rayllm.request import DEFAULT_MAX_LOGPROBS
 
@@ -51,35 +52,8 @@ DEFAULT_ENGINE_NAME = "default"
 RAY_NAMESPACE = "rayllm"
 
 
-_NOT_YET = {
-    "pipeline_parallel_size": "pipeline parallelism",
-    "data_parallel_size": "several replicas of an engine",
-    "quantization": "quantized weights",
-    "kv_cache_dtype": "a KV cache of another type than the model's",
-    "enforce_eager": "CUDA graphs, so that there is nothing to turn off",
-    "disable_custom_all_reduce": "an all-reduce of its own, so that there is nothing to turn off",
-    "swap_space": "KV blocks in CPU memory",
-    "cpu_offload_gb": "weights in CPU memory",
-    "trust_remote_code": "models that bring code of their own",
-    "enable_auto_tool_choice": "tool calls",
-    "tool_call_parser": "tool calls",
-    "reasoning_parser": "reasoning split from the answer",
-    "speculative_config": "speculative decoding",
-    "enable_lora": "LoRA adapters",
-    "lora_modules": "LoRA adapters",
-}
-"""Settings that users of other engines know, and what RayLLM lacks for them. A field of that name ends the lack."""
-
-
-def not_supported_yet(name: str, shown: str) -> str | None:
-    """What to say of a setting that is known but not supported, `shown` as the user wrote it; None for all others."""
-    if name not in _NOT_YET or name in EngineConfig.model_fields or name in ServerConfig.model_fields:
-        return None
-    return f"{shown} is not supported yet: RayLLM has no {_NOT_YET[name]}; leave it out"
-
-
 def _unknown_setting(name: str, known: Iterable[str]) -> ConfigError:
-    return ConfigError(not_supported_yet(name, name) or f"unknown setting {name!r}{did_you_mean(name, known)}")
+    return ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
 
 
 class _Config(BaseModel):
@@ -102,7 +76,7 @@ class _Config(BaseModel):
             raise ConfigError(f"{where}={first['input']!r}: {reason}") from None
 
 
-class EngineConfig(_Config):
+class EngineConfig(_Config, CompatibilitySettings):
     """How one model is served: field names are vLLM's where the meaning is the same."""
 
     model: str = Field(

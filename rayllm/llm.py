@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import itertools
+import logging
 import os
 import threading
 import uuid
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from rayllm.config import EngineConfig, ResolvedConfig, not_supported_yet
+from rayllm.compatibility import notes
+from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams
 from rayllm.engine.blocking import AnswerStream, BlockingClient, ShowsProgress, per_prompt
 from rayllm.engine.client import EngineConnection, connect
@@ -47,13 +49,14 @@ from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.weights.hub import bring_here
 
+log = logging.getLogger(__name__)
+
 
 def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     unknown = [name for name in settings if name not in EngineConfig.model_fields]
     if unknown:
         near = did_you_mean(unknown[0], EngineConfig.model_fields)
-        lacking = not_supported_yet(unknown[0], f"{unknown[0]}=")
-        raise TypeError(lacking or f"LLM() got an unexpected keyword argument {unknown[0]!r}{near}")
+        raise TypeError(f"LLM() got an unexpected keyword argument {unknown[0]!r}{near}")
     name = f"llm-{uuid.uuid4().hex[:8]}"  # so that a program may have several
     no_limits = {"max_queued_requests": None, "max_queued_tokens": None}  # a program gives all that it has at once
     config: EngineConfig = EngineConfig.parse({"model": str(model), "name": name, **no_limits, **settings})
@@ -65,9 +68,13 @@ def _resolve(config: EngineConfig) -> ResolvedConfig:
     name and not on this machine is downloaded first."""
     bring_here(config)
     if config.distributed_executor_backend == "inproc" or not ray_is_initialized():
-        return resolve(config)
-    num_gpus, num_cores = cluster_devices()
-    return resolve(config, num_gpus=num_gpus, num_cores=num_cores, backend="ray")
+        resolved = resolve(config)
+    else:
+        num_gpus, num_cores = cluster_devices()
+        resolved = resolve(config, num_gpus=num_gpus, num_cores=num_cores, backend="ray")
+    for line in notes(config, resolved.device):
+        log.warning("%s", line)
+    return resolved
 
 
 def _is_conversation(messages: Conversation | Sequence[Conversation]) -> bool:

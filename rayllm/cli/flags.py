@@ -9,12 +9,15 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rayllm.config import not_supported_yet
 from rayllm.errors import did_you_mean
 
-ALIASES = {"tensor_parallel_size": ("-tp",), "shutdown_timeout_s": ("--shutdown-timeout",)}
-
-_NOT_YET_ALIASES = {"-pp": "pipeline-parallel-size", "-dp": "data-parallel-size", "-q": "quantization"}
+ALIASES = {
+    "tensor_parallel_size": ("-tp",),
+    "pipeline_parallel_size": ("-pp",),
+    "data_parallel_size": ("-dp",),
+    "quantization": ("-q",),
+    "shutdown_timeout_s": ("--shutdown-timeout",),
+}
 
 
 class UsageError(Exception):
@@ -43,9 +46,6 @@ class Parser(argparse.ArgumentParser):
             if not word.startswith("-"):
                 raise UsageError(f"unexpected argument {word!r}")
             flag = word.split("=")[0]
-            field = _NOT_YET_ALIASES.get(flag, flag.lstrip("-")).replace("-", "_")
-            if reason := not_supported_yet(field, flag):
-                raise UsageError(reason)
             raise UsageError(f"unknown option {flag}{did_you_mean(flag, self.option_names())}")
         return vars(given)
 

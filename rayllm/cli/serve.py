@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
+from rayllm.cli.vllm_flags import translate
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig, parse_settings, read_settings_file
 
 if TYPE_CHECKING:
@@ -63,7 +65,10 @@ def _check_model_comes_first(flags: Mapping[str, Any]) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Serves until Ctrl-C or SIGTERM; 0 when it was stopped so."""
+    argv, notes = translate(argv)
     engine, server = parse_serve(argv)
+    for line in notes:
+        print(line, file=sys.stderr)
 
     from rayllm.cli.serving import check_before_start, foreground_server
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayllm.cli.terminal import Screen, interrupted_by_signals, new_log_file
+from rayllm.compatibility import notes
 from rayllm.config import EngineConfig, Environment, ServerConfig
 from rayllm.errors import ConfigError, EngineError
 from rayllm.machine.registry import listed
@@ -32,8 +33,13 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     model = HubModel.parse(engine.model, revision=engine.revision, download_dir=engine.download_dir)
     if model is not None and model.folder() is None:
         download_shown(model)
+    device = "cpu" if engine.device == "cpu" else "cuda"
     if not joins:  # else the cluster decides what there is room for
-        _check_weights(engine, resolve(engine, backend="ray").model_path)
+        resolved = resolve(engine, backend="ray")
+        device = resolved.device
+        _check_weights(engine, resolved.model_path)
+    for line in notes(engine, device):
+        print(line, file=sys.stderr)
     _warn_of_open_door(server)
 
 

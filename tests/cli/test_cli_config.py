@@ -61,7 +61,7 @@ def test_validate_accepts_a_file_that_holds(file: Path, capsys: pytest.CaptureFi
         ("max_num_sequs: 8", "did you mean 'max_num_seqs'?"),
         ("model: /nowhere/at/all", "does not exist"),
         ("tensor_parallel_size: 3\ndevice: cpu", "tensor_parallel_size=3"),
-        ("enable_lora: true", "enable_lora is not supported yet"),
+        ("enable_lora: true", "enable_lora=True: RayLLM has no LoRA adapters yet"),
     ],
 )
 def test_validate_names_what_is_wrong(text: str, expected: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,97 @@
+"""Settings of other engines, vLLM's above all, that RayLLM takes so that scripts run as they are.
+
+Some have no effect here (`notes` says why, in a line each), some have one value that can be served: any other is an
+error that says what RayLLM lacks. Plain Python, below everything else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field, field_validator
+from pydantic_core.core_schema import ValidationInfo
+
+_LACKING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "pipeline_parallel_size": ((1,), "RayLLM has no pipeline parallelism yet: use tensor_parallel_size"),
+    "data_parallel_size": ((1,), "RayLLM has no replicas of an engine yet: start several servers"),
+    "quantization": ((None,), "RayLLM reads no quantized weights yet: give an unquantized checkpoint and leave it out"),
+    "kv_cache_dtype": (("auto",), "the KV cache always has the model's type: leave it out, or give auto"),
+    "swap_space": ((None, 0.0), "RayLLM keeps no KV blocks in CPU memory, it computes them again: give 0"),
+    "cpu_offload_gb": ((None, 0.0), "RayLLM keeps all weights on the device: give 0, or use tensor_parallel_size"),
+    "speculative_config": ((None, {}), "RayLLM has no speculative decoding yet: leave it out"),
+    "enable_lora": ((False,), "RayLLM has no LoRA adapters yet: merge the adapter into the weights"),
+    "lora_modules": ((None, []), "RayLLM has no LoRA adapters yet: merge the adapter into the weights"),
+    "hf_overrides": ((None, {}), "RayLLM takes a model's config.json as it is: edit the file"),
+    "model_impl": (("auto", "vllm"), "RayLLM has one implementation of each model: give auto"),
+    "runner": (("auto", "generate"), "RayLLM serves models that generate: give auto or generate"),
+    "task": ((None, "auto", "generate"), "RayLLM serves models that generate: give auto or generate"),
+    "pooler_config": ((None, {}), "RayLLM serves models that generate: leave it out"),
+    "tokenizer_mode": (("auto",), "RayLLM finds out how a tokenizer is read: give auto"),
+}
+"""Setting: the values that can be served, and what is said of others."""
+
+
+class CompatibilitySettings(BaseModel):
+    """Fields of `EngineConfig` that other engines have and RayLLM has no use for, or not yet."""
+
+    trust_remote_code: bool = Field(
+        False, description="Not needed, accepted without effect: RayLLM reads models itself and runs no code of theirs."
+    )
+    enforce_eager: bool = Field(False, description="Without effect: RayLLM captures no CUDA graphs.")
+    disable_custom_all_reduce: bool = Field(False, description="Without effect: ranks reduce by NCCL, or gloo on CPU.")
+    disable_custom_kernels: bool = Field(False, description="Without effect: each layer has one implementation.")
+    enable_chunked_prefill: bool = Field(True, description="Always on.")
+    disable_log_stats: bool = Field(False, description="Without effect: use --log-file.")
+    pipeline_parallel_size: int = Field(1, description="Only 1.")
+    data_parallel_size: int = Field(1, description="Only 1.")
+    quantization: str | None = Field(None, description="Not supported yet.")
+    kv_cache_dtype: str = Field("auto", description="Only auto: the model's.")
+    swap_space: float | None = Field(None, description="GiB of KV in CPU memory; only 0.")
+    cpu_offload_gb: float | None = Field(None, description="GiB of weights in CPU memory; only 0.")
+    speculative_config: Any = Field(None, description="Not supported yet.")
+    enable_lora: bool = Field(False, description="Not supported yet.")
+    lora_modules: Any = Field(None, description="Not supported yet.")
+    hf_overrides: Any = Field(None, description="Not supported.")
+    model_impl: str = Field("auto", description="Only auto.")
+    runner: str = Field("auto", description="Only auto or generate.")
+    task: str | None = Field(None, description="Only auto or generate.")
+    pooler_config: Any = Field(None, description="Not supported yet.")
+    tokenizer_mode: str = Field("auto", description="Only auto.")
+
+    @field_validator(*_LACKING)
+    @classmethod
+    def _can_be_served(cls, value: Any, info: ValidationInfo) -> Any:
+        served, reason = _LACKING[str(info.field_name)]
+        if value not in served:
+            raise ValueError(reason)
+        return value
+
+    @field_validator("dtype", mode="before", check_fields=False)
+    @classmethod
+    def _dtype_has_other_names(cls, value: Any) -> Any:
+        """vLLM's short names, and torch's own types."""
+        name = str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+        return {"half": "float16", "float": "float32"}.get(name, name) if isinstance(name, str) else name
+
+
+_WITHOUT_EFFECT = {
+    "trust_remote_code": "is not needed: RayLLM reads the model's files itself and runs no code from them",
+    "disable_custom_kernels": "has no effect: each layer has one implementation",
+    "enforce_eager": "has no effect: RayLLM captures no CUDA graphs",
+}
+
+
+def notes(config: CompatibilitySettings, device: str) -> list[str]:
+    """A line for each setting that was given and has no effect on this device (`cpu` or `cuda`)."""
+    given = config.model_fields_set
+    found = [f"{name}=True {why}" for name, why in _WITHOUT_EFFECT.items() if name in given and getattr(config, name)]
+    if "disable_custom_all_reduce" in given and config.disable_custom_all_reduce:
+        library = "gloo" if device == "cpu" else "NCCL"
+        found.append(f"disable_custom_all_reduce=True has no effect: ranks on {device} reduce by {library}")
+    if "enable_chunked_prefill" in given and not config.enable_chunked_prefill:
+        found.append("enable_chunked_prefill=False has no effect: prompts are always computed within the token budget")
+    if "gpu_memory_utilization" in given and device == "cpu":
+        found.append(
+            "gpu_memory_utilization has no effect on CPU: kv_cache_memory_bytes or num_kv_blocks sets the memory for KV"
+        )
+    return found

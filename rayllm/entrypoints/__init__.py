@@ -1,0 +1,1 @@
+"""RayLLM under the module names of vLLM, so that a script changes one word."""
