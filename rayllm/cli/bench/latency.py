@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayllm.cli.bench.figures import add_count_flags, check_at_least, percentile
-from rayllm.cli.bench.throughput import ENGINE_FLAGS, engine_config, random_workload
+from rayllm.cli.bench.throughput import ENGINE_FLAGS, engine_config
+from rayllm.cli.bench.workload import random_workload
 from rayllm.cli.flags import Parser, add_config_flags
 from rayllm.config import EngineConfig
 
@@ -61,9 +62,12 @@ def latency(given: dict[str, Any]) -> dict[str, Any]:
         vocab_size=resolve(engine).shape.vocab_size,
         seed=given["seed"],
     )
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=workload.output_len, detokenize=False)
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=given["output_len"], detokenize=False)
     # Else every batch after the first would find its prompts computed.
-    settings = {**engine.model_dump(), "enable_prefix_caching": given.get("enable_prefix_caching", False)}
+    settings = {
+        **engine.model_dump(exclude_unset=True),
+        "enable_prefix_caching": given.get("enable_prefix_caching", False),
+    }
     elapsed = []
     with LLM(**settings) as llm:
         for _ in range(given["num_iters_warmup"] + given["num_iters"]):

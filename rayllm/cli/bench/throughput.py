@@ -1,27 +1,37 @@
 """`rayllm bench throughput`: requests and tokens a second of an offline batch, by RayLLM or by `transformers`.
 
-Both backends get the same token ids, weights and dtype, and must emit every token asked for.
+Both backends get the same token ids, weights and dtype, and must emit every token asked for. Flags and output are those
+of vLLM's `benchmark_throughput.py`.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayllm.cli.bench.figures import add_count_flags, check_at_least
-from rayllm.cli.flags import Parser, add_config_flags
+from rayllm.cli.bench.workload import Workload, random_workload, read_sharegpt
+from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.config import EngineConfig, ResolvedConfig
 
 ENGINE_FLAGS = (
     "model",
+    "tokenizer",
+    "revision",
+    "download_dir",
+    "trust_remote_code",
+    "quantization",
     "dtype",
     "device",
     "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "enforce_eager",
+    "kv_cache_dtype",
     "distributed_executor_backend",
     "max_model_len",
     "max_num_seqs",
@@ -33,22 +43,7 @@ ENGINE_FLAGS = (
     "enable_prefix_caching",
     "load_format",
 )
-_FIRST_PLAIN_ID = 4
-"""Lower ids are special in the random models."""
-
 _SAMPLE_PERIOD_S = 0.05
-
-
-@dataclass(frozen=True)
-class Workload:
-    """`prompts` are token ids; each is continued by exactly `output_len` tokens."""
-
-    prompts: list[list[int]]
-    output_len: int
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.prompts)) + len(self.prompts) * self.output_len
 
 
 @dataclass
@@ -63,7 +58,7 @@ class Figures:
         """Medians over the repeats, and the spread: (slowest - fastest) / median."""
         median_s = statistics.median(self.elapsed_s)
         num_requests = len(self.workload.prompts)
-        num_output = num_requests * self.workload.output_len
+        num_output = self.workload.num_output_tokens
         return {
             "elapsed_time": round(median_s, 4),
             "num_requests": num_requests,
@@ -75,13 +70,6 @@ class Figures:
             "spread": round((max(self.elapsed_s) - min(self.elapsed_s)) / median_s, 4),
             **self.details,
         }
-
-
-def random_workload(*, num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int) -> Workload:
-    """Prompts of random ids; the same arguments give the same prompts."""
-    ids = random.Random(seed)
-    prompts = [[ids.randrange(_FIRST_PLAIN_ID, vocab_size) for _ in range(input_len)] for _ in range(num_prompts)]
-    return Workload(prompts, output_len)
 
 
 def timed(run: Callable[[], None], repeat: int) -> list[float]:
@@ -102,15 +90,18 @@ def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Figures
     from rayllm import LLM, SamplingParams
     from rayllm.engine.outputs import raise_failed
 
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=workload.output_len, detokenize=False)
-    with LLM(**engine.model_dump()) as llm:
-        llm.generate(workload.prompts[:1], params.with_(max_tokens=min(4, workload.output_len)))
+    num_samples = workload.num_samples
+    one = SamplingParams(ignore_eos=True, detokenize=False, n=num_samples, temperature=0 if num_samples == 1 else 1)
+    params = [one.with_(max_tokens=length) for length in workload.output_lens]
+    with LLM(**engine.model_dump(exclude_unset=True)) as llm:
+        llm.generate(workload.prompts[:1], one.with_(max_tokens=min(4, workload.output_lens[0])))
 
         def run() -> None:
             outputs = llm.generate(workload.prompts, params)
-            for output in outputs:
-                raise_failed(output.outputs[0])
-            assert all(len(output.outputs[0].token_ids) == workload.output_len for output in outputs)
+            for output, length in zip(outputs, workload.output_lens, strict=True):
+                for choice in output.outputs:
+                    raise_failed(choice)
+                    assert len(choice.token_ids) == length
 
         before = llm.stats()
         elapsed = timed(run, repeat)
@@ -175,7 +166,9 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
     if engine.load_format == "dummy":
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model_path), dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model_path, dtype=dtype, trust_remote_code=engine.trust_remote_code
+        )
     model = model.to(config.device).eval()
     pad_id = model.generation_config.pad_token_id or 0
 
@@ -186,7 +179,8 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            do_sample=False,
+            do_sample=workload.num_samples > 1,
+            num_return_sequences=workload.num_samples,
             use_cache=True,
             min_new_tokens=output_len,
             max_new_tokens=output_len,
@@ -196,10 +190,11 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
 
     def run_all() -> None:
         for start in range(0, len(workload.prompts), max_batch_size):
-            run(workload.prompts[start : start + max_batch_size], workload.output_len)
+            part = slice(start, start + max_batch_size)
+            run(workload.prompts[part], max(workload.output_lens[part]))
 
     with torch.inference_mode():
-        run(workload.prompts[:1], min(4, workload.output_len))
+        run(workload.prompts[:1], min(4, workload.output_lens[0]))
         elapsed = timed(run_all, repeat)
     details = {"dtype": config.dtype, "device": config.device, "max_batch_size": max_batch_size}
     return Figures(workload, elapsed, details)
@@ -209,16 +204,20 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
 
 
 def parser() -> Parser:
-    made = Parser(prog="rayllm bench throughput", description="Time an offline batch of random prompts.")
-    made.add_argument("--backend", choices=("rayllm", "hf"), default="rayllm", help="hf: transformers' generate")
+    made = Parser(prog="rayllm bench throughput", description="Time an offline batch of prompts.")
+    text = "hf: transformers' generate; vllm: RayLLM under the name that vLLM's benchmark has"
+    made.add_argument("--backend", choices=("rayllm", "vllm", "hf", "mii"), default="rayllm", help=text)
+    made.add_argument("--dataset", metavar="FILE", help="JSON in ShareGPT's form; default: random prompts")
     counts = (
-        ("--input-len", 64, "tokens of each prompt"),
-        ("--output-len", 128, "tokens to generate for each"),
+        ("--input-len", 64, "tokens of each random prompt"),
         ("--num-prompts", 25, "requests"),
+        ("--n", 1, "answers to each"),
         ("--seed", 0, "of the prompts"),
         ("--repeat", 3, "timed runs; medians are told"),
     )
     add_count_flags(made, counts)
+    text = "tokens to generate for each prompt (default: 128; with --dataset: as many as its answer has)"
+    made.add_argument("--output-len", type=int, metavar="N", help=text)
     made.add_argument("--hf-max-batch-size", type=int, metavar="N", help="default: all prompts in one batch")
     made.add_argument("--json", action="store_true", help="print one JSON line too")
     add_config_flags(made, EngineConfig, only=ENGINE_FLAGS)
@@ -228,26 +227,62 @@ def parser() -> Parser:
 def throughput(argv: Sequence[str]) -> dict[str, Any]:
     """Runs the benchmark that the arguments describe and returns its figures (see `Figures.summary`)."""
     given = parser().parse(argv)
-    check_at_least(given, 1, "input_len", "output_len", "num_prompts", "repeat")
+    counts = (
+        "input_len",
+        "num_prompts",
+        "n",
+        "repeat",
+        *(n for n in ("output_len", "hf_max_batch_size") if n in given),
+    )
+    check_at_least(given, 1, *counts)
+    _check_backend(given)
+    if "dataset" not in given:
+        given.setdefault("output_len", 128)
     engine = engine_config(given)
     from rayllm.engine.resolve import resolve
+    from rayllm.weights.hub import bring_here
 
-    resolved = resolve(engine)
-    workload = random_workload(
-        num_prompts=given["num_prompts"],
-        input_len=given["input_len"],
-        output_len=given["output_len"],
-        vocab_size=resolved.shape.vocab_size,
-        seed=given["seed"],
-    )
-    if given["backend"] == "rayllm":
-        figures = run_rayllm(engine, workload, given["repeat"])
+    bring_here(engine)
+    workload = _workload(given, resolve(engine))
+    if given["backend"] == "hf":
+        max_batch_size = given.get("hf_max_batch_size") or len(workload.prompts)
+        figures = run_transformers(engine, workload, given["repeat"], max_batch_size)
     else:
-        figures = run_transformers(
-            engine, workload, given["repeat"], given.get("hf_max_batch_size") or given["num_prompts"]
-        )
-    told = {name: given[name] for name in ("backend", "input_len", "output_len", "num_prompts", "seed")}
+        figures = run_rayllm(engine, workload, given["repeat"])
+    told = {name: given.get(name) for name in ("backend", "input_len", "output_len", "num_prompts", "seed")}
     return {**told, "model": given.get("model", ""), **figures.summary()}
+
+
+def _check_backend(given: dict[str, Any]) -> None:
+    if given["backend"] == "mii":
+        raise UsageError("--backend mii is DeepSpeed-MII, which is no part of RayLLM: give rayllm, vllm or hf")
+    if given["backend"] == "vllm":
+        print("--backend vllm measures RayLLM's engine; vLLM itself is not used", file=sys.stderr)
+    if given["backend"] != "hf" and "hf_max_batch_size" in given:
+        raise UsageError("--hf-max-batch-size is for --backend hf: give --max-num-seqs")
+
+
+def _workload(given: dict[str, Any], config: ResolvedConfig) -> Workload:
+    if "dataset" in given:
+        from rayllm.text.tokenizer import Tokenizer
+
+        workload = read_sharegpt(
+            given["dataset"],
+            Tokenizer.from_config(config).encode,
+            num_prompts=given["num_prompts"],
+            output_len=given.get("output_len"),
+            seed=given["seed"],
+            max_model_len=config.max_model_len,
+        )
+    else:
+        workload = random_workload(
+            num_prompts=given["num_prompts"],
+            input_len=given["input_len"],
+            output_len=given["output_len"],
+            vocab_size=config.shape.vocab_size,
+            seed=given["seed"],
+        )
+    return replace(workload, num_samples=given.get("n", 1))
 
 
 def engine_config(given: dict[str, Any]) -> EngineConfig:
@@ -255,7 +290,8 @@ def engine_config(given: dict[str, Any]) -> EngineConfig:
     from rayllm.cli.random_model import PREFIX, random_model
 
     settings = {name: given[name] for name in ENGINE_FLAGS if name in given}
-    settings.setdefault("max_model_len", given["input_len"] + given["output_len"])
+    if "dataset" not in given:
+        settings.setdefault("max_model_len", given["input_len"] + given["output_len"])
     model = str(settings.get("model", ""))
     if model.startswith(PREFIX):
         settings["model"] = str(random_model(model, with_weights=settings.get("load_format") != "dummy"))
@@ -266,10 +302,8 @@ def engine_config(given: dict[str, Any]) -> EngineConfig:
 def run(argv: Sequence[str]) -> int:
     """`rayllm bench throughput ...`."""
     figures = throughput(argv)
-    print(
-        f"Throughput: {figures['requests_per_second']:.2f} requests/s, {figures['tokens_per_second']:.2f} tokens/s"
-        f" ({figures['output_tokens_per_second']:.2f} output tokens/s)"
-    )
+    print(f"Throughput: {figures['requests_per_second']:.2f} requests/s, {figures['tokens_per_second']:.2f} tokens/s")
+    print(f"Output: {figures['output_tokens_per_second']:.2f} tokens/s")
     if "kv_slots_filled" in figures:
         waiting = _share(figures, "driver_share_of_step")
         print(
