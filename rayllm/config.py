@@ -168,7 +168,9 @@ class EngineConfig(_Config, CompatibilitySettings):
     return_tokens_as_token_ids: bool = Field(
         False, description="Write tokens of log-probabilities as 'token_id:N': two tokens may have the same text."
     )
-    enable_force_include_usage: bool = Field(False, description="End every stream with its usage, asked for or not.")
+    enable_force_include_usage: bool = Field(
+        False, description="Give usage in every chunk of every stream, asked for or not."
+    )
     enable_per_request_metrics: bool = Field(False, description="Add to each answer what its request took, as metrics.")
     enable_tokenizer_info_endpoint: bool = Field(
         False, description="Serve the tokenizer's settings and chat template at /tokenizer_info."

@@ -93,8 +93,9 @@ class ChunkedAnswer(Answer):
     ):
         self._body = body
         options, engine = body.stream_options, model.config.engine
-        self._includes_usage = engine.enable_force_include_usage or bool(options and options.include_usage)
-        self._continuous_usage = self._includes_usage and bool(options and options.continuous_usage_stats)
+        forced = engine.enable_force_include_usage
+        self._includes_usage = forced or bool(options and options.include_usage)
+        self._continuous_usage = forced or (self._includes_usage and bool(options and options.continuous_usage_stats))
         as_ids = body.return_tokens_as_token_ids
         self._shows_ids: bool = engine.return_tokens_as_token_ids if as_ids is None else as_ids
         super().__init__(model, requests, answer_id, parsing)

@@ -128,7 +128,8 @@ class ResponsesBody(SamplingFields):
         **{name: NOT_SUPPORTED[name] for name in _NOT_IN_A_CHAT},
     }
 
-    model: str
+    model: str | None = None
+    """OpenAI needs none where a prompt template names one; here it is the one that is served."""
     input: Annotated[
         Any,
         AfterValidator(_input),
@@ -308,7 +309,7 @@ def _chat_body(
     body: ResponsesBody, items: list[dict[str, Any]], tools: list[dict[str, Any]], model: ServedModel
 ) -> ChatBody:
     fields: dict[str, Any] = {
-        "model": body.model,
+        "model": model.name,
         "messages": chat_messages(body.instructions, items),
         "max_tokens": body.max_output_tokens,
         "user": body.user,

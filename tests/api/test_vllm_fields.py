@@ -168,6 +168,7 @@ async def test_metrics_of_a_request_are_told_with_its_usage(engine: FakeEngine, 
         assert told["tokens_per_second"] == pytest.approx(num_tokens / (0.5 + told["generation_time_ms"] / 1000))
     assert last["usage"]
     assert not any("metrics" in chunk for chunk in before)
+    assert all(chunk["usage"]["prompt_tokens"] for chunk in before)  # an operator's wish is for every chunk
     assert several["metrics"] is None
     assert "mean_itl_ms" not in one_token["metrics"]
 
