@@ -59,7 +59,7 @@ def settings_from(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 def _check_model_comes_first(flags: Mapping[str, Any]) -> None:
     """All words behind --served-model-name are names, also one that was meant as MODEL."""
     for name in flags.get("served_model_name", ())[1:]:
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             raise UsageError(f"{name!r} is a folder behind --served-model-name: give MODEL before the flags")
 
 

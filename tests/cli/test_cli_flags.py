@@ -153,3 +153,24 @@ def test_an_empty_key_is_refused() -> None:
     server: ServerConfig = ServerConfig.parse({"api_key": ""})
     with pytest.raises(ConfigError, match="api_key is empty"):
         server.read_api_keys()
+
+
+def test_several_names_may_follow_one_flag() -> None:
+    for argv, names in (
+        (["--served-model-name", "a"], ("a",)),
+        (["model", "--served-model-name", "a", "b", "org/c", "--port", "1"], ("a", "b", "org/c")),
+        ([], ()),
+    ):
+        engine, _ = parse_serve(argv)
+        assert engine.served_model_names == names
+
+
+def test_a_folder_behind_the_names_was_meant_as_the_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give MODEL before"):
+        parse_serve(["--served-model-name", "a", str(tmp_path)])
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["a", ""], [""]])
+def test_names_that_say_nothing_are_refused(names: list[str]) -> None:
+    with pytest.raises(ConfigError, match="served_model_name"):
+        parse_serve(["--served-model-name", *names])

@@ -24,12 +24,15 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]  # as pytest's `pythonpath` does for tests
 
+import vllm_tests.source  # noqa: E402
 from served_process import running_serve  # noqa: E402
 from suites import SUITES, Suite  # noqa: E402
 
 _KEY = "conformance-key"
 _MODEL = "conformance"
 _SUITE_TIMEOUT_S = 900
+_SERVERS_TIMEOUT_S = 3600
+"""For a client that starts servers of its own, one after the other."""
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayllm-conformance"
 _COUNTS = re.compile(r"(\d+) (passed|failed|skipped|xfailed|error)")
 _NODE_COUNTS = re.compile(r"^# (pass|fail|skipped) (\d+)", re.MULTILINE)
@@ -66,15 +69,17 @@ class Outcome:
 def main() -> int:
     options = _options()
     outcomes: list[Outcome] = []
-    for model in dict.fromkeys(suite.model for suite in options.suites):
+    for suite in options.suites:
+        if suite.starts_servers:
+            outcomes.append(_noted(_run(suite, "", options.environments)))
+    for model in dict.fromkeys(suite.model for suite in options.suites if not suite.starts_servers):
         with tempfile.TemporaryDirectory(prefix="rlconf-") as folder:
             checkpoint = _make_model(model, Path(folder), options.environments)
             flags = (str(checkpoint), "--served-model-name", _MODEL, "--api-key", _KEY)
             with running_serve(*flags) as server:
                 for suite in options.suites:
                     if suite.model == model:
-                        outcomes.append(_run(suite, server.url, options.environments))
-                        print(f"{suite.name}: {outcomes[-1].counts}, {outcomes[-1].seconds:.1f} s", flush=True)
+                        outcomes.append(_noted(_run(suite, server.url, options.environments)))
     for outcome in outcomes:
         if not outcome.ok:
             print(f"\n== {outcome.suite.name}\n{outcome.output[-6000:]}")
@@ -107,6 +112,13 @@ def _make_model(name: str, folder: Path, environments: Path) -> Path:
     return make_memoriser(environments, lambda url: _print_failures(_run(pupil, url, environments)), _MODEL, _KEY)
 
 
+def _noted(outcome: Outcome) -> Outcome:
+    print(f"{outcome.suite.name}: {outcome.counts}, {outcome.seconds:.1f} s", flush=True)
+    if outcome.suite.starts_servers:
+        print("\n".join(line for line in outcome.output.splitlines() if line.startswith("| ")))
+    return outcome
+
+
 def _print_failures(taught: Outcome) -> None:
     """What fails against the teacher will fail against its pupil."""
     print(f"against the teacher: {taught.counts}")
@@ -126,7 +138,10 @@ def _run(suite: Suite, url: str, environments: Path) -> Outcome:
         "CONFORMANCE_MODEL": _MODEL,
     }
     file = _HERE / "clients" / suite.file
-    if suite.is_node:
+    if suite.starts_servers:
+        command, more = vllm_tests.source.command(environment)
+        variables = {**os.environ, **variables, **more}
+    elif suite.is_node:
         copy = environment / suite.file  # node looks for packages beside the file
         copy.write_text(file.read_text())
         command = ["node", "--test", "--test-reporter=tap", str(copy)]
@@ -137,7 +152,12 @@ def _run(suite: Suite, url: str, environments: Path) -> Outcome:
         command += ["-o", "asyncio_default_test_loop_scope=session", str(file)]  # clients keep connections
     started_s = time.monotonic()
     done = subprocess.run(
-        command, env=variables, cwd=environment, capture_output=True, text=True, timeout=_SUITE_TIMEOUT_S
+        command,
+        env=variables,
+        cwd=environment,
+        capture_output=True,
+        text=True,
+        timeout=_SERVERS_TIMEOUT_S if suite.starts_servers else _SUITE_TIMEOUT_S,
     )
     output = done.stdout + done.stderr
     counts = _counts(output, suite.is_node)
@@ -179,7 +199,9 @@ def _check(command: Sequence[str], folder: Path) -> None:
 
 
 def _version(suite: Suite, environment: Path) -> str:
-    """Of the client's first package."""
+    """Of what the client's tests come from: its first package, where nothing else is said."""
+    if suite.version:
+        return suite.version
     package, _, _ = suite.packages[0].partition("[")
     if suite.is_node:
         return str(json.loads((environment / "node_modules" / package / "package.json").read_text())["version"])
