@@ -89,6 +89,9 @@ class EngineConfig(_Config, CompatibilitySettings):
         None,
         description="Names that clients may use, of which answers give the first; default: the folder's name.",
     )
+    skip_tokenizer_init: bool = Field(
+        False, description="Load no tokenizer: prompts are token ids, and answers have ids and no text."
+    )
     name: str = Field(DEFAULT_ENGINE_NAME, description="Name of the engine, as in get_engine(name).")
     dtype: Dtype = Field("auto", description="Type of weights and activations; auto: the checkpoint's.")
     device: Device = Field("auto", description="auto: CUDA where there is a GPU, else the CPU.")

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayllm.errors import ConfigError
-from rayllm.text.tokenizer_files import SENTENCEPIECE_FILE, named_tokens, read_json, read_text
+from rayllm.text.tokenizer_files import SENTENCEPIECE_FILE, named_tokens, read_json, read_text, sentencepiece_processor
 
 _CLASS_DEFAULTS = {
     "LlamaTokenizer": "</s>",
@@ -73,21 +72,11 @@ def _in_pipeline(file: Path, text: str) -> Any:
 
 
 def _sentencepiece_end(model: Path) -> int | None:
-    token_id = _processor(model).eos_id()
+    token_id = sentencepiece_processor(model).eos_id()
     return None if token_id < 0 else int(token_id)
 
 
 def _sentencepiece_id(model: Path, text: str) -> int | None:
-    processor = _processor(model)
+    processor = sentencepiece_processor(model)
     token_id = processor.piece_to_id(text)
     return int(token_id) if processor.id_to_piece(token_id) == text else None
-
-
-def _processor(model: Path) -> Any:
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(model))
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{model}: not a sentencepiece model: {reason}") from None

@@ -7,13 +7,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rayllm.config import ContentFormat, ResolvedConfig
 from rayllm.errors import ConfigError, RequestError
 from rayllm.text.chat_content import cut_at_end_mark, with_end_mark
 from rayllm.text.chat_template import ChatTemplate
-from rayllm.text.tokenizer_files import NAMED_TOKENS, named_tokens, read_json, read_text, token_content
+from rayllm.text.tokenizer_backends import Backend, NoTokenizer, Pipeline, PythonTokenizer, no_text
+from rayllm.text.tokenizer_files import (
+    NAMED_TOKENS,
+    check_vocabulary_files,
+    named_tokens,
+    read_json,
+    read_text,
+    token_content,
+)
 
 _GENERIC_CLASSES = frozenset({None, "PreTrainedTokenizerFast", "TokenizersBackend"})
 """Classes that add nothing to tokenizer.json."""
@@ -22,98 +30,12 @@ _OPEN_MARK, _CLOSE_MARK = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"({_OPEN_MARK}|{_CLOSE_MARK})")
 
 
-class _Backend(Protocol):
-    """What differs between a `tokenizers` pipeline and a tokenizer written in Python."""
-
-    special_ids: frozenset[int]
-    added_text: Mapping[int, str]
-    is_byte_level: bool
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
-    def encode_as_text(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
-    def piece(self, token_id: int) -> str | None: ...
-    def vocab(self) -> dict[str, int]: ...
-
-
-class _Pipeline(_Backend):
-    """A tokenizer.json, or what `transformers` made of one."""
-
-    def __init__(self, pipeline: Any):
-        pipeline.no_truncation()
-        pipeline.no_padding()
-        self._pipeline = pipeline
-        self._blind_pipeline: Any = None
-        added = pipeline.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.added_text = {token_id: token.content for token_id, token in added.items()}
-        decoder = pipeline.decoder
-        self.is_byte_level = decoder is not None and '"ByteLevel"' in decoder.__getstate__().decode()
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._pipeline.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
-
-    def encode_as_text(self, text: str) -> list[int]:
-        if self._blind_pipeline is None:
-            blind = type(self._pipeline).from_str(self._pipeline.to_str())
-            blind.encode_special_tokens = True
-            self._blind_pipeline = blind
-        ids: list[int] = self._blind_pipeline.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        text: str = self._pipeline.decode(ids, skip_special_tokens=skip_special_tokens)
-        return text
-
-    def piece(self, token_id: int) -> str | None:
-        piece: str | None = self._pipeline.id_to_token(token_id)
-        return piece
-
-    def vocab(self) -> dict[str, int]:
-        vocab: dict[str, int] = self._pipeline.get_vocab(with_added_tokens=True)
-        return vocab
-
-
-class _PythonTokenizer(_Backend):
-    """A `transformers` tokenizer without a `tokenizers` pipeline."""
-
-    is_byte_level = False
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self.special_ids = frozenset(tokenizer.all_special_ids)
-        self.added_text = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-
-    def encode_as_text(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return str(
-            self._tokenizer.decode(
-                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-        )
-
-    def piece(self, token_id: int) -> str | None:
-        if not 0 <= token_id < len(self._tokenizer):
-            return None
-        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
-        return piece
-
-    def vocab(self) -> dict[str, int]:
-        return dict(self._tokenizer.get_vocab())
-
-
 class Tokenizer:
     """Text to ids and back. Made by `from_path`."""
 
     def __init__(
         self,
-        backend: _Backend,
+        backend: Backend,
         named_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         content_format: ContentFormat = "auto",
@@ -140,6 +62,8 @@ class Tokenizer:
     def from_config(cls, config: ResolvedConfig) -> Tokenizer:
         """The tokenizer of an engine. Raises as `from_path`."""
         engine = config.engine
+        if engine.skip_tokenizer_init:
+            return cls(NoTokenizer())
         return cls.from_path(config.tokenizer_path, engine.chat_template, engine.chat_template_content_format)
 
     @classmethod
@@ -156,13 +80,21 @@ class Tokenizer:
             raise ConfigError(f"tokenizer: {path} is not a folder")
         settings = read_json(folder / "tokenizer_config.json")
         template = _read_template(folder, settings) if chat_template is None else _given_template(chat_template)
-        pipeline_file = folder / "tokenizer.json"
-        if pipeline_file.is_file():
-            pipeline = _load_pipeline(pipeline_file)
-            if _is_whole(pipeline, settings):
-                return cls(_Pipeline(pipeline), named_tokens(folder, settings), template, content_format)
-        backend, named = _load_with_transformers(folder)
+        check_vocabulary_files(folder)
+        backend, named = _load(folder, settings)
+        if not backend.vocab().keys() - backend.added_text.values():
+            raise ConfigError(f"tokenizer: {folder} holds a tokenizer without a vocabulary: bring its files here again")
         return cls(backend, named, template, content_format)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the engine has none: prompts are token ids, and answers have no text."""
+        return isinstance(self._backend, NoTokenizer)
+
+    def require_text(self, what: str, param: str) -> None:
+        """Raises `RequestError` where there is no tokenizer, which `what` (a plural) needs."""
+        if self.is_missing:
+            raise no_text(what, param)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; `add_special_tokens` adds what the model's own tokenizer adds (a start token, say).
@@ -222,6 +154,7 @@ class Tokenizer:
         open, for the model to go on with. Raises `RequestError`, also where the template does not show what the last
         user message says.
         """
+        self.require_text("chats", "messages")
         if self.chat_template is None:
             raise RequestError(
                 "this model has no chat template: use /v1/completions, or start with --chat-template FILE",
@@ -287,6 +220,8 @@ def _refusing_text() -> Iterator[None]:
     """What a tokenizer trips over is the text's fault. Its worst faults are panics, which are no `Exception`."""
     try:
         yield
+    except RequestError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -345,6 +280,15 @@ def _given_template(given: str) -> str:
     return read_text(Path(given))
 
 
+def _load(folder: Path, settings: Mapping[str, Any]) -> tuple[Backend, dict[str, str]]:
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        pipeline = _load_pipeline(file)
+        if _is_whole(pipeline, settings):
+            return Pipeline(pipeline), named_tokens(folder, settings)
+    return _load_with_transformers(folder)
+
+
 def _load_pipeline(file: Path) -> Any:
     import tokenizers
 
@@ -370,15 +314,14 @@ def _is_whole(pipeline: Any, settings: Mapping[str, Any]) -> bool:
     return added <= known and named <= known
 
 
-def _load_with_transformers(folder: Path) -> tuple[_Backend, dict[str, str]]:
+def _load_with_transformers(folder: Path) -> tuple[Backend, dict[str, str]]:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # from OSError to KeyError, by the way in which the files are wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        missing = "" if (folder / "tokenizer.json").is_file() else "it holds no tokenizer.json, and "
-        raise ConfigError(f"tokenizer: cannot load one from {folder}: {missing}{reason}") from None
+        raise ConfigError(f"tokenizer: cannot load one from {folder}: {reason}") from None
     named = {name: str(token) for name in NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
     pipeline = getattr(tokenizer, "backend_tokenizer", None)
-    return (_PythonTokenizer(tokenizer) if pipeline is None else _Pipeline(pipeline)), named
+    return (PythonTokenizer(tokenizer) if pipeline is None else Pipeline(pipeline)), named

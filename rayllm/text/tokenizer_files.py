@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,50 @@ def named_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
             if (content := token_content(source.get(name))) is not None:
                 named[name] = content
     return named
+
+
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    (SENTENCEPIECE_FILE,),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("vocab.txt",),
+    ("tekken.json",),
+    ("*.tiktoken",),
+)
+"""Files that hold a vocabulary, any line of them: without one, libraries make an empty tokenizer."""
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ [0-9]+\r?\n")
+
+
+def has_vocabulary_files(names: Iterable[str]) -> bool:
+    """Whether some of these names of files are those of a tokenizer's vocabulary."""
+    known = list(names)
+    return any(all(fnmatch.filter(known, pattern) for pattern in needed) for needed in _VOCABULARIES)
+
+
+def check_vocabulary_files(folder: Path) -> None:
+    """`ConfigError` where the folder holds no vocabulary, or a tokenizer.model that is none."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    if not has_vocabulary_files(names):
+        raise ConfigError(
+            f"tokenizer: {folder} holds no tokenizer (tokenizer.json, {SENTENCEPIECE_FILE}, or vocab.json with "
+            "merges.txt): copy its files there, give --tokenizer FOLDER, or --skip-tokenizer-init to work with token "
+            "ids"
+        )
+    if SENTENCEPIECE_FILE in names and "tokenizer.json" not in names:
+        with (folder / SENTENCEPIECE_FILE).open("rb") as file:
+            is_tiktoken = _TIKTOKEN_LINE.match(file.read(256)) is not None
+        if not is_tiktoken:
+            sentencepiece_processor(folder / SENTENCEPIECE_FILE)
+
+
+def sentencepiece_processor(model: Path) -> Any:
+    """The model as its own library reads it. Raises `ConfigError`."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{model}: not a sentencepiece model: {reason}") from None

@@ -1,0 +1,127 @@
+"""What tokenizes: a `tokenizers` pipeline, a tokenizer written in Python, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from rayllm.errors import RequestError
+
+
+class Backend(Protocol):
+    """What differs between a `tokenizers` pipeline and a tokenizer written in Python."""
+
+    special_ids: frozenset[int]
+    added_text: Mapping[int, str]
+    is_byte_level: bool
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode_as_text(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+    def piece(self, token_id: int) -> str | None: ...
+    def vocab(self) -> dict[str, int]: ...
+
+
+class Pipeline(Backend):
+    """A tokenizer.json, or what `transformers` made of one."""
+
+    def __init__(self, pipeline: Any):
+        pipeline.no_truncation()
+        pipeline.no_padding()
+        self._pipeline = pipeline
+        self._blind_pipeline: Any = None
+        added = pipeline.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_text = {token_id: token.content for token_id, token in added.items()}
+        decoder = pipeline.decoder
+        self.is_byte_level = decoder is not None and '"ByteLevel"' in decoder.__getstate__().decode()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._pipeline.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_as_text(self, text: str) -> list[int]:
+        if self._blind_pipeline is None:
+            blind = type(self._pipeline).from_str(self._pipeline.to_str())
+            blind.encode_special_tokens = True
+            self._blind_pipeline = blind
+        ids: list[int] = self._blind_pipeline.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text: str = self._pipeline.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def piece(self, token_id: int) -> str | None:
+        piece: str | None = self._pipeline.id_to_token(token_id)
+        return piece
+
+    def vocab(self) -> dict[str, int]:
+        vocab: dict[str, int] = self._pipeline.get_vocab(with_added_tokens=True)
+        return vocab
+
+
+class PythonTokenizer(Backend):
+    """A `transformers` tokenizer without a `tokenizers` pipeline."""
+
+    is_byte_level = False
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        self.added_text = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_as_text(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def piece(self, token_id: int) -> str | None:
+        if not 0 <= token_id < len(self._tokenizer):
+            return None
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        return piece
+
+    def vocab(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
+
+
+class NoTokenizer(Backend):
+    """For engines that are asked in token ids alone: ids have no text, and text is an error."""
+
+    special_ids: frozenset[int] = frozenset()
+    added_text: Mapping[int, str] = {}
+    is_byte_level = True
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        raise no_text("text prompts")
+
+    def encode_as_text(self, text: str) -> list[int]:
+        raise no_text("text prompts")
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return ""
+
+    def piece(self, token_id: int) -> str | None:
+        return None
+
+    def vocab(self) -> dict[str, int]:
+        return {}
+
+
+def no_text(what: str, param: str = "prompt") -> RequestError:
+    """The error for what needs a tokenizer where there is none."""
+    return RequestError(
+        f"{what} need a tokenizer, and this engine was started with skip_tokenizer_init: send prompts as token ids, or "
+        "start it without",
+        param=param,
+        code="no_tokenizer",
+    )
