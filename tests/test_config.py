@@ -71,6 +71,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "revision",
         "seed",
         "served_model_name",
+        "skip_tokenizer_init",
         "standby",
         "tensor_parallel_size",
         "tokenizer",

@@ -90,6 +90,7 @@ def sampling_params(body: GenerationBody, model: ServedModel, **settled: Any) ->
     except ValueError as error:
         raise RequestError(str(error), param=_field_named(str(error))) from None
     params = resolve_logprobs(params, model.config)
+    model.tokenizer.check_params(params)
     with named_as({"prompt": "bad_words"}):
         return with_bad_word_ids(params, model.tokenizer, vocab_size)
 

@@ -41,6 +41,7 @@ async def detokenize(fields: dict[str, Any], service: ModelService) -> dict[str,
     """The text of ids, special tokens too."""
     body = read_body(fields, DetokenizeBody)
     model = service.named(body.model)
+    model.tokenizer.require_text("/detokenize", "tokens")
     for token_id in body.tokens:
         if not 0 <= token_id < model.vocab_size:
             raise RequestError(f"tokens: {token_id} is outside the vocabulary of {model.vocab_size}", param="tokens")

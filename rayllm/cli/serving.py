@@ -24,13 +24,14 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     from rayllm.cli.pull import download_shown
     from rayllm.engine.resolve import resolve
     from rayllm.serve.lifecycle import check_port
+    from rayllm.text.tokenizer_files import check_vocabulary_files
     from rayllm.weights.hub import HubModel
 
     server.read_api_keys()
     joins = Environment.ray_address() is not None
     if server.port and not joins:
         check_port(server.host, server.port)
-    model = HubModel.parse(engine.model, revision=engine.revision, download_dir=engine.download_dir)
+    model = HubModel.of(engine)
     if model is not None and model.folder() is None:
         download_shown(model)
     device = "cpu" if engine.device == "cpu" else "cuda"
@@ -38,6 +39,8 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
         resolved = resolve(engine, backend="ray")
         device = resolved.device
         _check_weights(engine, resolved.model_path)
+        if not engine.skip_tokenizer_init:
+            check_vocabulary_files(Path(resolved.tokenizer_path))
     for line in notes(engine, device):
         print(line, file=sys.stderr)
     _warn_of_open_door(server)

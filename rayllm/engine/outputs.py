@@ -96,6 +96,7 @@ def build_request(
     default_seed: int,
 ) -> Request:
     """A complete `Request`; raises `RequestError` when it does not fit the model."""
+    tokenizer.check_params(params)
     params = resolve_logprobs(with_bad_word_ids(params, tokenizer, config.shape.vocab_size), config)
     try:
         prompt = pack_ids(token_ids)

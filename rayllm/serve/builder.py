@@ -79,7 +79,7 @@ def check_model(engine: EngineConfig) -> None:
     from rayllm.weights.checkpoint import Checkpoint
     from rayllm.weights.hub import HubModel
 
-    hub = HubModel.parse(engine.model, revision=engine.revision, download_dir=engine.download_dir)
+    hub = HubModel.of(engine)
     is_here = Path(engine.model).expanduser().exists() if hub is None else hub.folder() is not None
     if not is_here and _num_nodes() > 1:
         return

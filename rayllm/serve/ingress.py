@@ -88,7 +88,9 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         log.info("sampling defaults of requests: %s", described)
     tokenizer = Tokenizer.from_config(resolved)
     is_alone = server.num_ingress_replicas == 1
-    grammars = GrammarTrials(resolved.tokenizer_path, resolved.shape.vocab_size, resolved.shape.eos_token_ids)
+    grammars = None
+    if not tokenizer.is_missing:
+        grammars = GrammarTrials(resolved.tokenizer_path, resolved.shape.vocab_size, resolved.shape.eos_token_ids)
     name = "" if is_alone else f"{socket.gethostname()}:{os.getpid()}"
     service = ModelService("starting the engine", name, grammars)
     tracer = open_tracer(engine.otlp_traces_endpoint, "ingress")
@@ -109,7 +111,8 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         task = app.state.connection = asyncio.create_task(
             keep_connected(service, tokenizer, engine.name, resolved, engine.driver_wait_s, reports=not is_alone)
         )
-        grammars.warm_up()
+        if grammars is not None:
+            grammars.warm_up()
         try:
             yield
         finally:
@@ -117,7 +120,8 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             app.state.held.close()  # after the connection: what the driver keeps goes on, for another ingress
-            grammars.close()
+            if grammars is not None:
+                grammars.close()
 
     app.state.service = service
     app.router.lifespan_context = connected

@@ -207,18 +207,21 @@ def _settle_bounds(schema: _Schema) -> None:
                 schema[name] = sign * largest
 
 
+_SAYING_NOTHING: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "nullable": (False,),
+    "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "dependencies": ({},),
+    "minProperties": (0,),
+    "not": (False,),
+}
+
+
 def _drop_what_says_nothing(schema: _Schema) -> None:
-    for name, values in {
-        "uniqueItems": (False,),
-        "nullable": (False,),
-        "unevaluatedProperties": (True, {}),
-        "unevaluatedItems": (True, {}),
-        "dependentRequired": ({},),
-        "dependentSchemas": ({},),
-        "dependencies": ({},),
-        "minProperties": (0,),
-        "not": (False,),
-    }.items():
+    for name, values in _SAYING_NOTHING.items():
         if name in schema and any(type(schema[name]) is type(value) and schema[name] == value for value in values):
             del schema[name]
     if schema.get("uniqueItems") is True and type(schema.get("maxItems")) is int and schema["maxItems"] <= 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rayllm.config import ContentFormat, ResolvedConfig
 from rayllm.errors import ConfigError, RequestError
+from rayllm.request import SamplingParams
 from rayllm.text.chat_content import cut_at_end_mark, with_end_mark
 from rayllm.text.chat_template import ChatTemplate
 from rayllm.text.tokenizer_backends import Backend, NoTokenizer, Pipeline, PythonTokenizer, no_text
@@ -92,9 +93,15 @@ class Tokenizer:
         return isinstance(self._backend, NoTokenizer)
 
     def require_text(self, what: str, param: str) -> None:
-        """Raises `RequestError` where there is no tokenizer, which `what` (a plural) needs."""
+        """Raises `RequestError` where there is no tokenizer, which `what` needs."""
         if self.is_missing:
             raise no_text(what, param)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises `RequestError` for parameters about text, where there is no tokenizer."""
+        for name in ("stop", "bad_words", "structured_outputs"):
+            if getattr(params, name):
+                self.require_text(f"{name} of a request", name)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; `add_special_tokens` adds what the model's own tokenizer adds (a start token, say).

@@ -120,8 +120,8 @@ class NoTokenizer(Backend):
 def no_text(what: str, param: str = "prompt") -> RequestError:
     """The error for what needs a tokenizer where there is none."""
     return RequestError(
-        f"{what} need a tokenizer, and this engine was started with skip_tokenizer_init: send prompts as token ids, or "
-        "start it without",
+        f"{what}: this engine was started with skip_tokenizer_init and has no tokenizer; send prompts as token ids, or "
+        "start it without that setting",
         param=param,
         code="no_tokenizer",
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rayllm.errors import ConfigError
+from rayllm.weights.tokenizer_names import has_vocabulary_files
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -51,24 +51,7 @@ def named_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-_VOCABULARIES = (
-    ("tokenizer.json",),
-    (SENTENCEPIECE_FILE,),
-    ("vocab.json", "merges.txt"),
-    ("spiece.model",),
-    ("sentencepiece.bpe.model",),
-    ("vocab.txt",),
-    ("tekken.json",),
-    ("*.tiktoken",),
-)
-"""Files that hold a vocabulary, any line of them: without one, libraries make an empty tokenizer."""
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ [0-9]+\r?\n")
-
-
-def has_vocabulary_files(names: Iterable[str]) -> bool:
-    """Whether some of these names of files are those of a tokenizer's vocabulary."""
-    known = list(names)
-    return any(all(fnmatch.filter(known, pattern) for pattern in needed) for needed in _VOCABULARIES)
 
 
 def check_vocabulary_files(folder: Path) -> None:

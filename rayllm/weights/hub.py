@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from rayllm.config import EngineConfig, Environment
 from rayllm.errors import ConfigError
 from rayllm.weights.files import PICKLED, SAFETENSORS, holds_weights, index_file, safetensors_files
+from rayllm.weights.tokenizer_names import has_vocabulary_files
 
 MODELSCOPE_PREFIX = "ms:"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w")
@@ -37,6 +38,15 @@ class HubModel:
     is_modelscope: bool = False
     revision: str | None = None
     download_dir: str | None = None
+    needs_tokenizer: bool = True
+    """Whether it is whole only with a tokenizer of its own."""
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> HubModel | None:
+        """The model of an engine; None where that is a folder."""
+        model = cls.parse(config.model, revision=config.revision, download_dir=config.download_dir)
+        has_other = config.tokenizer is not None or config.skip_tokenizer_init
+        return replace(model, needs_tokenizer=False) if model is not None and has_other else model
 
     @classmethod
     def parse(cls, text: str, *, revision: str | None = None, download_dir: str | None = None) -> HubModel | None:
@@ -63,7 +73,7 @@ class HubModel:
         else:
             from rayllm.weights.huggingface import local_folder
         folder = local_folder(self)
-        return folder if folder is not None and _is_whole(folder) else None
+        return folder if folder is not None and _is_whole(folder, self.needs_tokenizer) else None
 
     def download(self, on_progress: OnProgress = lambda done, total: None) -> Path:
         """Brings here what an earlier download has not, and returns its folder. (From Hugging Face, a file that was
@@ -80,7 +90,8 @@ class HubModel:
 
 
 def needed_files(model: HubModel, files: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """What serving needs of a model: safetensors (once), tokenizer, configs. `ConfigError` without weights."""
+    """What serving needs of a model: safetensors (once), tokenizer, configs. `ConfigError` without weights or, where it
+    needs one, a tokenizer."""
     top = [file for file in files if len(PurePosixPath(file.path).parts) == 1]
     texts = [file for file in top if file.path.endswith(_TEXT_SUFFIXES)]
     weights = [file for file in top if file.path.endswith(".safetensors")]
@@ -95,6 +106,11 @@ def needed_files(model: HubModel, files: Iterable[RemoteFile]) -> list[RemoteFil
             f"{model} has neither safetensors files nor pytorch_model.bin: RayLLM reads no other weights; choose "
             "another repository"
         )
+    if model.needs_tokenizer and not has_vocabulary_files(file.path for file in texts):
+        raise ConfigError(
+            f"{model} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt): give "
+            "--tokenizer FOLDER, or --skip-tokenizer-init to work with token ids"
+        )
     return [*texts, *chosen]
 
 
@@ -103,7 +119,7 @@ def local_model(config: EngineConfig) -> Path | None:
 
     Raises `ConfigError`, which says how to get it, where it is not here.
     """
-    model = HubModel.parse(config.model, revision=config.revision, download_dir=config.download_dir)
+    model = HubModel.of(config)
     if model is None:
         return None
     folder = model.folder()
@@ -116,14 +132,16 @@ def local_model(config: EngineConfig) -> Path | None:
 
 def bring_here(config: EngineConfig, on_progress: OnProgress = lambda done, total: None) -> None:
     """Downloads the config's model where it is a hub's and not on this machine. Raises as `HubModel.download`."""
-    model = HubModel.parse(config.model, revision=config.revision, download_dir=config.download_dir)
+    model = HubModel.of(config)
     if model is not None and model.folder() is None:
         model.download(on_progress)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether configuration and all weights are there: a download may have stopped half way."""
-    if not (folder / "config.json").is_file():
+def _is_whole(folder: Path, needs_tokenizer: bool) -> bool:
+    """Whether configuration, tokenizer and all weights are there: a download may have stopped half way, or another
+    program may have brought only what it needed."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if "config.json" not in names or (needs_tokenizer and not has_vocabulary_files(names)):
         return False
     index = index_file(folder)
     if index is None and not safetensors_files(folder):
@@ -131,7 +149,7 @@ def _is_whole(folder: Path) -> bool:
     if index is None:
         return holds_weights(folder)
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True  # whoever loads it says what is wrong with it
-    return all((folder / str(name)).is_file() for name in names)
+    return all((folder / str(name)).is_file() for name in files)

@@ -67,14 +67,40 @@ def test_modelscope_can_be_the_hub_for_names_without_a_prefix(monkeypatch: pytes
     ],
 )
 def test_weights_are_brought_once(weights: list[str], chosen: list[str]) -> None:
-    files = [RemoteFile(name, 1) for name in ["config.json", "README.md", "onnx/config.json", *weights]]
+    texts = ["config.json", "tokenizer.json"]
+    files = [RemoteFile(name, 1) for name in [*texts, "README.md", "onnx/config.json", *weights]]
     model = HubModel("owner/model")
-    assert [file.path for file in needed_files(model, files)] == ["config.json", *chosen]
+    assert [file.path for file in needed_files(model, files)] == [*texts, *chosen]
 
 
 def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither safetensors files nor"):
         needed_files(HubModel("owner/model"), [RemoteFile("tf_model.h5", 1)])
+
+
+@pytest.mark.parametrize("vocabulary", [["vocab.json"], ["tokenizer_config.json", "special_tokens_map.json"], []])
+def test_a_model_without_a_tokenizer_is_refused_unless_none_is_needed(vocabulary: list[str]) -> None:
+    files = [RemoteFile(name, 1) for name in ["config.json", "model.safetensors", *vocabulary]]
+    with pytest.raises(ConfigError, match=r"no tokenizer.*--tokenizer FOLDER.*--skip-tokenizer-init"):
+        needed_files(HubModel("owner/model"), files)
+    assert len(needed_files(HubModel("owner/model", needs_tokenizer=False), files)) == len(files)
+
+
+def test_a_snapshot_without_a_tokenizer_is_not_whole(hub: FakeHub, tmp_path: Path) -> None:
+    pull(hub, tmp_path / "home", "owner/model", "--download-dir", str(tmp_path / "here"))
+    fields = {"model": "owner/model", "download_dir": str(tmp_path / "here"), "device": "cpu"}
+    folder = local_model(EngineConfig.parse(fields))
+    assert folder is not None
+    (folder / "tokenizer.json").unlink()
+
+    with pytest.raises(ConfigError, match="not downloaded: 'rayllm pull owner/model"):
+        local_model(EngineConfig.parse(fields))
+    for other in ({"tokenizer": str(tmp_path)}, {"skip_tokenizer_init": True}):
+        assert local_model(EngineConfig.parse({**fields, **other})) == folder
+    hub.asked.clear()
+    pull(hub, tmp_path / "home", "owner/model", "--download-dir", str(tmp_path / "here"))
+    assert {name for name, _ in hub.asked} <= {"tokenizer.json"}
+    assert local_model(EngineConfig.parse(fields)) == folder
 
 
 def test_pull_brings_what_serving_needs_and_only_what_is_missing(hub: FakeHub, tmp_path: Path) -> None:
