@@ -62,7 +62,7 @@ def test_what_cannot_work_is_refused_with_value_limit_and_mend(
 
 
 def test_heads_that_do_not_divide_are_refused(llama_path: Path) -> None:
-    with pytest.raises(ConfigError, match="4 attention heads"):
+    with pytest.raises(ConfigError, match="num_attention_heads=4"):
         resolve(_config(llama_path, tensor_parallel_size=3), num_gpus=0, num_cores=8)
 
 

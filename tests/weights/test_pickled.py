@@ -127,9 +127,9 @@ def test_names_of_the_bare_model_are_found(folder: Path) -> None:
 
 def test_a_hub_model_without_safetensors_brings_its_pytorch_file() -> None:
     model = HubModel("facebook/opt-125m")
-    names = ["config.json", "merges.txt", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"]
+    names = ["config.json", "merges.txt", "vocab.json", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"]
     found = needed_files(model, [RemoteFile(name, 1) for name in names])
-    assert [file.path for file in found] == ["config.json", "merges.txt", "pytorch_model.bin"]
+    assert [file.path for file in found] == ["config.json", "merges.txt", "vocab.json", "pytorch_model.bin"]
     both = needed_files(model, [RemoteFile(name, 1) for name in [*names, "model.safetensors"]])
     assert "pytorch_model.bin" not in [file.path for file in both]
     with pytest.raises(ConfigError, match="neither safetensors files nor pytorch_model"):
