@@ -11,8 +11,6 @@ from typing import Any
 
 from rayllm.weights.files import index_file, safetensors_files
 
-from rayllm.weights.files import index_file, safetensors_files
-
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
@@ -40,13 +38,13 @@ def _num_elements(shape: Any) -> int:
 
 def _files(folder: Path) -> list[Path]:
     index = index_file(folder)
-    if index is None:
-        return safetensors_files(folder)
-    try:
-        names = dict.fromkeys(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-    return [folder / str(name) for name in names]
+    if index is not None:
+        try:
+            names = dict.fromkeys(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        return [folder / str(name) for name in names]
+    return safetensors_files(folder)
 
 
 def _header(path: Path) -> dict[str, Any]:
