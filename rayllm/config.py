@@ -492,6 +492,11 @@ class Environment:
         return os.environ.get("HOME")
 
     @staticmethod
+    def ray_auth_mode() -> str | None:
+        """`token`, `disabled` or another way by which Ray lets programs in; None where nothing is said."""
+        return os.environ.get("RAY_AUTH_MODE") or None
+
+    @staticmethod
     def api_key() -> str | None:
         """The key that `rayllm chat` and `rayllm complete` send."""
         return os.environ.get("RLLM_API_KEY")

@@ -20,6 +20,10 @@ class ConfigError(RayLLMError, ValueError):
     """A setting, a model folder or a flag that cannot be served; raised before anything is started."""
 
 
+class NoRoomError(ConfigError):
+    """The Ray cluster has no room for an engine now. Once others stop, or a node joins, it may have."""
+
+
 class RequestError(RayLLMError, ValueError):
     """A request that cannot be served as it is: the client's fault, and the client can mend it.
 
@@ -73,6 +77,13 @@ class WorkerDiedError(EngineError):
 
     def __str__(self) -> str:
         return f"worker rank {self.rank} failed: {self.reason}"
+
+
+class NodeLostError(EngineError):
+    """A node of the Ray cluster that an engine's process is on does not answer; elsewhere it may run."""
+
+    def __init__(self, message: str):
+        super().__init__(message, code="node_lost")
 
 
 class EngineUnreachableError(RayLLMError):

@@ -18,10 +18,10 @@ from rayllm.engine.journal import JournaledEngine
 from rayllm.engine.outputs import Conversation, Prompt
 from rayllm.engine.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
 from rayllm.errors import ConfigError, EngineUnreachableError
-from rayllm.executor.ray_cluster import asks_for_token, check_reachable, ray_is_initialized, running_cluster
+from rayllm.executor.ray_access import check_access, read_token
+from rayllm.executor.ray_cluster import check_reachable, ray_is_initialized, running_cluster
 from rayllm.executor.ray_join import SharedRay, cluster_address
 from rayllm.llm import AsyncEngine
-from rayllm.machine.ray_token import ensure_ray_token, read_ray_token
 from rayllm.machine.registry import Entry, find, find_named, running
 from rayllm.messages import EngineStats
 from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
@@ -245,7 +245,7 @@ def _by_name(name: str | None, namespace: str) -> _Found:
     if address is not None:
         address = running_cluster() if address == "auto" else address
         check_reachable(address)
-        return _joined(address, _own_token() if asks_for_token(address) else "", name, namespace)
+        return _joined(address, read_token()[0] if check_access(address, has_mode=False) else "", name, namespace)
     return _of_server(find_named(name), namespace)
 
 
@@ -323,9 +323,3 @@ def _other_ray(entry: Entry, why: str) -> EngineUnreachableError:
         "process can be connected to one Ray: call get_engine in a process that is not connected, or after "
         "ray.shutdown(), or use the server over HTTP at " + entry.url
     )
-
-
-def _own_token() -> str:
-    """The token that Ray would use in this process."""
-    ensure_ray_token()
-    return read_ray_token()

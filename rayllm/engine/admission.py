@@ -13,9 +13,12 @@ from rayllm.scheduler.fairness import Line
 from rayllm.scheduler.scheduler import Scheduler
 
 MAX_RETRY_AFTER_S = 600.0
-_UNKNOWN_WAIT_S = 1.0
+_MIN_RETRY_AFTER_S = 1.0
+ASSUMED_STEP_S = {"cpu": 0.05, "cuda": 0.02}
+"""What a step is taken to last before any was measured."""
 _MEMORY_S = 10.0
 _LINE_WATCH_S = 2.0
+_NUM_KNOWN_STEPS = 8
 _WAIT_SHARE = 0.8
 """Of the time that a deadline leaves: as both wait and run are estimates, a queue filled to the brim with requests that
 might just make it would end many of them on their last tokens."""
@@ -109,11 +112,24 @@ class Recent:
 class Pace:
     """How fast waiting sequences come to run and to their end, in times in which some always wait: only those say what
     the engine can do. Looked at when requests come: it costs a step nothing.
+
+    `typical_step_s` says how long steps have taken at any time, None before the first; then they are taken to last
+    `assumed_step_s`.
     """
 
-    def __init__(self, scheduler: Scheduler, clock: Callable[[], float]):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+        typical_step_s: Callable[[], float | None] = lambda: None,
+        assumed_step_s: float = ASSUMED_STEP_S["cpu"],
+        num_batched_tokens: int = 2048,
+    ):
         self._scheduler = scheduler
         self._clock = clock
+        self._typical_step_s = typical_step_s
+        self._assumed_step_s = assumed_step_s
+        self._num_batched_tokens = num_batched_tokens
         self._num_slack_plans = scheduler.totals.num_slack_plans
         self._all = Recent(clock(), self._read())
         self._lines: WeakKeyDictionary[Line, Recent] = WeakKeyDictionary()
@@ -152,11 +168,35 @@ class Pace:
 
     def run_s(self, max_tokens: int) -> float:
         """Seconds that a sequence of `max_tokens` will run: a step for each token, and it comes to as large a part of
-        them as others did."""
-        _, num_steps, ended_tokens, ended_max_tokens = self._all.growth
-        if not num_steps or not ended_max_tokens:
-            return 0.0
-        return max_tokens * ended_tokens / ended_max_tokens * self._all.seconds / num_steps
+        them as others did. 0 before anything was measured."""
+        return self._run_s(max_tokens) if self._all.growth[1] and self._all.growth[3] else 0.0
+
+    def _run_s(self, num_tokens: float) -> float:
+        """The same, of what is known or else assumed."""
+        _, _, ended_tokens, ended_max_tokens = self._all.growth
+        return num_tokens * (ended_tokens / ended_max_tokens if ended_max_tokens else 1.0) * self._step_s
+
+    @property
+    def _step_s(self) -> float:
+        num_steps = self._all.growth[1]
+        if num_steps >= _NUM_KNOWN_STEPS:
+            return self._all.seconds / num_steps
+        return self._typical_step_s() or self._assumed_step_s
+
+    def work_s(self, num_tokens_ahead: int, num_max_tokens_ahead: int) -> float:
+        """Seconds until one comes to run before which so many prompt tokens, and tokens that those may have, wait:
+        what runs and what waits, shared by the rows that compute at once."""
+        scheduler = self._scheduler
+        num_waiting, num_waiting_tokens = len(scheduler.waiting), scheduler.waiting.num_prompt_tokens
+        num_fitting = scheduler.num_free_slots * num_waiting // max(1, num_waiting_tokens)
+        num_rows = max(1, scheduler.num_running + min(scheduler.num_free_rows, num_waiting, num_fitting))
+        num_tokens = (scheduler.num_tokens_left + num_max_tokens_ahead) / num_rows
+        return self._run_s(num_tokens) + num_tokens_ahead / self._num_batched_tokens * self._step_s
+
+    def trust(self, max_tokens: int) -> float:
+        """From 0 to 1: how far `wait_s` counts against `work_s`. What came to run is a measure once it was watched for
+        as long as sequences run: those that began together before say nothing of when the next ones will."""
+        return min(1.0, self._all.seconds / max(1e-9, self._run_s(max_tokens)))
 
 
 class Admission:
@@ -173,9 +213,11 @@ class Admission:
         scheduler: Scheduler,
         wall_clock: Callable[[], float],
         clock: Callable[[], float],
+        typical_step_s: Callable[[], float | None] = lambda: None,
     ):
         self._config = config.engine
-        self._pace = Pace(scheduler, clock)
+        assumed_step_s = ASSUMED_STEP_S[config.device]
+        self._pace = Pace(scheduler, clock, typical_step_s, assumed_step_s, config.max_num_batched_tokens)
         self._scheduler = scheduler
         self._wall_clock = wall_clock
 
@@ -197,22 +239,36 @@ class Admission:
         num_queued_tokens = queue.num_prompt_tokens + num_tokens - scheduler.num_free_slots
         if not len(queue) or (num_queued <= 0 and num_queued_tokens <= 0):
             return
-        wait_s = self._pace.wait_s(line, queue.num_tokens_ahead(client, request.priority, num_tokens))
+        measured_s, wait_s = self._waits_s(request, line, num_tokens)
         own, own_tokens = queue.num_waiting_of(client)
         self._check_bound("max_queued_requests", num_queued, own + num_sequences, client, wait_s)
         self._check_bound("max_queued_tokens", num_queued_tokens, own_tokens + num_tokens, client, wait_s)
-        self._check_deadline(request, wait_s)
+        self._check_deadline(request, None if measured_s is None else wait_s)
 
-    def _check_bound(self, name: str, num_queued: int, num_own: int, client: str, wait_s: float | None) -> None:
+    def _waits_s(self, request: Request, line: Line | None, num_tokens: int) -> tuple[float | None, float]:
+        """Seconds until the request would come to run: as measured, None before there was anything to measure; and the
+        best estimate, which there always is."""
+        queue, pace = self._scheduler.waiting, self._pace
+        of_whom = request.client_key, request.priority
+        num_max_tokens = request.max_tokens * request.params.n
+        num_tokens_ahead = queue.num_tokens_ahead(*of_whom, num_tokens)
+        measured_s = pace.wait_s(line, num_tokens_ahead)
+        work_s = pace.work_s(num_tokens_ahead, queue.num_max_tokens_ahead(*of_whom, num_max_tokens))
+        if measured_s is None:
+            return None, work_s
+        trust = pace.trust(request.max_tokens)
+        return measured_s, trust * measured_s + (1 - trust) * work_s
+
+    def _check_bound(self, name: str, num_queued: int, num_own: int, client: str, wait_s: float) -> None:
         limit: int | None = getattr(self._config, name)
         if limit is None or num_queued <= limit:
             return
         if num_own * self._scheduler.waiting.num_clients_with(client) <= limit and num_queued <= 2 * limit:
             return
-        retry_after_s = _UNKNOWN_WAIT_S if wait_s is None else min(wait_s, MAX_RETRY_AFTER_S)
+        retry_after_s = min(max(wait_s, _MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
         raise OverloadedError(
             f"the engine's queue is full: with this request {num_queued} would wait, {name}={limit}; come back in "
-            f"about {max(1, math.ceil(retry_after_s))} s",
+            f"about {math.ceil(retry_after_s)} s",
             retry_after_s,
             name,
         )

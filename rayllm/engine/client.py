@@ -202,6 +202,8 @@ class EngineConnection:
         self._welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost_reason: str | None = None
         self._gone = asyncio.Event()
+        self.watcher: asyncio.Task[None] | None = None
+        """Looks whether the driver still is the engine's; held here, so that it lives as long as the connection."""
 
     @property
     def lost_reason(self) -> str | None:
@@ -280,11 +282,13 @@ class EngineConnection:
         self._check_alive()
         self._send(report)
 
-    def close(self) -> None:
-        """Closes the socket: the driver aborts what is open, and open streams end with `EngineError`.
+    def close(self, reason: str = "this client closed the connection") -> None:
+        """Closes the socket: the driver aborts what is open, and open streams end with `EngineError`, for this reason.
         Idempotent.
         """
-        self._lost("this client closed the connection")
+        self._lost(reason)
+        if self.watcher is not None:
+            self.watcher.cancel()
         if self._wire.transport is not None:
             self._wire.transport.close()
 
@@ -390,9 +394,16 @@ async def connect(
 
 async def connect_by_name(engine: str, *, name: str | None = None, namespace: str = RAY_NAMESPACE) -> EngineConnection:
     """Connects to the engine of that name in this process's Ray cluster. Raises `EngineUnreachableError`."""
-    from rayllm.engine.driver import find_address
+    import ray
 
-    return await connect(await find_address(engine, namespace), name=name)
+    from rayllm.engine.driver import find_address
+    from rayllm.engine.follow import leave_when_replaced
+
+    address = await find_address(engine, namespace)
+    connection = await connect(address, name=name)
+    if address.node_id != ray.get_runtime_context().get_node_id():
+        connection.watcher = asyncio.create_task(leave_when_replaced(connection, address.token, engine, namespace))
+    return connection
 
 
 class BlockingConnection:
@@ -450,8 +461,12 @@ class BlockingConnection:
             if answer is not None and answer.ticket == question.ticket:
                 return answer
 
+    @property
+    def is_closed(self) -> bool:
+        return self._channel.fileno() < 0
+
     def close(self) -> None:
-        """The driver aborts what is open. Idempotent."""
+        """The driver aborts what is open; a call that waits on another thread fails. Idempotent."""
         self._channel.close()
 
     def _take(self, timeout_s: float | None) -> EngineStats | None:

@@ -8,7 +8,6 @@ Ray finds it by name (`rayllm:<engine>:driver` in namespace `rayllm`); requests 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import selectors
@@ -22,9 +21,9 @@ from rayllm.config import RAY_NAMESPACE, ResolvedConfig
 from rayllm.engine.fault_injection import KilledWorker, kill_rank
 from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
 from rayllm.engine.loop import EngineLoop
-from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
+from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.executor import Executor, Selectable
-from rayllm.executor.worker import RunnerFactory, WorkerPlace, await_ends, death_reason, worker_place
+from rayllm.executor.worker import RunnerFactory, WorkerPlace, death_reason, worker_place
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.statistics import PERIOD_S as STATISTICS_PERIOD_S
 from rayllm.observability.statistics import StatisticsLine
@@ -33,7 +32,9 @@ from rayllm.observability.trace import open_tracer
 log = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 10.0
-_STAGE_POLL_S = 0.2
+_CALL_TIMEOUT_S = 10.0
+"""For a driver to answer a call of its lifecycle; one on a node that was lost never does, as long as Ray takes it for
+alive."""
 
 
 # ------------------------------------------------------------------------------------------ the loop's thread
@@ -289,107 +290,12 @@ class DriverActor:
         return worker_place()
 
 
-# ------------------------------------------------------------------------------------ finding one, making one
+# ---------------------------------------------------------------------------------------------- finding one
 
 
 def driver_name(engine: str) -> str:
     """The actor's name in `RAY_NAMESPACE`."""
     return f"rayllm:{engine}:driver"
-
-
-@dataclass(frozen=True)
-class RunningEngine:
-    """A driver and its placement group, as their maker holds them; both go when the maker goes."""
-
-    driver: Any
-    placement_group: Any
-
-    def start(
-        self,
-        config: ResolvedConfig,
-        on_stage: Callable[[str], None] | None = None,
-        num_restarts: int = 0,
-        former_failure: str = "",
-    ) -> None:
-        """Brings the engine up and returns when it serves; `on_stage` is told each stage it comes to. The rest as for
-        `Driver.start`.
-
-        Raises the engine's own error (`ConfigError`, `EngineError` ...), without Ray's traceback.
-        """
-        import ray
-
-        ready, told = self.driver.start.remote(config.model_dump_json(), num_restarts, former_failure), ""
-        try:
-            while not ray.wait([ready], timeout=_STAGE_POLL_S if on_stage else None)[0]:
-                stage = ray.get(self.driver.stage.remote())
-                if on_stage is not None and stage != told:
-                    told = stage
-                    on_stage(stage)
-            ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError as error:
-            raise EngineError(f"the driver died while it started: {death_reason(error)}") from None
-
-    def close(self) -> None:
-        """Ends driver and workers and gives the resources back."""
-        from ray.util.placement_group import remove_placement_group
-
-        self.end_driver()
-        remove_placement_group(self.placement_group)
-
-    def end_driver(self) -> Any:
-        """Ends driver and workers; returns the placement group, which is kept."""
-        import ray
-
-        place: WorkerPlace | None = None
-        with contextlib.suppress(ray.exceptions.RayError):
-            place = ray.get(self.driver.shutdown.remote(), timeout=3 * _JOIN_TIMEOUT_S)
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(self.driver, no_restart=True)
-        if place is not None and place.node_id == ray.get_runtime_context().get_node_id():
-            await_ends([place])
-        return self.placement_group
-
-
-def create_driver(
-    config: ResolvedConfig, runner_factory: RunnerFactory | None = None, former_group: Any = None
-) -> RunningEngine:
-    """Places an engine and makes its driver actor, not yet started: call `driver.start.remote(config_json)`
-    and ask `driver.stage` meanwhile. Raises `ConfigError` where there is no room or the name is taken.
-
-    `former_group` is the placement group of a driver of the same config that has ended: it is used again where all
-    its places are still there, and removed where not.
-    """
-    import ray
-    from ray.util.placement_group import remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    from rayllm.executor.placement import create_placement_group, is_whole
-
-    name = config.engine.name
-    if name in known_engines():
-        raise ConfigError(f"an engine named {name!r} is already running: give this one another name, or stop that one")
-    if former_group is not None and not is_whole(former_group):
-        remove_placement_group(former_group)
-        former_group = None
-    group = former_group or create_placement_group(config)
-    options: dict[str, Any] = {
-        "name": driver_name(name),
-        "namespace": RAY_NAMESPACE,
-        "num_cpus": group.bundle_specs[0]["CPU"],
-        "max_restarts": 0,
-        "max_concurrency": 1000,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-    }
-    try:
-        driver = ray.remote(DriverActor).options(**options).remote(group, runner_factory)
-    except BaseException as error:
-        remove_placement_group(group)
-        if isinstance(error, ValueError):
-            raise ConfigError(f"cannot make the driver of engine {name!r}: {error}") from None
-        raise
-    return RunningEngine(driver, group)
 
 
 def known_engines(namespace: str = RAY_NAMESPACE) -> list[str]:
@@ -424,7 +330,11 @@ async def find_address(engine: str, namespace: str = RAY_NAMESPACE) -> DriverAdd
 
     driver = find_driver(engine, namespace)
     try:
-        address: DriverAddress = await driver.address.remote(ray.get_runtime_context().get_node_id())
+        asked = driver.address.remote(ray.get_runtime_context().get_node_id())
+        address: DriverAddress = await asyncio.wait_for(asked, _CALL_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        message = f"the driver of engine {engine!r} did not answer within {_CALL_TIMEOUT_S:g} s"
+        raise EngineUnreachableError(message) from None
     except ray.exceptions.RayActorError as error:
         raise EngineUnreachableError(f"the driver of engine {engine!r} is gone: {death_reason(error)}") from None
     except ray.exceptions.RayTaskError as error:

@@ -88,8 +88,8 @@ class EngineFigures:
         scheduler, supervisor, totals = self._scheduler, self._supervisor, self._scheduler.totals
         faults = supervisor.figures
         stalled_s = self._clock() - self.progress_at if scheduler.has_work else 0.0
-        reason = failure
-        if not reason and not supervisor.mending and stalled_s > 2 * supervisor.limit_s():
+        reason = failure or supervisor.trouble
+        if not reason and stalled_s > 2 * supervisor.limit_s():
             reason = f"work waits and no step was finished for {stalled_s:.1f} s"
         return EngineStats(
             ticket=ticket,

@@ -81,10 +81,10 @@ class EngineLoop:
         self._executor = executor
         self._outbox = outbox
         self._wall_clock = wall_clock
-        self._admission = Admission(config, scheduler, wall_clock, clock)
         self._clock = clock
         first_steps_s = FIRST_STEPS_S if config.device == "cpu" else COMPILING_STEPS_S
-        self._supervisor = Supervisor(executor, wake, clock, first_steps_s)
+        self._supervisor = supervisor = Supervisor(executor, wake, clock, first_steps_s)
+        self._admission = Admission(config, scheduler, wall_clock, clock, lambda: supervisor.typical_step_s)
         self._open = OpenRequests(outbox)
         self._mirror = Mirror(self._let_go)
         self._reports: dict[Client, IngressReport] = {}

@@ -7,6 +7,7 @@ suspicious, and the ranks are asked whether they live. Mending runs beside the l
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 import time
 from collections import deque
@@ -64,6 +65,12 @@ class StepTimes:
     def note(self, num_tokens: int, elapsed_s: float) -> None:
         self._num_steps += 1
         self._by_size.setdefault(num_tokens.bit_length(), deque(maxlen=_NUM_KEPT)).append(elapsed_s)
+
+    @property
+    def typical_s(self) -> float | None:
+        """The median of the last steps of all sizes; None before the first."""
+        recent = [elapsed_s for times in self._by_size.values() for elapsed_s in list(times)[-_NUM_FIRST_STEPS:]]
+        return statistics.median(recent) if recent else None
 
     def limit_s(self, num_tokens: int) -> float:
         """Seconds that a step of so many tokens may take: 20 times the slowest of the last hundred of its size (which
@@ -127,6 +134,8 @@ class Supervisor:
     ):
         self.figures = FaultFigures()
         self.epoch = 0
+        self.trouble = ""
+        """What is being looked into or mended; empty while all is well."""
         self._executor = executor
         self._wake = wake
         self._clock = clock
@@ -183,6 +192,11 @@ class Supervisor:
                 if left_s <= 0 or (stopped and was_stopped):
                     raise
 
+    @property
+    def typical_step_s(self) -> float | None:
+        """How long steps take; None before the first."""
+        return self._times.typical_s
+
     def sees_stopped_rank(self) -> bool:
         """Whether a rank whose result is waited for was stopped at this look and at the one before. It looks no more
         often than each `LOOK_S`."""
@@ -209,10 +223,12 @@ class Supervisor:
 
     def investigate(self) -> None:
         """The step did not come in time."""
+        self.trouble = f"a step was not finished within {self.limit_s():.1f} s; the ranks are asked whether they live"
         self._begin(None)
 
     def mend(self, fault: WorkerDiedError) -> None:
         """A worker is lost."""
+        self.trouble = f"{fault}; it is being replaced"
         self._begin(fault)
 
     def outcome(self) -> Outcome | None:
@@ -221,6 +237,7 @@ class Supervisor:
         if outcome is None:
             return None
         self._mending = self._outcome = None
+        self.trouble = ""
         if isinstance(outcome, EngineError):
             raise outcome
         if outcome is Outcome.MENDED:
@@ -269,6 +286,7 @@ class Supervisor:
             self._num_fruitless = 0
         self._fault_at = now
         self._num_fruitless += 1
+        self.trouble = f"{fault}; it is being replaced"
         log.warning("%s; replacing it", fault)
         if self._num_fruitless > (MAX_BUSY_FAULTS if self._sizes else MAX_IDLE_FAULTS):
             raise WorkerDiedError(

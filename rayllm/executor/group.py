@@ -8,21 +8,19 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayllm.config import ResolvedConfig
-from rayllm.errors import ConfigError, EngineError, RayLLMError, WorkerDiedError
+from rayllm.errors import ConfigError, EngineError, WorkerDiedError
+from rayllm.executor.bundles import Bundles
 from rayllm.executor.channel import Channel, Listener
 from rayllm.executor.executor import Selectable
 from rayllm.executor.fanout import WorkerLinks
-from rayllm.executor.inproc import one_line
-from rayllm.executor.placement import create_placement_group
+from rayllm.executor.rank_calls import raise_ended, watch_runs
 from rayllm.executor.stopwatch import Stopwatch
 from rayllm.executor.worker import (
     END_TIMEOUT_S,
@@ -31,7 +29,6 @@ from rayllm.executor.worker import (
     WorkerActor,
     WorkerPlace,
     await_ends,
-    death_reason,
     is_stopped,
     kill_process,
     last_error,
@@ -48,12 +45,16 @@ _ANSWER_TIMEOUT_S = 1.0
 _BUSY_ANSWER_TIMEOUT_S = 4.0
 """More of the same where its process is not seen to be stopped: the machine may be overloaded."""
 _QUIET_S = 5.0
+_NODE_LOOK_S = 1.0
+"""How often to look at the nodes of ranks that are waited for, while they start."""
 _START_ANSWER_TIMEOUT_S = 15.0
 """The same for a rank that starts, asked after `_QUIET_S`: loading a library can hold up all of a process's threads."""
 _FIRST_START_ANSWER_TIMEOUT_S = 60.0
 """The same while no request waits for the engine yet: on a busy machine it may well start slowly."""
 _SETTLE_S = 5.0
 """For survivors to notice that their peer or the driver has left them."""
+_REMOTE_SETTLE_S = 0.5
+"""The same before they are told, where a lost peer is on another node: the end of its connections may never come."""
 _MAX_ATTEMPTS = 3
 _STANDBY_DELAY_S = 1.0
 _HEALTH = "health"
@@ -90,7 +91,7 @@ class WorkerGroup:
         self._config = config
         self._on_stage = on_stage
         self._runner_factory = runner_factory
-        self._owned_group: Any = None
+        self._bundles: Bundles | None = None
         self._own_node = ray.get_runtime_context().get_node_id()
         self._actors: dict[int, Any] = {}
         self._places: dict[int, WorkerPlace] = {}
@@ -108,10 +109,8 @@ class WorkerGroup:
         try:
             if placement_group is None:
                 on_stage("placing workers")
-                placement_group = self._owned_group = create_placement_group(config)
-            self._placement_group = placement_group
-            nodes = {*placement_group_table(placement_group)["bundles_to_node_id"].values(), self._own_node}
-            self._single_node = len(nodes) == 1
+            self._bundles = Bundles(config, placement_group)
+            self._single_node = self._bundles.node_ids() == {self._own_node}
             self._bring_up(self.ranks)
             self._prepare_standby()
         except WorkerDiedError as error:
@@ -162,7 +161,10 @@ class WorkerGroup:
         if stopped := self.stopped_ranks():
             return stopped
         silent = self._silent(self.ranks, _ANSWER_TIMEOUT_S)
-        return self._silent(silent, _BUSY_ANSWER_TIMEOUT_S) if silent else []
+        if not silent:
+            return []
+        on_lost_nodes = self._on_lost_nodes(silent)
+        return list(on_lost_nodes) or self._silent(silent, _BUSY_ANSWER_TIMEOUT_S)
 
     def stopped_ranks(self) -> list[int]:
         places = self._places
@@ -170,14 +172,16 @@ class WorkerGroup:
 
     def recover(self, lost: Sequence[int]) -> dict[str, float]:
         watch = self._stopwatch = Stopwatch()
-        missing = {*lost, *self._connected().dead_ranks()}
+        missing = {*lost, *self._connected().dead_ranks(), *self._on_lost_nodes(self.ranks)}
         self._connected().close()
         missing |= self._end(missing)
         watch.lap("end the lost")
-        missing |= self._end(self._settle([rank for rank in self.ranks if rank not in missing]))
+        settle_s = _SETTLE_S if all(self._is_local(rank) for rank in missing) else _REMOTE_SETTLE_S
+        missing |= self._end(self._settle([rank for rank in self.ranks if rank not in missing], settle_s))
         watch.lap("survivors settle")
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
+                self._leave_lost_nodes(missing)
                 self._bring_up(sorted(missing))
                 break
             except WorkerDiedError as error:
@@ -221,10 +225,8 @@ class WorkerGroup:
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join(END_TIMEOUT_S)
         self._actors, self._places, self._run_refs, self._watcher = {}, {}, {}, None
-        if self._owned_group is not None:
-            with contextlib.suppress(Exception):
-                remove_placement_group(self._owned_group)
-            self._owned_group = None
+        if self._bundles is not None:
+            self._bundles.close()
 
     # ------------------------------------------------------------------------------------------ start and restart
 
@@ -259,25 +261,18 @@ class WorkerGroup:
         self._links = WorkerLinks(self._connect())
         lap("connect")
         self._watcher = threading.Thread(
-            target=_watch, args=(self._run_refs, self._links), name="worker-watch", daemon=True
+            target=watch_runs, args=(self._run_refs, self._links), name="worker-watch", daemon=True
         )
         self._watcher.start()
 
     def _make_actor(self, rank: int) -> None:
         with self._lock:
             self._raise_if_closed()
-            self._actors[rank] = self._create_actor(rank, rank + 1, self._placement_group.bundle_specs[rank + 1])
+            self._actors[rank] = self._create_actor(rank)
 
-    def _create_actor(self, rank: int | None, bundle_index: int, resources: Mapping[str, float]) -> Any:
-        options = {
-            "num_cpus": resources.get("CPU", 0),
-            "num_gpus": resources.get("GPU", 0),
-            "max_restarts": 0,
-            "concurrency_groups": {_HEALTH: 1},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._placement_group, placement_group_bundle_index=bundle_index
-            ),
-        }
+    def _create_actor(self, rank: int | None) -> Any:
+        assert self._bundles is not None
+        options = {"max_restarts": 0, "concurrency_groups": {_HEALTH: 1}, **self._bundles.options(rank)}
         # No runtime_env: Ray would start the process twice over, and could give it none of those that wait for work.
         environment = worker_environment(self._config, self._single_node)
         return ray.remote(**options)(WorkerActor).remote(self._config, rank, environment, self._runner_factory)
@@ -300,10 +295,11 @@ class WorkerGroup:
                 await_ends([place])  # its memory is needed
         return ranks
 
-    def _settle(self, survivors: Sequence[int]) -> set[int]:
-        """Waits until the survivors have left their steps; those that do not, even when told, are returned."""
+    def _settle(self, survivors: Sequence[int], settle_s: float) -> set[int]:
+        """Waits until the survivors have left their steps; those that do not, even when told after `settle_s`, are
+        returned."""
         refs = {self._run_refs[rank]: rank for rank in survivors if rank in self._run_refs}
-        _, stuck = ray.wait(list(refs), num_returns=len(refs), timeout=_SETTLE_S) if refs else ([], [])
+        _, stuck = ray.wait(list(refs), num_returns=len(refs), timeout=settle_s) if refs else ([], [])
         if stuck:
             self._abort([refs[ref] for ref in stuck])
             _, stuck = ray.wait(stuck, num_returns=len(stuck), timeout=_SETTLE_S)
@@ -320,7 +316,7 @@ class WorkerGroup:
         with self._lock:
             if self._standby is not None or self._closed or self._config.engine.standby == "off":
                 return
-            actor = self._create_actor(None, 0, {})
+            actor = self._create_actor(None)
             self._standby = _Standby(actor, actor.place.remote(), actor.prepare.remote().future())
 
     def _prepare_standby_soon(self) -> None:
@@ -376,7 +372,7 @@ class WorkerGroup:
                 try:
                     channel = listener.accept(0.5)
                 except TimeoutError:
-                    _raise_ended(self._run_refs)
+                    raise_ended(self._run_refs)
                     if time.monotonic() > deadline:
                         missing = min({*self.ranks} - {*channels})
                         raise WorkerDiedError(missing, f"it did not connect in {_CONNECT_TIMEOUT_S:g} s") from None
@@ -398,16 +394,39 @@ class WorkerGroup:
         """Every rank's answer; the first failure, or a rank that hangs, ends the wait. Ranks that are not up yet are
         waited for as long as Ray takes to start them.
         """
-        pending = list(refs.values())
+        pending, quiet_since = list(refs.values()), time.monotonic()
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=_QUIET_S)
-            _raise_ended({rank: ref for rank, ref in refs.items() if ref in done}, is_first_load=not self.num_blocks)
+            done, pending = ray.wait(pending, num_returns=1, timeout=_NODE_LOOK_S)
+            raise_ended({rank: ref for rank, ref in refs.items() if ref in done}, is_first_load=not self.num_blocks)
             self._raise_if_closed()
-            if not done and are_up:
+            if done:
+                quiet_since = time.monotonic()
+                continue
+            waited_for = [rank for rank, ref in refs.items() if ref in pending]
+            for rank, reason in self._on_lost_nodes(waited_for).items():
+                raise WorkerDiedError(rank, reason)
+            if are_up and time.monotonic() - quiet_since >= _QUIET_S:
                 timeout_s = _START_ANSWER_TIMEOUT_S if self.num_blocks else _FIRST_START_ANSWER_TIMEOUT_S
-                for rank in self._silent([r for r, ref in refs.items() if ref in pending], timeout_s):
+                for rank in self._silent(waited_for, timeout_s):
                     raise WorkerDiedError(rank, "it hangs: its process does not answer")
+                quiet_since = time.monotonic()
         return {rank: ray.get(ref) for rank, ref in refs.items()}
+
+    def _is_local(self, rank: int) -> bool:
+        place = self._places.get(rank)
+        return place is not None and place.node_id == self._own_node
+
+    def _on_lost_nodes(self, ranks: Iterable[int]) -> dict[int, str]:
+        """Those of the ranks whose node is lost, each with the reason."""
+        assert self._bundles is not None
+        return {} if self._single_node else self._bundles.on_lost_nodes(ranks)
+
+    def _leave_lost_nodes(self, ranks: Iterable[int]) -> None:
+        """Gives ranks without a process another place where theirs is on a lost node. Raises `NoRoomError`."""
+        assert self._bundles is not None
+        if lost := self._on_lost_nodes(ranks):
+            log.warning("worker ranks %s: %s", sorted(lost), "; ".join(sorted(set(lost.values()))))
+            self._bundles.move(sorted(lost))
 
     def _silent(self, ranks: Sequence[int], timeout_s: float) -> list[int]:
         calls = {rank: self._actors[rank].alive.options(concurrency_group=_HEALTH).remote() for rank in ranks}
@@ -438,42 +457,3 @@ class _Standby:
         except ray.exceptions.RayError:
             return None
         return place
-
-
-def _raise_ended(refs: Mapping[int, Any], *, is_first_load: bool = False) -> None:
-    """Raises the failure of any of the calls that has ended with one, under its rank. What a model's first load finds
-    wrong is no rank's fault, and raised as it is."""
-    ranks = {ref: rank for rank, ref in refs.items()}
-    for ref in ray.wait(list(ranks), num_returns=len(ranks), timeout=0)[0] if ranks else []:
-        try:
-            ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, WorkerDiedError) or (is_first_load and isinstance(cause, RayLLMError)):
-                raise cause from None
-            raise WorkerDiedError(ranks[ref], one_line(cause)) from error
-        except ray.exceptions.RayError as error:
-            raise WorkerDiedError(ranks[ref], death_reason(error)) from error
-
-
-def _watch(run_refs: Mapping[int, Any], links: WorkerLinks) -> None:
-    """Waits for any `run` to return: none does while all is well. Ends when all have."""
-    ranks = {ref: rank for rank, ref in run_refs.items()}
-    while ranks:
-        try:
-            done, _ = ray.wait(list(ranks), num_returns=1)
-        except Exception:  # Ray itself was shut down, the workers with it
-            for rank in ranks.values():
-                links.report_loss(rank, "Ray was shut down")
-            return
-        for ref in done:
-            _report_end(ranks.pop(ref), ref, links)
-
-
-def _report_end(rank: int, ref: Any, links: WorkerLinks) -> None:
-    try:
-        links.report_loss(rank, ray.get(ref) or "it stopped serving", died=False)
-    except ray.exceptions.RayTaskError as error:
-        links.report_loss(rank, one_line(error.cause), died=False)
-    except Exception as error:
-        links.report_loss(rank, death_reason(error))

@@ -4,14 +4,16 @@ room.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rayllm.config import ResolvedConfig, count_cores
-from rayllm.errors import ConfigError
+from rayllm.errors import NoRoomError
+from rayllm.executor.nodes import cluster_raylets, describe_lost, find_lost
 
 _SMALL_CPU_SHARE = 0.01
 _CPUS_LEFT_FOR_OTHERS = 2
@@ -22,6 +24,9 @@ refusing.
 _LEAVING_S = 10.0
 """The place of a former engine of this name, whose driver has ended, will be free."""
 _CREATE_TIMEOUT_S = 15.0
+_PROBE_S = 1.0
+"""A node whose raylet does not answer within so long gets no part of an engine."""
+_NODE_ID_LABEL = "ray.io/node-id"
 _UNIQUE = "@"
 """Ends what people are told of a placement group's name."""
 
@@ -45,8 +50,11 @@ class Placement:
     strategy: str
 
 
-def plan_placement(config: ResolvedConfig, nodes: Sequence[Node], holders: Sequence[str] = ()) -> Placement:
-    """Decides the bundles. Raises `ConfigError` with what is asked, what is free and who holds the rest.
+def plan_placement(
+    config: ResolvedConfig, nodes: Sequence[Node], holders: Sequence[str] = (), lost: Mapping[str, str] | None = None
+) -> Placement:
+    """Decides the bundles. Raises `NoRoomError` with what is asked, what is free and who holds the rest, and with the
+    nodes that are `lost`, which are not among `nodes`, and why.
 
     Each process asks for one CPU where the nodes have that free and two more for others (Serve's replicas);
     else for 0.01 CPU, so that a small machine can hold an engine and its server: what a rank really uses is
@@ -58,9 +66,9 @@ def plan_placement(config: ResolvedConfig, nodes: Sequence[Node], holders: Seque
     kind = "GPU" if config.device == "cuda" else "CPU"
     total = _sum(nodes, "total", kind)
     if ranks > total:
-        raise ConfigError(
+        raise NoRoomError(
             f"tensor_parallel_size={ranks} asks for {ranks} {kind}s, one a worker, and the cluster has "
-            f"{total:g}: set tensor_parallel_size to {max(1, int(total))} or lower"
+            f"{total:g}{_besides(lost)}: set tensor_parallel_size to {max(1, int(total))} or lower"
             + ("" if total or kind == "CPU" else ", or device='cpu'")
         )
     gpu = {"GPU": 1.0} if kind == "GPU" else {}
@@ -71,56 +79,133 @@ def plan_placement(config: ResolvedConfig, nodes: Sequence[Node], holders: Seque
             return Placement(bundles, "STRICT_PACK")
         if len(nodes) > 1 and _fits_many(bundles, nodes, spare):
             return Placement(bundles, "PACK")
+    asked = f"{ranks} GPUs and " * bool(gpu) + f"{_SMALL_CPU_SHARE * (ranks + 1):g} CPUs"
+    raise _no_room(config, asked, kind, nodes, holders, lost)
+
+
+def plan_rank(
+    config: ResolvedConfig,
+    bundle: Resources,
+    nodes: Sequence[Node],
+    holders: Sequence[str] = (),
+    lost: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """The bundle to ask for where one rank alone, whose bundle was `bundle`, gets another place: the same, or its small
+    share of a CPU. Raises `NoRoomError` as `plan_placement` does."""
+    for share in (bundle["CPU"], _SMALL_CPU_SHARE):
+        wanted = {**bundle, "CPU": share}
+        if any(_fits_one([wanted], node, 0) for node in nodes):
+            return wanted
+    kind = "GPU" if "GPU" in bundle else "CPU"
+    asked = "1 GPU and " * ("GPU" in bundle) + f"{_SMALL_CPU_SHARE:g} CPUs on one node"
+    raise _no_room(config, asked, kind, nodes, holders, lost)
+
+
+def _no_room(
+    config: ResolvedConfig,
+    asked: str,
+    kind: str,
+    nodes: Sequence[Node],
+    holders: Sequence[str],
+    lost: Mapping[str, str] | None,
+) -> NoRoomError:
     free = ", ".join(
         f"{_sum(nodes, 'free', name):g} of {_sum(nodes, 'total', name):g} {name}s" for name in {kind: 0, "CPU": 0}
     )
-    asked = f"{ranks} GPUs and " * bool(gpu) + f"{_SMALL_CPU_SHARE * (ranks + 1):g} CPUs"
     held = "; held by " + ", ".join(holders) if holders else "; held by other Ray actors and tasks"
-    raise ConfigError(
+    return NoRoomError(
         f"engine {config.engine.name!r} asks for at least {asked}, but free in the Ray cluster are "
-        f"{free}{held}: stop one of them or ask for fewer workers (tensor_parallel_size)"
+        f"{free}{_besides(lost)}{held}: stop one of them, add a node, or ask for fewer workers (tensor_parallel_size)"
     )
 
 
+def _besides(lost: Mapping[str, str] | None) -> str:
+    return f" ({describe_lost(dict(lost))})" if lost else ""
+
+
 def create_placement_group(config: ResolvedConfig) -> Any:
-    """The engine's placement group, ready. Raises `ConfigError` within a second when the cluster has no room.
+    """The engine's placement group, ready, on nodes that answer. Raises `NoRoomError` within seconds when the cluster
+    has no room.
 
     It belongs to the calling job or actor and goes with it.
     """
+    view, placement = _plan_when_settled(config)
+    return _create(config, placement.bundles, placement.strategy, view.lost)
+
+
+def create_rank_group(config: ResolvedConfig, bundle: Resources) -> Any:
+    """A placement group of one bundle, for a rank whose own is on a lost node; the rest as above."""
+    view = ClusterView.look()
+    return _create(config, [plan_rank(config, bundle, view.nodes, _holders(), view.lost)], "PACK", view.lost)
+
+
+def _create(config: ResolvedConfig, bundles: list[dict[str, float]], strategy: str, lost: Collection[str]) -> Any:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    placement = _plan_when_settled(config)
     # Ray takes each name once, and that of a former engine is given back only some time after its end.
     name = f"{_group_name(config)}{_UNIQUE}{secrets.token_hex(4)}"
-    group = placement_group(placement.bundles, strategy=placement.strategy, name=name)
+    selectors = [{_NODE_ID_LABEL: f"!in({','.join(sorted(lost))})"}] * len(bundles) if lost else None
+    group = placement_group(bundles, strategy=strategy, name=name, bundle_label_selector=selectors)
     try:
         ray.get(group.ready(), timeout=_CREATE_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         remove_placement_group(group)
         held = ", ".join(_holders()) or "nothing else is placed, try again"
-        raise ConfigError(
-            f"Ray did not place engine {config.engine.name!r} ({placement.bundles}, {placement.strategy}) "
+        raise NoRoomError(
+            f"Ray did not place engine {config.engine.name!r} ({bundles}, {strategy}) "
             f"within {_CREATE_TIMEOUT_S:g} s although the resources looked free: {held}"
         ) from None
     return group
 
 
+def give_back(group: Any) -> None:
+    """Removes a placement group; what runs in it ends. One that is gone, or of a Ray that is, is no error."""
+    from ray.util.placement_group import remove_placement_group
+
+    with contextlib.suppress(Exception):
+        remove_placement_group(group)
+
+
 def is_whole(group: Any) -> bool:
-    """Whether all its places are still there."""
+    """Whether all its places are still there, as far as Ray knows."""
     from ray.util.placement_group import placement_group_table
 
     return bool(placement_group_table(group).get("state") == "CREATED")
 
 
-def _plan_when_settled(config: ResolvedConfig) -> Placement:
+def bundle_nodes(group: Any) -> dict[int, str]:
+    """The node of each bundle, as far as it is placed."""
+    from ray.util.placement_group import placement_group_table
+
+    return {int(index): str(node) for index, node in placement_group_table(group)["bundles_to_node_id"].items() if node}
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """The nodes that answer, and why the others of those that Ray counts as alive do not."""
+
+    nodes: list[Node]
+    lost: dict[str, str]
+
+    @classmethod
+    def look(cls) -> ClusterView:
+        import ray
+
+        own = ray.get_runtime_context().get_node_id()
+        alive = [raylet for raylet in cluster_raylets() if raylet.is_alive and raylet.node_id != own]
+        lost = find_lost(alive, _PROBE_S)
+        return cls([node for node in cluster_nodes() if node.node_id not in lost], lost)
+
+
+def _plan_when_settled(config: ResolvedConfig) -> tuple[ClusterView, Placement]:
     began_s = time.monotonic()
     patience_s = _STALE_VIEW_S
     while True:
-        holders = _holders()
+        holders, view = _holders(), ClusterView.look()
         try:
-            return plan_placement(config, cluster_nodes(), holders)
-        except ConfigError as error:
+            return view, plan_placement(config, view.nodes, holders, view.lost)
+        except NoRoomError as error:
             if any(holder.startswith(f"{_group_name(config)} (") for holder in holders):
                 patience_s = _LEAVING_S
             if "asks for at least" not in str(error) or time.monotonic() - began_s > patience_s:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rayllm.config import RAY_NAMESPACE, Environment
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
+from rayllm.executor.ray_access import check_access
 from rayllm.machine.ray_token import ensure_ray_token
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def connected_ray(
         address = running_cluster() if address == "auto" else address
         check_reachable(address)
         # In another mode than the cluster's a program connects, and then nothing of the cluster can answer it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token" if asks_for_token(address) else "disabled")
+        os.environ.setdefault("RAY_AUTH_MODE", "token" if check_access(address) else "disabled")
     prepare_environment(own_cluster=address is None)
     # A short path: the sockets below it may have 107 bytes at most.
     temp_dir = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
@@ -136,19 +137,6 @@ def check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise _unreachable(address, getattr(error, "strerror", None) or str(error)) from None
-
-
-def asks_for_token(address: str) -> bool:
-    """Whether the Ray cluster there answers only those who have its token. True where nobody answers."""
-    import grpc
-
-    with grpc.insecure_channel(address) as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
-        try:
-            ask(b"", timeout=_REACH_TIMEOUT_S)
-        except grpc.RpcError:
-            return True
-    return False
 
 
 def _unreachable(address: str, reason: str) -> EngineUnreachableError:

@@ -5,8 +5,9 @@ The virtual token counter of Sheng et al., "Fairness in Serving Large Language M
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, Status
@@ -65,6 +66,8 @@ class Line:
 
     num_tokens: int = 0
     """Prompt tokens that wait."""
+    num_max_tokens: int = 0
+    """Tokens that those which wait may have."""
     num_started_tokens: int = 0
     """Those that came to run out of it."""
 
@@ -115,6 +118,7 @@ class FairQueue:
         key = sequence.client, sequence.priority
         line = self._lines.setdefault(key, Line())
         line.num_tokens += sign * sequence.num_prompt_tokens
+        line.num_max_tokens += sign * (sequence.max_length - sequence.num_prompt_tokens)
         if not line.num_tokens:
             del self._lines[key]
 
@@ -145,14 +149,21 @@ class FairQueue:
     def num_tokens_ahead(self, client: str, priority: int, num_prompt_tokens: int) -> int:
         """Prompt tokens that will be served before a sequence that comes now: those of lower priority number,
         those of the same client, and of each other client as many as are served while those are."""
+        return self._num_ahead(client, priority, num_prompt_tokens, attrgetter("num_tokens"))
+
+    def num_max_tokens_ahead(self, client: str, priority: int, num_max_tokens: int) -> int:
+        """The same of the tokens that those which wait may have, for one that may have `num_max_tokens`."""
+        return self._num_ahead(client, priority, num_max_tokens, attrgetter("num_max_tokens"))
+
+    def _num_ahead(self, client: str, priority: int, num_own: int, amount: Callable[[Line], int]) -> int:
         line = self.line(client, priority)
-        own = line.num_tokens if line is not None else 0
+        own = amount(line) if line is not None else 0
         ahead = 0
         for (other, other_priority), line in self._lines.items():
             if other_priority < priority or (other == client and other_priority == priority):
-                ahead += line.num_tokens
+                ahead += amount(line)
             elif other_priority == priority:
-                ahead += min(line.num_tokens, own + num_prompt_tokens)
+                ahead += min(amount(line), own + num_own)
         return ahead
 
     def num_clients_with(self, client: str) -> int:

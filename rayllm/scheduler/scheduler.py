@@ -98,6 +98,11 @@ class Scheduler:
         return len(self.waiting)
 
     @property
+    def num_tokens_left(self) -> int:
+        """Tokens that what runs may have yet."""
+        return sum(max(0, sequence.max_length - len(sequence.tokens)) for sequence in self._running)
+
+    @property
     def num_plans(self) -> int:
         """All that were ever made."""
         return self._flights.num_plans

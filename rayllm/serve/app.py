@@ -146,7 +146,8 @@ def _health_response(health: Health) -> Response:
     if health.healthy:
         return json_response({"status": "ok", "stage": health.stage})
     stage, reason = without_paths(health.stage), without_paths(health.reason)
-    message = f"not healthy: {stage}" + (f" ({reason})" if reason else "")
+    said = stage if stage != READY else reason
+    message = f"not healthy: {said}" + (f" ({reason})" if reason and reason != said else "")
     body = envelope(503, message, code="not_ready" if health.stage != READY else "engine_unhealthy")
     body |= {"status": "unavailable", "stage": stage, "reason": reason}
     return json_response(body, 503, {"retry-after": "1"})

@@ -34,6 +34,8 @@ _MAX_OPEN_REQUESTS = 100_000
 _SHUTDOWN_MARGIN_S = 10.0
 _MAX_STREAM_S = 3600.0
 """A former ingress ends when its last request does. Where no engine follows, that is after `driver_wait_s`."""
+_ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+"""The head node is the one without which there is no cluster: what is there is not lost with another node."""
 _QUICK = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0, "graceful_shutdown_wait_loop_s": 0.1}
 
 
@@ -103,7 +105,7 @@ def application(engine: EngineConfig, server: ServerConfig) -> serve.Application
     owner = serve.deployment(EngineReplica).options(
         name=ENGINE,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_ON_HEAD,
         max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=shutdown_timeout_s,
         **_QUICK,
@@ -111,7 +113,7 @@ def application(engine: EngineConfig, server: ServerConfig) -> serve.Application
     ingress = serve.deployment(serve.ingress(asgi_builder(engine, server))(Ingress)).options(
         name=INGRESS,
         num_replicas=server.num_ingress_replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_ON_HEAD if server.num_ingress_replicas == 1 else {"num_cpus": 0},
         max_ongoing_requests=_MAX_OPEN_REQUESTS,
         graceful_shutdown_timeout_s=_MAX_STREAM_S,
         **_QUICK,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 
 from rayllm.config import EngineConfig, ResolvedConfig
@@ -68,7 +69,8 @@ class EngineReplica:
         await asyncio.to_thread(self._engine.close)
 
     async def _start(self) -> OwnedEngine:
-        engine = await asyncio.to_thread(OwnedEngine, resolve_on_cluster(self._config))
+        # Who serves waits for room as long as it takes: the requests themselves have `driver_wait_s`.
+        engine = await asyncio.to_thread(OwnedEngine, resolve_on_cluster(self._config), room_wait_s=math.inf)
         try:
             await asyncio.to_thread(engine.start)
         except BaseException:

@@ -21,6 +21,7 @@ from rayllm.engine.client import EngineConnection, connect_by_name
 from rayllm.engine.driver import find_driver
 from rayllm.engine.fault_injection import kill_worker
 from rayllm.engine.journal import JournaledEngine
+from rayllm.engine.stage_board import published_stage
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.trace import open_tracer
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from rayllm.serve.routes_pages import Deployment
 
 _CALL_TIMEOUT_S = 5.0
+_STAGE_TIMEOUT_S = 1.0
 _REPORT_PERIOD_S = 1.0
 
 
@@ -188,9 +190,14 @@ async def _report(service: ModelService, engine: JournaledEngine) -> None:
 async def _connect(engine_name: str) -> tuple[ResolvedConfig, EngineConnection]:
     import ray
 
+    try:
+        driver = find_driver(engine_name)
+    except EngineUnreachableError as error:  # its owner may know why there is none
+        stage = await asyncio.to_thread(published_stage, engine_name)
+        raise EngineUnreachableError(stage or str(error)) from None
     connection = await connect_by_name(engine_name, name="ingress")
     try:
-        description = await asyncio.wait_for(find_driver(engine_name).describe.remote(), _CALL_TIMEOUT_S)
+        description = await asyncio.wait_for(driver.describe.remote(), _CALL_TIMEOUT_S)
         return ResolvedConfig.model_validate_json(description.config), connection
     except ray.exceptions.RayError as error:
         connection.close()
@@ -214,10 +221,10 @@ async def describe_deployment(engine_name: str) -> Deployment:
 
 
 async def _stage(engine_name: str) -> str | None:
-    """What the driver is doing; None where there is none."""
+    """What the driver is doing, or its owner where there is none; None where nobody says."""
     import ray
 
     try:
-        return str(await asyncio.wait_for(find_driver(engine_name).stage.remote(), _CALL_TIMEOUT_S))
+        return str(await asyncio.wait_for(find_driver(engine_name).stage.remote(), _STAGE_TIMEOUT_S))
     except (EngineUnreachableError, ray.exceptions.RayError, asyncio.TimeoutError):
-        return None
+        return await asyncio.to_thread(published_stage, engine_name) or None

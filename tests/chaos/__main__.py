@@ -4,6 +4,8 @@ Each round runs the whole load and, meanwhile, kills, stops or stops and continu
 after the other; then every answer must be the undisturbed one's and nothing of the load be left. What round n of seed s
 does is what round 0 of seed s + n does, so that a failing one is run again by its own seed. (Not to the token: the
 moment of a fault is, its place in a step is the machine's.)
+
+With `--nodes` it is a server in a Ray of several nodes, and the node with the engine is removed or frozen.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from chaos.lost_nodes import soak_nodes
 from chaos.mixed_load import Engine, kill, moment_of, stop_for_a_while
 from tiny import make_checkpoint
 
@@ -88,7 +91,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--standby", choices=["off", "process", "weights"], default="process")
+    parser.add_argument("--nodes", action="store_true", help="lose nodes of a cluster instead of processes")
     options = parser.parse_args()
+    if options.nodes:
+        with tempfile.TemporaryDirectory() as folder:
+            soak_nodes(make_checkpoint(Path(folder) / "tiny"), options.minutes, options.seed)
+        return 0
     with tempfile.TemporaryDirectory() as folder, connected_ray(num_cpus=8):
         engine = Engine(make_checkpoint(Path(folder) / "model"), options.standby)
         try:

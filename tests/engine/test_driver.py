@@ -18,9 +18,10 @@ from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client import BlockingConnection, connect_by_name
-from rayllm.engine.driver import Driver, create_driver, find_address, find_driver, known_engines
+from rayllm.engine.driver import Driver, find_address, find_driver, known_engines
 from rayllm.engine.local import build_scheduler
 from rayllm.engine.loop import EngineLoop
+from rayllm.engine.running_engine import create_driver
 from rayllm.engine.supervisor import FIRST_STEPS_S
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError, WorkerDiedError
 from rayllm.executor.executor import Selectable

@@ -399,7 +399,8 @@ def test_clients_are_answered_while_a_worker_is_replaced() -> None:
     loop.submit("a", Submit(0, request))
     _run(loop)
     stats = loop.stats()
-    assert (stats.recovering, stats.healthy, stats.num_faults, loop.is_interrupted) == (True, True, 1, True)
+    assert (stats.recovering, stats.healthy, stats.num_faults, loop.is_interrupted) == (True, False, 1, True)
+    assert stats.reason == "worker rank 1 failed: killed by the test; it is being replaced"
     late = make_request([3, 4], max_tokens=5)
     loop.submit("a", Submit(1, late))
     loop.submit("a", Submit(2, late))

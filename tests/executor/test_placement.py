@@ -4,8 +4,8 @@ import pytest
 from fakes import fake_config
 
 from rayllm.config import ResolvedConfig
-from rayllm.errors import ConfigError
-from rayllm.executor.placement import Node, _holders, create_placement_group, plan_placement
+from rayllm.errors import ConfigError, NoRoomError
+from rayllm.executor.placement import Node, _holders, create_placement_group, plan_placement, plan_rank
 
 
 def _config(ranks: int, device: str = "cpu") -> ResolvedConfig:
@@ -71,6 +71,24 @@ def test_devices_held_by_others_are_named_with_their_holder() -> None:
 def test_a_machine_with_no_free_cpu_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="0 of 2 CPUs; held by other Ray actors"):
         plan_placement(_config(1), [_node(2, free_cpus=0)])
+
+
+def test_lost_nodes_are_named_where_the_others_have_no_room() -> None:
+    lost = {"0123456789": "nothing listens at its raylet's address h:1"}
+    with pytest.raises(NoRoomError, match=r"0 of 2 CPUs \(node 01234567 is lost: nothing listens .* h:1\); held by"):
+        plan_placement(_config(1), [_node(2, free_cpus=0)], lost=lost)
+    with pytest.raises(NoRoomError, match=r"asks for 2 CPUs, one a worker, and the cluster has 1 \(node 01234567 is"):
+        plan_placement(_config(2), [_node(1)], lost=lost)
+
+
+def test_a_rank_that_moves_asks_for_what_it_had_or_for_a_small_share_of_a_cpu() -> None:
+    gpu = {"GPU": 1.0, "CPU": 1.0}
+    assert plan_rank(_config(2, "cuda"), gpu, [_node(8, gpus=1, free_gpus=0), _node(8, gpus=1)]) == gpu
+    assert plan_rank(_config(2), {"CPU": 1.0}, [_node(2, free_cpus=0.5)]) == {"CPU": 0.01}
+    with pytest.raises(
+        NoRoomError, match=r"asks for at least 1 GPU and 0\.01 CPUs on one node, but free .* 0 of 1 GPUs"
+    ):
+        plan_rank(_config(2, "cuda"), gpu, [_node(8, gpus=1, free_gpus=0)])
 
 
 @pytest.mark.cluster

@@ -5,17 +5,14 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError, EngineUnreachableError
 from rayllm.executor import ray_cluster
-from rayllm.executor.ray_cluster import asks_for_token, check_reachable, connected_ray, running_cluster
+from rayllm.executor.ray_cluster import check_reachable, connected_ray, running_cluster
 
 
 @pytest.mark.parametrize(("value", "address"), [("", None), ("local", None), (" auto ", "auto"), ("h:6379", "h:6379")])
@@ -69,25 +66,6 @@ assert get_authentication_mode() == AuthenticationMode.TOKEN
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-@pytest.mark.cluster
-def test_a_cluster_is_asked_whether_it_wants_a_token(ray_cluster: None) -> None:
-    import ray
-
-    assert asks_for_token(ray.get_runtime_context().gcs_address)
-    open_server = grpc.server(ThreadPoolExecutor(1), handlers=[_AnswersAll()])
-    port = open_server.add_insecure_port("127.0.0.1:0")
-    open_server.start()
-    assert not asks_for_token(f"127.0.0.1:{port}")
-    open_server.stop(None).wait()
-
-
-class _AnswersAll(grpc.GenericRpcHandler):
-    """As a cluster does that asks for no token."""
-
-    def service(self, handler_call_details: Any) -> Any:
-        return grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
 
 
 def test_an_engine_for_a_cluster_that_is_not_there_says_so_in_one_line(llama_path: Path) -> None:

@@ -21,7 +21,9 @@ CAPACITY = 37.7
 
 
 class _TimedExecutor(FakeExecutor):
-    """Each step moves the clock."""
+    """Each step moves the clock, by `step_s` or by what its plan costs."""
+
+    step_s: float | None = None
 
     def __init__(self) -> None:
         super().__init__(num_blocks=512, pipeline_depth=1)
@@ -29,9 +31,10 @@ class _TimedExecutor(FakeExecutor):
 
     def receive(self, timeout_s: float | None) -> StepResult:
         num_tokens = sum(unpack_ids(self.sent[-1].counts))
-        self.now += 0.005 + 0.0002 * num_tokens
+        step_s = self.step_s or 0.005 + 0.0002 * num_tokens
+        self.now += step_s
         self.sent.clear()
-        return super().receive(timeout_s)
+        return msgspec.structs.replace(super().receive(timeout_s), elapsed_s=step_s)
 
 
 @dataclass
@@ -130,3 +133,65 @@ def test_a_client_that_asks_for_its_share_gets_it_beside_one_that_asks_for_seven
     wanted = 4 / 9 * full_load.goodput
     assert run.good_tokens["modest"] / (run.seconds - 10) >= 0.95 * wanted
     assert run.goodput >= 0.9 * full_load.goodput, "the greedy one is told how slowly its own line moves"
+
+
+class _Burst:
+    """A fresh engine of 4 rows whose queue fills at once; a probe is refused every half second until all have begun."""
+
+    def __init__(self, step_s: float | None, num_requests: int, max_tokens: int, prompt_tokens: int = 4):
+        self.executor = _TimedExecutor()
+        self.executor.step_s = step_s
+        engine = {"enable_prefix_caching": False, "max_queued_requests": num_requests - 4}
+        config = fake_config(engine=engine, max_num_seqs=4)
+        clock = lambda: self.executor.now  # noqa: E731
+        self.scheduler = build_scheduler(config, self.executor.num_blocks)
+        self.loop = EngineLoop(config, self.scheduler, self.executor, self._take, wall_clock=clock, clock=clock)
+        self.hints_s: list[tuple[float, float]] = []
+        prompt = list(range(1, 1 + prompt_tokens))
+        for stream in range(num_requests):
+            self.loop.submit("load", Submit(stream, make_request(prompt, max_tokens=max_tokens, ignore_eos=True)))
+        num_probes, due_s = 0, _START_S
+        while len(self.scheduler.waiting):
+            while due_s <= self.executor.now and len(self.hints_s) == num_probes:  # until one is let in
+                stream = num_requests + num_probes
+                self.loop.submit("probe", Submit(stream, make_request(prompt, max_tokens=max_tokens)))
+                num_probes, due_s = num_probes + 1, due_s + 0.5
+            self.loop.step()
+        self.drained_s = self.executor.now
+
+    def _take(self, client: object, message: DriverMessage) -> None:
+        assert isinstance(message, Deltas)
+        if client == "probe":
+            finish = message.deltas[0].finish
+            if finish is not None and finish.code == "overloaded":
+                assert finish.retry_after_s is not None
+                self.hints_s.append((self.executor.now, finish.retry_after_s))
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "max_tokens", "prompt_tokens"), [(44, 64, 4), (24, 100, 4), (200, 8, 4), (60, 20, 100)]
+)
+def test_a_refusal_says_how_long_the_queue_takes_also_before_anything_was_measured(
+    num_requests: int, max_tokens: int, prompt_tokens: int
+) -> None:
+    burst = _Burst(None, num_requests, max_tokens, prompt_tokens)
+    assert burst.hints_s
+    for at_s, hint_s in burst.hints_s:
+        left_s = burst.drained_s - at_s
+        measured = at_s - _START_S > 2.0
+        lower, upper = (0.5, 2.0) if measured else (0.4, 10.0)  # what a step is taken to last is 2 to 10 times too long
+        assert lower * left_s - 1.0 <= hint_s <= upper * left_s + 1.5, (at_s - _START_S, hint_s, left_s)
+
+
+def test_slow_steps_are_told_from_the_first_one_on() -> None:
+    burst = _Burst(0.5, 24, 40)
+    for at_s, hint_s in burst.hints_s:
+        left_s = burst.drained_s - at_s
+        if at_s > _START_S:
+            assert 0.5 * left_s - 1.0 <= hint_s <= 2.0 * left_s + 1.5, (at_s - _START_S, hint_s, left_s)
+
+
+def test_the_hint_grows_with_the_queue() -> None:
+    hints_s = [_Burst(None, num_requests, 30).hints_s[0][1] for num_requests in (10, 20, 40, 80)]
+    assert hints_s == sorted(hints_s)
+    assert hints_s[-1] > 4 * hints_s[0]

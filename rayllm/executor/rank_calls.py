@@ -1,0 +1,52 @@
+"""What becomes of Ray calls to ranks: whose failed, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from rayllm.errors import RayLLMError, WorkerDiedError
+from rayllm.executor.fanout import WorkerLinks
+from rayllm.executor.inproc import one_line
+from rayllm.executor.worker import death_reason
+
+
+def raise_ended(refs: Mapping[int, Any], *, is_first_load: bool = False) -> None:
+    """Raises the failure of any of the calls that has ended with one, under its rank. What a model's first load finds
+    wrong is no rank's fault, and raised as it is."""
+    ranks = {ref: rank for rank, ref in refs.items()}
+    for ref in ray.wait(list(ranks), num_returns=len(ranks), timeout=0)[0] if ranks else []:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, WorkerDiedError) or (is_first_load and isinstance(cause, RayLLMError)):
+                raise cause from None
+            raise WorkerDiedError(ranks[ref], one_line(cause)) from error
+        except ray.exceptions.RayError as error:
+            raise WorkerDiedError(ranks[ref], death_reason(error)) from error
+
+
+def watch_runs(run_refs: Mapping[int, Any], links: WorkerLinks) -> None:
+    """Waits for any `run` to return: none does while all is well. Ends when all have."""
+    ranks = {ref: rank for rank, ref in run_refs.items()}
+    while ranks:
+        try:
+            done, _ = ray.wait(list(ranks), num_returns=1)
+        except Exception:  # Ray itself was shut down, the workers with it
+            for rank in ranks.values():
+                links.report_loss(rank, "Ray was shut down")
+            return
+        for ref in done:
+            _report_end(ranks.pop(ref), ref, links)
+
+
+def _report_end(rank: int, ref: Any, links: WorkerLinks) -> None:
+    try:
+        links.report_loss(rank, ray.get(ref) or "it stopped serving", died=False)
+    except ray.exceptions.RayTaskError as error:
+        links.report_loss(rank, one_line(error.cause), died=False)
+    except Exception as error:
+        links.report_loss(rank, death_reason(error))
