@@ -68,6 +68,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> _Made:
 
     monkeypatch.setattr(owner, "create_driver", create_driver)
     monkeypatch.setattr(owner, "await_free", str)
+    monkeypatch.setattr(owner, "ray_is_initialized", lambda: True)
     monkeypatch.setattr(owner, "_ROOM_LOOK_S", 0.0)
     return made
 
