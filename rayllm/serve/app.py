@@ -25,6 +25,7 @@ from rayllm.serve import (
     routes_faults,
     routes_generate,
     routes_invocations,
+    routes_markup,
     routes_messages,
     routes_models,
     routes_pooling,
@@ -33,6 +34,7 @@ from rayllm.serve import (
 from rayllm.serve.endpoints import Endpoints
 from rayllm.serve.http_answers import READ_TIMEOUT_S, error_response, json_response
 from rayllm.serve.http_guard import Guard
+from rayllm.serve.markup.markup import Markup
 from rayllm.serve.routes_faults import KillWorker
 from rayllm.serve.routes_pages import Describe, add_page_routes
 
@@ -96,6 +98,8 @@ def create_app(
         add_routes(app, endpoints)
     _add_state_routes(app, service)
     routes_faults.add_routes(app, endpoints, kill_worker)
+    app.state.markup = Markup()
+    routes_markup.add_routes(app, endpoints, app.state.markup)
     add_page_routes(app, service, describe, can_kill_workers=kill_worker is not None)
     openapi.add_routes(app)
     return app

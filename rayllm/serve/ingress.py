@@ -122,6 +122,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             app.state.held.close()  # after the connection: what the driver keeps goes on, for another ingress
+            app.state.markup.close()
             if grammars is not None:
                 grammars.close()
 

@@ -211,7 +211,7 @@ def test_a_model_is_served_in_the_background_and_stays() -> None:
         assert "inference engine" in first.stdout
         [entry] = registry.running()
         assert f"stays at {entry.url}; rayllm stop {entry.pid} ends it" in first.stderr
-        again = rayllm("--temperature", "0", "What is RayLLM?")
+        again = rayllm(entry.model, "--temperature", "0", "What is RayLLM?")
         assert again.stdout == first.stdout
         assert again.stderr == ""
     finally:

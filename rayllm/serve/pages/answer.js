@@ -7,7 +7,7 @@ const SHORTEST_S = 0.02;
 const SILENT_S = 2; // a worker is being replaced, perhaps; the answer will go on
 const FINISHES = { length: "cut at the token limit", content_filter: "filtered", tool_calls: "calls tools", abort: "ended by the server" };
 
-/** `actions`: regenerate, showVariant(step), askKey, sendResults(results); `isTold`: whether tool results may be sent. */
+/** `actions`: regenerate, showVariant(step), askKey, sendResults(results), canLeaveOut, leaveOut, shorten, startAnew; `isTold`: whether tool results may be sent. */
 export class AnswerView {
   #isReasoningTouched = false;
 
@@ -38,7 +38,7 @@ export class AnswerView {
     this.root.setAttribute("aria-busy", String(isRunning));
     this.root.classList.toggle("running", isRunning);
     this.#showReasoning(answer, isRunning);
-    this.body.update(answer.text);
+    this.body.update(answer.text, !isRunning);
     this.waiting.hidden = !isRunning || Boolean(answer.text || answer.toolCalls.length);
     this.#showCalls(answer, !isRunning && canTell);
     this.#showProblem(answer, run);
@@ -52,7 +52,7 @@ export class AnswerView {
     const isThinking = isRunning && !answer.text && !answer.toolCalls.length;
     this.summary.textContent = isThinking ? "Thinking…" : "Reasoning";
     if (!this.#isReasoningTouched) this.fold.open = isThinking;
-    this.reasoning.update(answer.reasoning);
+    this.reasoning.update(answer.reasoning, !isRunning);
   }
 
   #showCalls(answer, canTell) {
@@ -82,11 +82,19 @@ export class AnswerView {
     }
     const { message, status, code } = answer.error;
     const source = [status > 200 ? `HTTP ${status}` : null, code].filter(Boolean).join(" · ");
-    const mend = status === 401 ? ["Enter API key", this.actions.askKey] : ["Try again", this.actions.regenerate];
-    this.problem.replaceChildren(
-      h("p", {}, message),
-      h("div", { class: "problem-foot" }, h("span", {}, source), h("button", { type: "button", class: "button", onclick: mend[1] }, mend[0])),
-    );
+    const buttons = this.#waysOut(status, code).map(([label, run]) => h("button", { type: "button", class: "button", onclick: run }, label));
+    this.problem.replaceChildren(h("p", {}, message), h("div", { class: "problem-foot" }, h("span", {}, source), h("div", { class: "problem-buttons" }, buttons)));
+  }
+
+  /** What can be done about an error: `[label, run]` each. Asking the same again does not make a text shorter. */
+  #waysOut(status, code) {
+    if (status === 401) return [["Enter API key", this.actions.askKey]];
+    if (code !== "context_length_exceeded") return [["Try again", this.actions.regenerate]];
+    return [
+      this.actions.canLeaveOut() && ["Leave out the oldest turns", this.actions.leaveOut],
+      ["Shorten the message", this.actions.shorten],
+      ["Start a new chat with it", this.actions.startAnew],
+    ].filter(Boolean);
   }
 
   #showButtons(answer, isRunning, { number, count }) {

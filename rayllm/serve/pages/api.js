@@ -53,6 +53,11 @@ async function request(path, options = {}) {
 
 export const getJson = async (path) => (await request(path)).json();
 
+export async function postJson(path, body) {
+  const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
+  return (await request(path, options)).json();
+}
+
 export const getText = async (path) => (await request(path)).text();
 
 export const listModels = async () => (await getJson("v1/models")).data;

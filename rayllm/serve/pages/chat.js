@@ -2,7 +2,7 @@
 
 import { announceEnd } from "./answer.js";
 import { Composer } from "./composer.js";
-import { addAnswer, addLane, addTurn, hasText, keepLane, newConversation, shownAnswer, toMarkdown } from "./conversation.js";
+import { addAnswer, addLane, addTurn, hasText, keepLane, leaveOutBefore, newConversation, nextToLeaveOut, shownAnswer, toMarkdown } from "./conversation.js";
 import { askKey, setUpDialogs } from "./dialogs.js";
 import { announce, byId, fillIcons, h, themeToggle, toast } from "./dom.js";
 import { Models } from "./models.js";
@@ -36,6 +36,9 @@ const transcript = new Transcript(
     regenerate: (turn, lane) => regenerate(turn, lane),
     showVariant,
     sendResults: (results) => ask({ kind: "tools", results }),
+    leaveOut,
+    shorten: (turn) => (turn.kind === "user" ? transcript.edit(turn) : editLast()),
+    startAnew,
     askKey: (turn, lane) => askKey(shownAnswer(turn, lane).error.message, () => (models.load(), regenerate(turn, lane))),
   },
   runOf,
@@ -186,6 +189,21 @@ function resend(turn, text) {
   ask({ kind: "user", text });
   composer.focus();
   if (isMuch) toast("The turns after this message were removed.", undo);
+}
+
+/** Asks again without the oldest turns, which stay in sight. */
+function leaveOut(turn, lane) {
+  const first = nextToLeaveOut(state.current, turn);
+  if (!first) return;
+  leaveOutBefore(state.current, first);
+  transcript.refresh();
+  regenerate(turn, lane);
+}
+
+/** The message alone, in a new chat. */
+function startAnew(turn) {
+  newChat();
+  if (turn.kind === "user") composer.fill(turn.text);
 }
 
 function showVariant(turn, lane, step) {

@@ -65,13 +65,31 @@ export function keepLane(conversation, lane) {
 
 export const hasText = (answer) => Boolean(answer && (answer.text || answer.toolCalls.length));
 
+/** Where what is sent begins: turns before it were left out by the user. */
+export const firstSent = (conversation) => Math.max(0, conversation.turns.findIndex(({ beginsSent }) => beginsSent));
+
+/**
+ * The turn that what is sent may begin with next, so that about half of the turns before `turn` are left out; null where
+ * there is nothing more to leave out. It is a user's: results of tools need the calls before them.
+ */
+export function nextToLeaveOut(conversation, turn) {
+  const [from, last] = [firstSent(conversation), conversation.turns.indexOf(turn)];
+  const later = [...conversation.turns.entries()].filter(([i, { kind }]) => i > from && i <= last && kind === "user");
+  return (later.find(([i]) => i >= from + (last - from) / 2) ?? later.at(-1))?.[1] ?? null;
+}
+
+export function leaveOutBefore(conversation, turn) {
+  for (const other of conversation.turns) delete other.beginsSent;
+  turn.beginsSent = true;
+}
+
 /** The messages of a lane up to and with `turn`'s question. Turns that were never answered are left out. */
 export function messagesFor(conversation, lane, turn) {
   const messages = [];
   const system = conversation.lanes[lane].settings.system?.trim();
   if (system) messages.push({ role: "system", content: system });
   const last = conversation.turns.indexOf(turn);
-  for (let i = 0; i <= last; i++) {
+  for (let i = Math.min(firstSent(conversation), last); i <= last; i++) {
     const answer = i < last ? shownAnswer(conversation.turns[i], lane) : null;
     if (i < last && !hasText(answer)) continue;
     messages.push(...questionMessages(conversation.turns[i]));

@@ -3,6 +3,7 @@
 import { local } from "./storage.js";
 
 const SVG = "http://www.w3.org/2000/svg";
+const MATHML = "http://www.w3.org/1998/Math/MathML";
 
 /** An element. `props` beginning with "on" are listeners, "class" and aria/data names are attributes, others properties. */
 export function h(tag, props = {}, ...children) {
@@ -18,8 +19,13 @@ export function h(tag, props = {}, ...children) {
 }
 
 /** An SVG element, all props attributes. */
-export function svg(tag, attributes = {}, ...children) {
-  const node = document.createElementNS(SVG, tag);
+export const svg = (tag, attributes = {}, ...children) => ofNamespace(SVG, tag, attributes, children);
+
+/** The same of MathML. */
+export const math = (tag, attributes = {}, ...children) => ofNamespace(MATHML, tag, attributes, children);
+
+function ofNamespace(namespace, tag, attributes, children) {
+  const node = document.createElementNS(namespace, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;

@@ -1,7 +1,9 @@
 // Markdown to DOM nodes, block by block. Text becomes text nodes only: what a model writes is never read as HTML.
 
-import { renderInline } from "./inline.js";
+import { linkFootnotes, renderInline } from "./inline.js";
 import { copyButton, h } from "./dom.js";
+import { colour, formula } from "./markup.js";
+import { hintScrolling } from "./scroll_hint.js";
 
 const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
@@ -9,6 +11,9 @@ const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +(.*)|)$/;
 const QUOTE = /^ {0,3}> ?/;
 const TABLE_LINE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const FOOTNOTE = /^ {0,3}\[\^([\w-]{1,30})\]:\s*(.*)$/;
+const FORMULA_START = /^ {0,3}(\$\$|\\\[|\\begin\{([a-z]+\*?)\})/;
+const MAX_FORMULA_LINES = 60;
 const MAX_DEPTH = 8;
 
 /** The blocks of a text, in order: `{kind, ...}` with the `source` they were read from. */
@@ -36,6 +41,10 @@ function readBlock(lines, at) {
   const heading = HEADING.exec(line);
   if (heading) return { kind: "heading", level: heading[1].length, text: heading[2], end: at + 1 };
   if (RULE.test(line)) return { kind: "rule", end: at + 1 };
+  const display = readFormula(lines, at);
+  if (display) return display;
+  const note = FOOTNOTE.exec(line);
+  if (note) return readFootnote(lines, at, note);
   if (QUOTE.test(line)) return readQuote(lines, at);
   if (ITEM.test(line)) return readList(lines, at);
   if (isTableAt(lines, at)) return readTable(lines, at);
@@ -48,7 +57,31 @@ function readFence(lines, at, [, indent, mark, info]) {
   while (end < lines.length && !closing.test(lines[end])) end++;
   const strip = new RegExp(`^ {0,${indent.length}}`);
   const code = lines.slice(at + 1, end).map((line) => line.replace(strip, ""));
-  return { kind: "code", language: info.trim().split(/\s/)[0], code: code.join("\n"), end: Math.min(end + 1, lines.length) };
+  const isWhole = end < lines.length;
+  return { kind: "code", language: info.trim().split(/\s/)[0], code: code.join("\n"), isWhole, end: Math.min(end + 1, lines.length) };
+}
+
+/** A formula on lines of its own; null where it does not end. */
+function readFormula(lines, at) {
+  const start = FORMULA_START.exec(lines[at]);
+  if (!start) return null;
+  const closing = { $$: "$$", "\\[": "\\]" }[start[1]] ?? `\\end{${start[2]}}`;
+  const first = lines[at].indexOf(start[1]) + start[1].length;
+  for (let end = at; end < Math.min(lines.length, at + MAX_FORMULA_LINES); end++) {
+    const closedAt = lines[end].indexOf(closing, end === at ? first : 0);
+    if (closedAt < 0) continue;
+    if (lines[end].slice(closedAt + closing.length).replace(/^[.,;]/, "").trim()) return null; // text goes on: a paragraph's
+    const source = lines.slice(at, end + 1).join("\n").trim();
+    const inner = start[2] ? source.slice(0, source.lastIndexOf(closing) + closing.length) : source.slice(start[1].length, source.lastIndexOf(closing));
+    return inner.trim() ? { kind: "formula", latex: inner.trim(), text: source, end: end + 1 } : null;
+  }
+  return null;
+}
+
+function readFootnote(lines, at, [, name, first]) {
+  let end = at + 1;
+  while (end < lines.length && lines[end].trim() && !FOOTNOTE.test(lines[end]) && !beginsBlock(lines, end)) end++;
+  return { kind: "footnote", name, text: [first, ...lines.slice(at + 1, end).map((line) => line.trim())].join("\n"), end };
 }
 
 function readQuote(lines, at) {
@@ -92,7 +125,8 @@ const indentOf = (line) => line.length - line.trimStart().length;
 
 function beginsBlock(lines, at) {
   const line = lines[at];
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+  if (FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line) || FOOTNOTE.test(line)) return true;
+  return readFormula(lines, at) !== null;
 }
 
 function isTableAt(lines, at) {
@@ -135,6 +169,10 @@ function renderBlock(block, depth) {
       return renderList(block, depth);
     case "table":
       return renderTable(block);
+    case "formula":
+      return h("div", { class: "formula-block" }, hintScrolling(formula(block.latex, true, block.text)));
+    case "footnote":
+      return renderFootnote(block);
     default:
       return h("p", {}, renderInline(block.text));
   }
@@ -145,12 +183,27 @@ function renderNested(text, depth) {
   return readBlocks(text).map((block) => renderBlock(block, depth + 1));
 }
 
-function renderCode({ language, code }) {
-  const text = document.createTextNode(code);
+function renderCode({ language, code, isWhole }) {
+  const node = h("code", {}, document.createTextNode(code));
   const name = language.slice(0, 30);
-  const head = h("div", { class: "code-head" }, h("span", {}, name || "text"), copyButton("Copy code", () => text.data));
+  const head = h("div", { class: "code-head" }, h("span", {}, name || "text"), copyButton("Copy code", () => node.textContent));
   const label = name ? `Code, ${name}` : "Code";
-  return h("div", { class: "code" }, head, h("pre", { tabIndex: 0, role: "region", "aria-label": label }, h("code", {}, text)));
+  node.dataset.language = name.toLowerCase();
+  if (isWhole) colourOnce(node);
+  return h("div", { class: "code" }, head, hintScrolling(h("pre", { tabIndex: 0, role: "region", "aria-label": label }, node)));
+}
+
+/** Colours the code, which does not grow any more. */
+function colourOnce(node) {
+  if (node.dataset.isWhole) return;
+  node.dataset.isWhole = "true";
+  colour(node, node.dataset.language);
+}
+
+function renderFootnote({ name, text }) {
+  const note = h("p", { class: "footnote", role: "doc-footnote", tabIndex: -1 }, h("span", { class: "footnote-number" }), " ", renderInline(text));
+  note.dataset.note = name;
+  return note;
 }
 
 function renderList({ start, items, isLoose }, depth) {
@@ -171,7 +224,7 @@ function renderTable({ head, align, rows }) {
   const row = (tag, texts) =>
     h("tr", {}, head.map((_, i) => h(tag, { class: `align-${align[i]}` }, renderInline(texts[i] ?? ""))));
   const table = h("table", {}, h("thead", {}, row("th", head)), h("tbody", {}, rows.map((texts) => row("td", texts))));
-  return h("div", { class: "table", tabIndex: 0, role: "region", "aria-label": "Table" }, table);
+  return hintScrolling(h("div", { class: "table", tabIndex: 0, role: "region", "aria-label": "Table" }, table));
 }
 
 /**
@@ -185,7 +238,8 @@ export class GrowingMarkdown {
     this.root = root;
   }
 
-  update(text) {
+  /** `isWhole`: it does not grow any more. */
+  update(text, isWhole = false) {
     const blocks = readBlocks(text);
     let same = 0;
     while (same < blocks.length && same < this.#shown.length && this.#shown[same].block.source === blocks[same].source) same++;
@@ -201,6 +255,8 @@ export class GrowingMarkdown {
       this.#shown.push({ block, node });
       this.root.append(node);
     }
+    linkFootnotes(this.root);
+    if (isWhole) this.root.querySelectorAll("code[data-language]").forEach(colourOnce);
   }
 }
 
@@ -208,6 +264,9 @@ function grew({ block, node }, next) {
   if (block.kind !== "code" || next.kind !== "code" || block.language !== next.language || !next.code.startsWith(block.code)) {
     return false;
   }
-  node.querySelector("code").firstChild.appendData(next.code.slice(block.code.length));
+  const code = node.querySelector("code");
+  if (code.dataset.isWhole) return false;
+  code.firstChild.appendData(next.code.slice(block.code.length));
+  if (next.isWhole) colourOnce(code);
   return true;
 }

@@ -71,7 +71,7 @@ function readConversation(value, id) {
 function readTurn(value, numLanes) {
   const answers = Array.from({ length: numLanes }, (_, lane) => list(value?.answers?.[lane]).map(readAnswer));
   const shown = answers.map((variants, lane) => Math.min(Math.max(0, number(value?.shown?.[lane]) ?? 0), Math.max(0, variants.length - 1)));
-  const turn = { id: newId(), answers, shown };
+  const turn = { id: newId(), answers, shown, ...(value?.beginsSent === true && { beginsSent: true }) };
   if (value?.kind !== "tools") return { ...turn, kind: "user", text: text(value?.text) };
   const results = list(value.results).map((result) => ({ tool_call_id: text(result?.tool_call_id), content: text(result?.content) }));
   return { ...turn, kind: "tools", results };

@@ -1,7 +1,7 @@
 // The turns of the conversation that is shown, and where its reader is in them.
 
 import { AnswerView } from "./answer.js";
-import { shownAnswer } from "./conversation.js";
+import { nextToLeaveOut, shownAnswer } from "./conversation.js";
 import { byId, copyButton, h, iconButton } from "./dom.js";
 
 const NEAR_END_PX = 48;
@@ -103,7 +103,8 @@ export class Transcript {
   #turnNode(turn) {
     const question = turn.kind === "user" ? this.#question(turn) : this.#results(turn);
     const answers = this.conversation.lanes.map((_, lane) => this.#answerNode(turn, lane));
-    return h("article", { class: "turn", "data-turn": turn.id }, question, h("div", { class: "answers" }, answers));
+    const border = turn.beginsSent && h("p", { class: "not-sent" }, "What is above is not sent any more");
+    return h("article", { class: "turn", "data-turn": turn.id }, border, question, h("div", { class: "answers" }, answers));
   }
 
   #question(turn) {
@@ -157,6 +158,10 @@ export class Transcript {
         regenerate: () => this.actions.regenerate(turn, lane),
         showVariant: (step) => this.actions.showVariant(turn, lane, step),
         askKey: () => this.actions.askKey(turn, lane),
+        canLeaveOut: () => nextToLeaveOut(this.conversation, turn) !== null,
+        leaveOut: () => this.actions.leaveOut(turn, lane),
+        shorten: () => this.actions.shorten(turn),
+        startAnew: () => this.actions.startAnew(turn),
         sendResults: (results) => this.actions.sendResults(results),
       },
       { label },

@@ -1,0 +1,1 @@
+"""Code and formulas of answers, as data that the chat page makes nodes of."""
