@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -14,10 +15,10 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayllm.compatibility import notes
-from rayllm.config import EngineConfig, ResolvedConfig
+from rayllm.config import ContentFormat, EngineConfig, ResolvedConfig
 from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams
 from rayllm.engine.blocking import AnswerStream, BlockingClient, ShowsProgress, per_prompt
 from rayllm.engine.client import EngineConnection, connect
@@ -34,7 +35,6 @@ from rayllm.engine.outputs import (
     Prompt,
     build_request,
     derived_seed,
-    prepare_chat,
     prepare_prompt,
     raise_failed,
 )
@@ -48,6 +48,9 @@ from rayllm.messages import EngineStats
 from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.weights.hub import bring_here
+
+if TYPE_CHECKING:
+    from rayllm.api.chat_prompt import ChatPrompts
 
 log = logging.getLogger(__name__)
 
@@ -121,17 +124,37 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: ShowsProgress = False,
         *,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
-        """Answers one conversation or several, rendered by the model's chat template. Errors are as in `generate`."""
+        """Answers one conversation or several, rendered as a server's `/v1/chat/completions` renders them: messages and
+        options have the meaning of its fields (`options`: see `api.chat_prompt`). `add_generation_prompt`: begin the
+        assistant's turn; default: unless `continue_final_message`. Errors are as in `generate`."""
         client = self._usable()
         conversations: Any = [messages] if _is_conversation(messages) else messages
         prepared = [
-            prepare_chat(self._tokenizer, conversation, add_generation_prompt, chat_template_kwargs)
+            self._chat_prompts.prepare(
+                conversation,
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                **options,
+            )
             for conversation in conversations
         ]
         return client.run(prepared, self._params(sampling_params, len(prepared)), use_tqdm)
+
+    @functools.cached_property
+    def _chat_prompts(self) -> ChatPrompts:
+        return _chat_prompts(self.config, self._tokenizer)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AnswerStream:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`). Leaving the loop
@@ -201,6 +224,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _chat_prompts(config: ResolvedConfig, tokenizer: Tokenizer) -> ChatPrompts:
+    from rayllm.api.chat_prompt import ChatPrompts  # what serves chats takes a second to import
+
+    return ChatPrompts(config, tokenizer)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
@@ -291,6 +320,7 @@ class AsyncEngine:
         self._closed = False
         self._tokenizer: Tokenizer | None = None
         self._unseeded = itertools.count()
+        self._chat_prompts: ChatPrompts | None = None
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -307,12 +337,13 @@ class AsyncEngine:
         messages: Conversation,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
-        *,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """One conversation's answer as it grows; see `generate`."""
-        prepared = prepare_chat(self.get_tokenizer(), messages, add_generation_prompt, chat_template_kwargs)
+        """One conversation's answer as it grows; see `generate`. `options` are those of `LLM.chat`."""
+        tokenizer = self.get_tokenizer()
+        if self._chat_prompts is None:
+            self._chat_prompts = _chat_prompts(self.config, tokenizer)
+        prepared = await asyncio.to_thread(self._chat_prompts.prepare, messages, **options)
         async for builder, _ in self._run(prepared, sampling_params or self.get_default_sampling_params(), request_id):
             yield builder.output()
 

@@ -18,7 +18,7 @@ from rayllm.api.logprobs import chat_logprobs, prompt_logprobs
 from rayllm.api.output_parser import OutputParser
 from rayllm.api.protocol import ChatBody, TokenizeBody, read_body
 from rayllm.api.sampling import build_request, named_as, num_further_characters, sampling_params, truncate_ids
-from rayllm.api.service import ModelService, ServedModel
+from rayllm.api.service import ModelService, ServedModel, TextModel
 from rayllm.api.structured import structured_field, structured_outputs, tried
 from rayllm.api.tool_grammar import Thinking
 from rayllm.api.tools import ToolPlan, read_tools
@@ -181,7 +181,7 @@ def _num_logprobs(body: ChatBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _chat_format(body: ChatBody | TokenizeBody, model: ServedModel) -> ChatFormat:
+def _chat_format(body: ChatBody | TokenizeBody, model: TextModel) -> ChatFormat:
     """The model's, or that of the request's own template where the operator lets it bring one."""
     if body.chat_template is None:
         return model.chat_format
@@ -205,7 +205,7 @@ def _format_of(tokenizer: Tokenizer, config: EngineConfig, template: str) -> Cha
     return ChatFormat.of(tokenizer.with_template(template), config)
 
 
-def render(body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
+def render(body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]], model: TextModel) -> str:
     """The prompt text of the messages, by the model's template and the body's options.
 
     What the client says is marked (`Tokenizer.mark`): special tokens in it are plain text.

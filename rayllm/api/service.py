@@ -42,11 +42,33 @@ _NEEDS: dict[Task, str] = {
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """All that answers need."""
+class TextModel:
+    """What prompts need of a model."""
 
     config: ResolvedConfig
     tokenizer: Tokenizer
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        return ChatFormat.of(self.tokenizer, self.config.engine)
+
+    def tokenize(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a prompt, marked or not. A text that no tokenizing could make fit is refused before it is
+        tokenized."""
+        limit = self.config.max_model_len * max(self.tokenizer.longest_token, _MIN_TOKEN_CHARACTERS)
+        if len(text) > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.config.max_model_len} tokens. The prompt has "
+                f"{len(text)} characters, and no {limit} fit: shorten it",
+                param=param,
+            )
+        return self.tokenizer.encode_marked(text, add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True)
+class ServedModel(TextModel):
+    """All that answers need."""
+
     engine: EngineClient
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
@@ -80,25 +102,9 @@ class ServedModel:
         """Changes where answers may change: with the model's configuration."""
         return "fp_" + hashlib.blake2b(self.config.model_dump_json().encode(), digest_size=5).hexdigest()
 
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        return ChatFormat.of(self.tokenizer, self.config.engine)
-
     @property
     def vocab_size(self) -> int:
         return self.config.shape.vocab_size
-
-    def tokenize(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a prompt, marked or not. A text that no tokenizing could make fit is refused before it is
-        tokenized."""
-        limit = self.config.max_model_len * max(self.tokenizer.longest_token, _MIN_TOKEN_CHARACTERS)
-        if len(text) > limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.config.max_model_len} tokens. The prompt has "
-                f"{len(text)} characters, and no {limit} fit: shorten it",
-                param=param,
-            )
-        return self.tokenizer.encode_marked(text, add_special_tokens=add_special_tokens)
 
     def prepares_inline(self, num_characters: int, *, is_chat: bool) -> bool:
         """Whether rendering and tokenizing is short enough for the event loop."""

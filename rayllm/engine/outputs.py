@@ -68,25 +68,6 @@ def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
     return PreparedPrompt(None, ids)
 
 
-def prepare_chat(
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    add_generation_prompt: bool,
-    template_kwargs: dict[str, Any] | None,
-) -> PreparedPrompt:
-    """Renders a conversation by the model's chat template and tokenizes it. What a message says can hold no special
-    token."""
-    messages = [_marked(message, tokenizer) for message in conversation]
-    text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **(template_kwargs or {}))
-    token_ids = tokenizer.encode_marked(text)
-    return PreparedPrompt(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
-
-
-def _marked(message: Message, tokenizer: Tokenizer) -> dict[str, Any]:
-    content = message.get("content")
-    return {**message, "content": tokenizer.mark(content)} if isinstance(content, str) else dict(message)
-
-
 def build_request(
     request_id: str,
     token_ids: Sequence[int],
