@@ -13,6 +13,7 @@ from rayllm.engine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchPa
 from rayllm.engine.engine_thread import Call, EngineThread
 from rayllm.engine.outputs import OutputBuilder, PreparedPrompt, build_request, derived_seed, raise_failed, settle
 from rayllm.errors import RequestError
+from rayllm.messages import TokenDelta
 from rayllm.request import CompletionOutput, Request, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
 
@@ -122,39 +123,42 @@ class AnswerStream(Iterator[CompletionOutput]):
     def __init__(self, builder: OutputBuilder, call: Call):
         self._builder = builder
         self._call = call
-        self._ready: deque[CompletionOutput] = deque()
+        self._deltas: deque[TokenDelta] = deque()
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def __iter__(self) -> AnswerStream:
         return self
 
     def __next__(self) -> CompletionOutput:
         with self._lock:  # several threads may share the items of a stream
-            while not self._ready:
-                if self._builder.finished:
-                    self.close()
-                    raise StopIteration
-                try:
-                    self._take()
-                except BaseException:
-                    self.close()
-                    raise
-            return self._ready.popleft()
+            try:
+                while not (self._is_closed or self._builder.finished):
+                    added = self._take()
+                    if added.token_ids or added.text or added.finish_reason:
+                        return added
+            except BaseException:
+                self.close()
+                raise
+        self.close()
+        raise StopIteration
 
-    def _take(self) -> None:
-        deltas = self._call.receive()
-        if not deltas:
-            raise StopIteration  # closed
-        for delta in deltas:
-            added, ended_by_text = self._builder.push(delta.stream, delta)
-            raise_failed(added)
-            if ended_by_text:
-                self._call.abort(delta.stream)
-            if added.token_ids or added.text or added.finish_reason:
-                self._ready.append(added)
+    def _take(self) -> CompletionOutput:
+        """What the next delta adds."""
+        if not self._deltas:
+            self._deltas += self._call.receive()
+            if not self._deltas:
+                raise StopIteration  # closed meanwhile
+        delta = self._deltas.popleft()
+        added, ended_by_text = self._builder.push(delta.stream, delta)
+        raise_failed(added)
+        if ended_by_text:
+            self._call.abort(delta.stream)
+        return added
 
     def close(self) -> None:
         """Ends the request. Idempotent."""
+        self._is_closed = True
         self._call.close()
 
     def __enter__(self) -> AnswerStream:

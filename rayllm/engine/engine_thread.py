@@ -84,7 +84,11 @@ class Call:
 
     def receive(self) -> list[TokenDelta]:
         """The next deltas, in order; waits for some. Their `stream` counts the choices of all the call's requests from
-        0. Empty once the call is closed. Raises `EngineError` when the engine is lost or closed."""
+        0. Empty once the call is closed. Raises `EngineError` when the engine is lost or closed, or in a forked
+        child."""
+        self._engine.check_not_forked()
+        if self._is_closed:
+            return []
         deltas: list[TokenDelta] = []
         arrived = self._arrived.get()
         while isinstance(arrived, TokenDelta):
@@ -176,8 +180,10 @@ class EngineThread:
     def _run(self) -> None:
         error = closed_error()
         try:
-            while not self._closing:
-                self._wake.clear()
+            while True:
+                self._wake.clear()  # before anything is looked at: what comes meanwhile sets it again
+                if self._closing:
+                    break
                 self._take_inbox()
                 for delta in self.engine.receive(self._wake):
                     self._deliver(delta)
@@ -235,8 +241,12 @@ class EngineThread:
 
     # -------------------------------------------------------------------------------------------- on callers' threads
 
-    def _check(self) -> None:
+    def check_not_forked(self) -> None:
+        """Raises `EngineError` in a forked child."""
         check_not_forked(self._pid)
+
+    def _check(self) -> None:
+        self.check_not_forked()
         if self._closing:
             raise closed_error()
 
