@@ -294,7 +294,11 @@ class ChatAnswer(ChunkedAnswer):
 
     def _chunk_fields(self, choice: Choice, entry: dict[str, Any]) -> dict[str, Any] | None:
         fields = super()._chunk_fields(choice, entry)
-        return {**(fields or {}), **self._prompt_fields()} if "role" in entry["delta"] else fields
+        if "role" not in entry["delta"]:
+            return fields
+        if fields and fields["usage"] and len(self.generation.choices) == 1:  # it is told before any token
+            fields["usage"] |= {"completion_tokens": 0, "total_tokens": fields["usage"]["prompt_tokens"]}
+        return {**(fields or {}), **self._prompt_fields()}
 
     def _prompt_fields(self) -> dict[str, Any]:
         """What is told of the prompt, once."""

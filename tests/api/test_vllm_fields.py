@@ -250,3 +250,12 @@ async def test_all_wrong_keys_of_logit_bias_are_named(service: ModelService) -> 
 def test_all_names_of_a_model_are_its_own(service: ModelService) -> None:
     model = replace(service.model(), config=config(served_model_aliases=("second",)))
     assert model.names == ("tiny", "second")
+
+
+async def test_usage_that_goes_with_each_chunk_begins_with_no_token(service: ModelService) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    first, second, *_ = await chunks_of(await open_chat(chat(stream=True, stream_options=options), service))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in (first, second)]
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert counts == [0, 1]
+    assert first["usage"]["total_tokens"] == first["usage"]["prompt_tokens"] > 0

@@ -8,6 +8,7 @@ _CALLS = "needs a model that was trained to call tools when it may"
 _TRANSFER = "hands KV cache from one server to another"
 _WORDS = "asserts the words of vLLM's own error"
 _LAST_CHUNK = "wants text in the chunk that has the finish_reason; OpenAI's has none"
+_OWN = "a test of vLLM's own code, not of a server"
 _MODEL = "names no model, which OpenAI's chats and completions refuse"
 
 _REASONS: dict[str, str] = {
@@ -35,6 +36,9 @@ _REASONS: dict[str, str] = {
     # completions
     "test_prompt_validation.py::test_empty_prompt": _WORDS,
     "test_prompt_validation.py::test_out_of_vocab_token_ids": _WORDS,
+    "test_completion.py::test_parallel_streaming": _LAST_CHUNK,
+    "test_load_prompt_embeds": _OWN,
+    "test_disable_prompt_embeds": _OWN,
     # responses
     "test_basic.py::test_simple_input": _KNOWS,
     "test_basic.py::test_instructions": _KNOWS,
