@@ -44,7 +44,7 @@ _TEMPLATE = """
 """.strip()
 _SPREAD = 3.0
 """Standard deviation of what the weights add to a token's liking, in nats."""
-_LIKED = {'"': 10.5, "}": 9.5, "]": 9.5}
+_LIKED = {'"': 10.5, "}": 6.0, "]": 6.0}
 _NEVER = ("<|endoftext|>", _START, "<tool_call>", "</tool_call>", "<think>")
 
 
