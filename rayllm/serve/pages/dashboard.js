@@ -1,19 +1,27 @@
 // The dashboard: /metrics each second, what runs where every few, shown as tiles, charts and tables.
 
-import { ApiError, getJson, getText } from "./api.js";
+import { ApiError, getJson, getText, postJson } from "./api.js";
 import { LineChart } from "./charts.js";
 import { askKey, setUpDialogs } from "./dialogs.js";
-import { byId, fillIcons, h, icon, themeToggle } from "./dom.js";
+import { byId, fillIcons, h, icon, themeToggle, toast } from "./dom.js";
+import { Errors, FaultGaps } from "./errors.js";
 import { History, LATENCIES, parseMetrics } from "./metrics.js";
+import { local } from "./storage.js";
 
 const PERIOD_MS = 1000;
 const STATE_PERIOD_MS = 5000;
 const RATE_MS = 3000;
 const WINDOW_MS = 60_000;
-const SPAN_S = 300;
+const RANGES_MIN = [1, 15, 60];
+const RANGE = "rayllm.dashboard-range";
 const QUANTILES = [0.5, 0.9, 0.99];
 
 const history = new History();
+const errors = new Errors(history);
+const gaps = new FaultGaps(history);
+let range_min = RANGES_MIN.find((minutes) => String(minutes) === local.getItem(RANGE)) ?? 15;
+const SPAN_S = 60 * range_min;
+let killed = null; // {rank, pid}, until the engine goes on
 let isPaused = false;
 let timer = null;
 let isAsking = false;
@@ -37,6 +45,8 @@ const charts = {
   ttft: percentileChart("Time to first token", IDLE),
   itl: percentileChart("Between tokens", IDLE),
   e2e: percentileChart("Whole request", IDLE),
+  errors: new LineChart({ title: "Errors in a minute", format: count, span_s: SPAN_S, floor: 3, series: [{ name: "refused", color: 1 }, { name: "failed", color: 2 }, { name: "faults", color: 3 }] }),
+  gap: new LineChart({ title: "Gap after a fault", idle: "No fault in this range", format: time, span_s: SPAN_S, floor: 0.1, bars: true, series: [{ name: "gap", color: 2 }, { name: "noticed after", color: 1 }] }),
 };
 
 const TILES = [
@@ -102,20 +112,37 @@ function showMetrics() {
   for (const [name, histogram] of Object.entries(LATENCIES)) {
     charts[name].add(at, history.percentiles(histogram, QUANTILES, WINDOW_MS) ?? [null, null, null]);
   }
+  errors.note(at);
+  charts.errors.add(at, errors.inLast(60, at));
+  const gap = gaps.next();
+  charts.gap.add(at, gap);
+  if (gap[0] !== null && killed) {
+    toast(`Worker rank ${killed.rank} is replaced: ${time(gap[0])} lay between the steps round its death.`);
+    killed = null;
+  }
+  showErrors(at);
   showEnds();
 }
 
-function showEnds() {
-  const ends = history.byLabel("vllm:request_success_total", "finished_reason").map(([reason, num]) => [`ended: ${reason}`, num]);
-  const refusals = history.byLabel("rayllm:requests_refused_total", "code").map(([code, num]) => [`refused: ${code}`, num]);
-  const rows = [...ends, ...refusals];
-  const largest = Math.max(1, ...rows.map(([, num]) => num));
-  const row = ([name, num]) => {
-    const bar = h("i", { class: name.startsWith("refused") ? "bar bad" : "bar" });
+function bars(rows, idle) {
+  const largest = Math.max(1, ...rows.map(({ num }) => num));
+  const row = ({ name, num, text, isBad }) => {
+    const bar = h("i", { class: isBad ? "bar bad" : "bar" });
     bar.style.setProperty("width", `${(100 * num) / largest}%`);
-    return h("li", {}, h("span", {}, name), h("b", {}, count(num)), bar);
+    return h("li", {}, h("span", {}, name), h("b", {}, text ?? count(num)), bar);
   };
-  byId("ends").replaceChildren(rows.length ? h("ul", { class: "bars" }, rows.map(row)) : h("p", { class: "hint" }, "Nothing has ended yet, and nothing was refused."));
+  return rows.length ? h("ul", { class: "bars" }, rows.map(row)) : h("p", { class: "hint" }, idle);
+}
+
+function showErrors(at) {
+  const rows = errors.byKind(60 * range_min, at).map(({ kind, num, total }) => ({ name: kind, num, text: `${count(num)} of ${count(total)}`, isBad: true }));
+  byId("errors-range").textContent = `last ${range_min} min, of all since the start`;
+  byId("errors").replaceChildren(bars(rows, "Nothing was refused and nothing failed."));
+}
+
+function showEnds() {
+  const rows = history.byLabel("vllm:request_success_total", "finished_reason").map(([name, num]) => ({ name: `ended: ${name}`, num, isBad: name === "error" }));
+  byId("ends").replaceChildren(bars(rows, "Nothing has ended yet."));
 }
 
 function showState(state) {
@@ -127,7 +154,7 @@ function showState(state) {
   pill.className = `pill ${look}`;
   byId("model").replaceChildren(...modelWords(state));
   document.title = state.model ? `${state.model.name} · RayLLM dashboard` : "RayLLM dashboard";
-  showProcesses(state.processes);
+  showProcesses(state.processes, state.fault_injection);
 }
 
 function modelWords({ model, engine, version }) {
@@ -144,15 +171,32 @@ function modelWords({ model, engine, version }) {
   return [h("b", {}, model.name), ` ${facts.filter(Boolean).join(" · ")}`];
 }
 
-function showProcesses(processes) {
+/** Kills a worker, for whoever wants to see what comes of it. */
+async function killWorker(rank) {
+  try {
+    killed = await postJson("admin/kill_worker", { rank });
+    toast(`Worker rank ${killed.rank} (pid ${killed.pid}) was killed.`);
+    stateAt = -Infinity;
+  } catch (error) {
+    toast(error.message);
+  }
+}
+
+const killButton = (rank) =>
+  h("button", { type: "button", class: "button small", "aria-label": `Kill worker rank ${rank}`, onclick: () => killWorker(rank) }, "Kill");
+
+function showProcesses(processes, canKill) {
+  byId("kill-head").hidden = !canKill;
   const nodes = [...new Set(processes.map(({ node, host }) => node || host))];
   const engine = processes.filter(({ role }) => role === "driver").length;
   const ranks = processes.filter(({ role }) => role === "worker").length;
   const words = [engine && `${engine} ${engine === 1 ? "replica" : "replicas"}`, ranks && `${ranks} ${ranks === 1 ? "rank" : "ranks"}`];
   byId("nodes").textContent = words.filter(Boolean).join(" · ");
   const row = ({ role, rank, pid, node, host, devices }) =>
-    h("tr", {}, h("td", {}, role), h("td", {}, rank === null ? "–" : String(rank)), h("td", {}, `pid ${pid}`), h("td", { title: node }, nodes.length > 1 && node ? `${host} (${node.slice(0, 6)})` : host), h("td", {}, devices.join(", ") || "–"));
+    h("tr", {}, h("td", {}, role), h("td", {}, rank === null ? "–" : String(rank)), h("td", {}, `pid ${pid}`), h("td", { title: node }, nodes.length > 1 && node ? `${host} (${node.slice(0, 6)})` : host), h("td", {}, devices.join(", ") || "–"), canKill ? h("td", {}, role === "worker" ? killButton(rank) : null) : null);
+  const focused = byId("processes").contains(document.activeElement) ? document.activeElement.ariaLabel : null;
   byId("processes").replaceChildren(...processes.map(row));
+  if (focused) byId("processes").querySelector(`[aria-label="${focused}"]`)?.focus();
 }
 
 function showProblem(text) {
@@ -214,6 +258,22 @@ function setPaused(value) {
   schedule(0);
 }
 
+function showRange(minutes) {
+  range_min = minutes;
+  local.setItem(RANGE, String(minutes));
+  for (const button of byId("ranges").children) button.setAttribute("aria-pressed", String(button.dataset.minutes === String(minutes)));
+  for (const chart of Object.values(charts)) chart.show(60 * minutes);
+  if (!history.isEmpty) showErrors(performance.now() / 1000);
+}
+
+byId("ranges").append(
+  ...RANGES_MIN.map((minutes) => {
+    const button = h("button", { type: "button", class: "button small", onclick: () => showRange(minutes) }, `${minutes} min`);
+    button.dataset.minutes = minutes;
+    return button;
+  }),
+);
+showRange(range_min);
 fillIcons();
 setUpDialogs();
 themeToggle(byId("theme"));

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+import urllib.error
 import urllib.request
 
 import msgspec
@@ -12,9 +14,13 @@ from serve.pages.browser import Browser
 from serve.pages.scripted import ScriptedServer
 from serve.served import chat as chat_body
 
+from rayllm.engine.driver import EngineDescription
+from rayllm.engine.fault_injection import KilledWorker
+from rayllm.executor.worker import WorkerPlace
 from rayllm.messages import EngineStats
 from rayllm.observability.declared import LATENCY_EDGES_S
 from rayllm.observability.histogram import Histogram
+from rayllm.serve.routes_pages import Deployment
 
 
 def moved(served: ScriptedServer, **figures: object) -> None:
@@ -122,3 +128,67 @@ def test_it_shows_how_far_a_server_is_that_starts(browser: Browser) -> None:
         browser.wait(lambda: not browser.is_shown("#banner"))
         assert browser.text(".picker select") == "tiny"
         assert all("503" in line for line in browser.logs())
+
+
+def test_ranges_errors_by_kind_and_gaps_after_faults(browser: Browser, served: ScriptedServer, url: str) -> None:
+    moved(served, num_blocks=100)
+    browser.open(f"{url}/dashboard")
+    browser.wait_text("#state", "Ready")
+    browser.wait(lambda: tile(browser, "Running") == "0")
+    assert browser.texts("#ranges button") == ["1 min", "15 min", "60 min"]
+    assert browser.texts("#ranges [aria-pressed=true]") == ["15 min"]
+    assert "No fault in this range" in browser.text("[aria-label='Gap after a fault']")
+    for bad in ({"model": "other"}, {"max_tokens": -1}):
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(chat_body(**bad)).encode(), {"content-type": "application/json"}
+        )
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(request, timeout=20)
+    gaps, detections = Histogram(LATENCY_EDGES_S), Histogram(LATENCY_EDGES_S)
+    gaps.observe(0.75), detections.observe(0.05)
+    moved(
+        served,
+        num_blocks=100,
+        faults={"crash": 1, "hang": 0},
+        fault_gaps=gaps.snapshot(),
+        fault_detections=detections.snapshot(),
+    )
+    browser.wait_text("[aria-label='Gap after a fault'] .legend", "0.75 s")
+    assert len(browser.all("[aria-label='Gap after a fault'] rect.bar-mark")) == 2
+    browser.wait_text("#errors", "worker crash")
+    shown = browser.text("#errors")
+    assert "refused: model_not_found" in shown
+    assert "1 of " in shown
+    browser.wait_text("[aria-label='Errors in a minute'] .legend", "faults 1")
+    browser.click("#ranges button:last-child")
+    assert browser.texts("#ranges [aria-pressed=true]") == ["60 min"]
+    browser.driver.refresh()
+    browser.wait_text("#state", "Ready")
+    assert browser.texts("#ranges [aria-pressed=true]") == ["60 min"]  # kept
+
+
+def test_a_worker_can_be_killed_where_the_server_allows_it(browser: Browser, served: ScriptedServer, url: str) -> None:
+    browser.open(f"{url}/dashboard")
+    browser.wait_text("#state", "Ready")
+    assert not browser.is_shown("#kill-head")
+    place = WorkerPlace(4711, "n" * 56, "10.0.0.1", ("cpu",))
+    ranks: list[int] = []
+
+    async def describe() -> Deployment:
+        return Deployment(place, EngineDescription("{}", "tiny", 64, place, (place,)))
+
+    async def kill(rank: int) -> KilledWorker:
+        ranks.append(rank)
+        return KilledWorker(rank, place)
+
+    killing = ScriptedServer(describe=describe, kill_worker=kill)
+    with killing.url() as other:
+        browser.open(f"{other}/dashboard")
+        browser.click("[aria-label='Kill worker rank 0']")
+        browser.wait_text("#toasts", "Worker rank 0 (pid 4711) was killed.")
+        assert ranks == [0]
+        gaps = Histogram(LATENCY_EDGES_S)
+        gaps.observe(0.5)
+        moved(killing, fault_gaps=gaps.snapshot())
+        browser.wait_text("#toasts", "0.5 s lay between the steps")
+        browser.driver.get("about:blank")
