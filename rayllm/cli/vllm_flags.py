@@ -45,7 +45,6 @@ _ONE_VALUE = {
     "--response-role": ("assistant", "answers are always the assistant's"),
     "--num-scheduler-steps": ("1", "RayLLM plans one step at a time"),
     "--preemption-mode": ("recompute", "RayLLM computes preempted sequences again"),
-    "--max-logprobs": ("20", "the limit is 20"),
     "--tokenizer-pool-size": ("0", "RayLLM tokenizes in the ingress"),
 }
 """Flags with the one value that is true here, and why others are refused."""
@@ -58,7 +57,6 @@ _REFUSED = {
     "--root-path": "this server answers at the root: put a proxy that rewrites paths before it",
     "--middleware": "servers run no code of others: put a proxy before it",
     "--disable-fastapi-docs": "/docs is always served",
-    "--enable-force-include-usage": "clients ask for usage by stream_options",
     "--rope-scaling": "set rope_scaling in the model's config.json",
     "--rope-theta": "set rope_theta in the model's config.json",
     "--hf-token": "set the environment variable HF_TOKEN",

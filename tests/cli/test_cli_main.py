@@ -51,7 +51,8 @@ FLAGS = {
     "bench serve": "--api-key --input-len --json --max-concurrency --no-ignore-eos --num-prompts --output-len "
     "--request-rate --seed --served-model-name --url",
     "bench startup": "--json --num-iters --timeout",
-    "bench throughput": "--backend --hf-max-batch-size --input-len --json --num-prompts --output-len --repeat --seed",
+    "bench throughput": "--backend --dataset --hf-max-batch-size --input-len --json --n --num-prompts --output-len "
+    "--repeat --seed",
     "chat": "--api-key --served-model-name --system --url",
     "complete": "--api-key --echo --served-model-name --stats --url",
     "completion": "",

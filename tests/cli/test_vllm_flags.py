@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from rayllm.cli.flags import UsageError
-from rayllm.cli.serve import parse_serve
-from rayllm.cli.vllm_flags import translate
+from rayllm.cli.serve import parse_serve, parser
+from rayllm.cli.vllm_flags import _ONE_VALUE, _REFUSED, _WITH_VALUE, _WITHOUT_VALUE, translate
 from rayllm.config import EngineConfig, ServerConfig
 
 
@@ -41,6 +41,11 @@ def test_the_documents_servers_are_understood() -> None:
     )
     assert (engine.model, engine.chat_template) == ("Qwen/Qwen2-0.5B-Instruct", "./template_chatml.jinja")
     assert engine.dtype == "float16"
+
+
+def test_no_setting_of_rayllm_is_taken_for_another_engines() -> None:
+    ours = set(parser().option_names())
+    assert not ours & {*_WITHOUT_VALUE, *_WITH_VALUE, *_ONE_VALUE, *_REFUSED}
 
 
 def test_flags_may_have_underscores() -> None:
