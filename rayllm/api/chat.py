@@ -184,7 +184,8 @@ def _num_logprobs(body: ChatBody) -> int | None:
 def _chat_format(body: ChatBody | TokenizeBody, model: TextModel) -> ChatFormat:
     """The model's, or that of the request's own template where the operator lets it bring one."""
     if body.chat_template is None:
-        return model.chat_format
+        other = model.tokenizer.tool_template if body.tools else None
+        return model.chat_format if other is None else _format_of(model.tokenizer, model.config.engine, other)
     if not model.config.engine.trust_request_chat_template:
         raise RequestError(
             "chat_template from a request is off; the server's operator sets it with --chat-template, or lets requests "

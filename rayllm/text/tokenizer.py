@@ -43,6 +43,8 @@ class Tokenizer:
     ):
         self._backend = backend
         self.content_format = content_format
+        self.tool_template: str | None = None
+        """The model's own template for chats with tools, where it is another one."""
         self._bytes: dict[int, bytes] = {}
         self._anchor: tuple[int, str] | None = None
         named = dict(named_tokens or {})
@@ -80,12 +82,18 @@ class Tokenizer:
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {path} is not a folder")
         settings = read_json(folder / "tokenizer_config.json")
-        template = _read_template(folder, settings) if chat_template is None else _given_template(chat_template)
+        if chat_template is None:
+            named_templates = _read_templates(folder, settings)
+        else:
+            named_templates = {"default": _given_template(chat_template)}
         check_vocabulary_files(folder)
         backend, named = _load(folder, settings)
         if not backend.vocab().keys() - backend.added_text.values():
             raise ConfigError(f"tokenizer: {folder} holds a tokenizer without a vocabulary: bring its files here again")
-        return cls(backend, named, template, content_format)
+        template = named_templates.get("default") or next(iter(named_templates.values()), None)
+        made = cls(backend, named, template, content_format)
+        made.tool_template = named_templates.get("tool_use")
+        return made
 
     @property
     def is_missing(self) -> bool:
@@ -150,6 +158,7 @@ class Tokenizer:
         """The same tokenizer with another chat template."""
         changed = copy.copy(self)
         changed.chat_template = ChatTemplate(source, self._named_tokens)
+        changed.tool_template = None
         return changed
 
     def render_chat(
@@ -265,18 +274,19 @@ def _byte_level_bytes(piece: str) -> bytes:
         return piece.encode("utf-8", "replace")
 
 
-def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The model's own template: chat_template.jinja, or a field of tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file)
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default") or next(iter(named.values()), None)
-    if template is not None and not isinstance(template, str):
+def _read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The model's own templates by name: a field of tokenizer_config.json (one, or a list of named ones),
+    chat_template.jinja, and those of the folder that `transformers` writes others to."""
+    given = settings.get("chat_template")
+    entries = given if isinstance(given, list) else [{"name": "default", "template": given}] if given else []
+    if not all(isinstance(entry, dict) and isinstance(entry.get("template"), str) for entry in entries):
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template must be text")
-    return template
+    named = {str(entry.get("name")): entry["template"] for entry in entries}
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        named[file.stem] = read_text(file)
+    if (folder / "chat_template.jinja").is_file():
+        named["default"] = read_text(folder / "chat_template.jinja")
+    return named
 
 
 def _given_template(given: str) -> str:

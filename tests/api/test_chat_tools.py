@@ -547,3 +547,16 @@ async def test_a_request_brings_its_own_template_where_it_is_trusted(serve: Serv
         await whole(service, chat_template="{% for %}")
     with pytest.raises(RequestError, match="at most"):
         await whole(service, chat_template="x" * 70_000)
+
+
+async def test_a_models_own_template_for_tools_is_used_with_tools(tokenizer: Tokenizer) -> None:
+    two = tokenizer.with_template("PLAIN {{ messages[-1].content }}")
+    two.tool_template = "TOOLS {{ tools[0].function.name }} {{ messages[-1].content }}"
+    made = ModelService()
+    engine = FakeEngine(lambda request, choice: [*tokenizer.encode("Yes"), EOS_ID])
+    made.set_ready(config(engine=EngineConfig(), max_model_len=2048), two, engine)
+
+    await whole(made)
+    assert prompt_of(made) == "PLAIN hi"
+    await whole(made, tools=TOOLS)
+    assert prompt_of(made) == "TOOLS weather hi"
