@@ -166,7 +166,7 @@ def chat_tool_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(name, str) or not name:
             raise RequestError(f"tool_choice.name must be text, got {shorten(name)}", param="tool_choice")
         found["tool_choice"] = {"type": "function", "function": {"name": name}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         found["tool_choice"] = _CHOICES[kind]
     else:
         raise RequestError(

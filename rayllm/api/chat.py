@@ -94,9 +94,10 @@ async def prepare_chat(
 
 
 def _num_characters(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> int:
-    """About how long the prompt is; parts and tools are counted generously."""
+    """About how long the prompt is; parts and tools are counted generously. Nothing is checked yet: a content may be
+    of any type."""
     contents = [message.get("content") for message in messages]
-    num_text = sum(len(c) if isinstance(c, str) else sum(len(str(part)) for part in c or ()) for c in contents)
+    num_text = sum(len(content) if isinstance(content, str) else len(str(content)) for content in contents)
     num_calls = sum(len(str(message["tool_calls"])) for message in messages if "tool_calls" in message)
     return num_text + num_calls + 64 * len(messages) + sum(len(str(tool)) for tool in tools or ())
 

@@ -29,6 +29,7 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
+    500: "server_error",
     503: "service_unavailable",
 }
 
@@ -76,7 +77,8 @@ def answer(status: int, message: str, *, param: str | None = None, code: str | N
 
 
 def answer_for(error: Exception) -> ErrorAnswer:
-    """What to answer for an exception. One that is not ours is a 503 that says nothing of the inside."""
+    """What to answer for an exception. One that is not ours is a bug: a 500 that says nothing of the inside, and not a
+    503, which would ask clients to send again what fails again."""
     if isinstance(error, RequestError):
         return answer(error.status, error.message, param=error.param, code=error.code)
     if isinstance(error, OverloadedError):
@@ -87,7 +89,7 @@ def answer_for(error: Exception) -> ErrorAnswer:
         return ErrorAnswer(503, envelope(503, str(error), code=error.code, kind=kind), _retry_headers(503))
     if isinstance(error, RayLLMError):
         return answer(503, str(error), code="engine_unreachable")
-    return answer(503, "internal error; the server's log has the details", code="internal_error")
+    return answer(500, "internal error; the server's log has the details", code="internal_error")
 
 
 _ANTHROPIC_PATH = "/v1/messages"

@@ -26,7 +26,7 @@ from rayllm.messages import Finish
         (WorkerDiedError(1, "m"), 503, "engine_error", "worker_died", "1"),
         (NotReadyError("loading"), 503, "service_unavailable", "not_ready", "1"),
         (EngineUnreachableError("m"), 503, "service_unavailable", "engine_unreachable", "1"),
-        (KeyError("secret"), 503, "service_unavailable", "internal_error", "1"),
+        (KeyError("secret"), 500, "server_error", "internal_error", None),
     ],
 )
 def test_every_error_has_its_status_and_envelope(

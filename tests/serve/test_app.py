@@ -225,7 +225,7 @@ async def test_a_body_that_is_too_large_is_refused_unread_or_as_it_comes() -> No
         ({"error": Finish("error", message="no such token")}, 400, None),
         ({"refusal": OverloadedError("full", retry_after_s=3)}, 429, "overloaded"),
         ({"refusal": EngineError("gone", code="driver_died")}, 503, "driver_died"),
-        ({"refusal": KeyError("a bug")}, 503, "internal_error"),
+        ({"refusal": KeyError("a bug")}, 500, "internal_error"),
         ({"fault_at": 0}, 503, "driver_died"),
     ],
 )

@@ -156,7 +156,7 @@ async def test_the_engine_is_told_the_id_of_the_client() -> None:
     assert [request.log_id for request in served.engine.requests] == ["job-7", "job-7"]
 
 
-async def test_a_bug_behind_the_guard_is_a_503_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_behind_the_guard_is_a_500_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
     served = Served()
 
     async def broken() -> None:
@@ -166,7 +166,8 @@ async def test_a_bug_behind_the_guard_is_a_503_without_a_traceback(caplog: pytes
     async with served.client() as client:
         response = await client.get("/broken")
 
-    assert response.status_code == 503
+    assert response.status_code == 500
+    assert "retry-after" not in response.headers
     assert response.json()["error"]["code"] == "internal_error"
     assert "secret" not in response.text
     assert "secret" in caplog.text
