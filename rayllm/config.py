@@ -271,6 +271,11 @@ class ServerConfig(_Config):
         (),
         description="Web origin whose pages may call this server (CORS), or *; repeatable. None: its own alone.",
     )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Name that clients call this server by, *.DOMAIN or * (any); repeatable. Checked only without an "
+        "API key, where IP addresses, localhost and --host are known.",
+    )
     http_proxy: HttpProxy = Field(
         "auto",
         description="What stands before the ingress: HAProxy (Linux) or Serve's proxy in Python. auto: HAProxy "
@@ -285,7 +290,7 @@ class ServerConfig(_Config):
     )
     shutdown_timeout_s: float = Field(30.0, ge=0, description="Seconds open requests get to finish at shutdown.")
 
-    @field_validator("api_key", "allowed_origins", mode="before")
+    @field_validator("api_key", "allowed_origins", "allowed_hosts", mode="before")
     @classmethod
     def _one_value_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

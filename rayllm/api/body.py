@@ -1,4 +1,8 @@
-"""The bytes of a body to a JSON object: strict JSON, one value a name, no endless nesting."""
+"""The bytes of a body to a JSON object: strict JSON, one value a name, no endless nesting, no more than is of use.
+
+The parser is one call into C, which keeps the whole process waiting. So what it would have to make is counted first:
+each step of that is a short pass over the bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,40 @@ from typing import Any
 from rayllm.errors import RequestError
 
 MAX_DEPTH = 128
+LARGE_BODY_BYTES = 64 * 1024
+"""Beyond it a body is large: parsed and checked beside the event loop (`api.apart`)."""
+MAX_CONTAINERS = 2**15
+MAX_NAMES = 40_000
+MAX_STRINGS = 2**17
+MAX_VALUES = 2**18
+"""Entries of lists and objects in all: token ids, mostly. A model with a longer context may have more."""
+_MIN_BODY_BYTES = 4 * 2**20
+_TOKEN_BYTES = 32
+"""What a token takes as JSON text, generously: on average 4 characters, of which some are escaped."""
+_SLICE_BYTES = 2**18
+_OVERLAP_BYTES = 16
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NO_JSON_NUMBER = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}")
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request. Raises `RequestError` (400) for everything else.
+def max_body_bytes(max_model_len: int, vocab_size: int) -> int:
+    """The largest body that a model of that context length and vocabulary can use: a context as text or as ids."""
+    id_bytes = len(str(vocab_size)) + 2
+    return max(_MIN_BODY_BYTES, 2**20 + max_model_len * max(_TOKEN_BYTES, id_bytes))
+
+
+def max_values(max_model_len: int) -> int:
+    """The most entries that such a body may hold."""
+    return max(MAX_VALUES, 2 * max_model_len)
+
+
+def parse_object(body: bytes, max_num_values: int = MAX_VALUES) -> dict[str, Any]:
+    """The JSON object of a request. Raises `RequestError` (400; 413 for one that holds too much) for everything else.
 
     Python's own parser, not the fastest: only it can see names that stand twice, and tell where NaN was.
     """
+    if len(body) > LARGE_BODY_BYTES:
+        _check_counts(body, max_num_values)
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -30,11 +59,48 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, got {type(value).__name__}", code="invalid_json")
-    check_text = _SURROGATE.search(body) is not None
-    if check_text or _NO_JSON_NUMBER.search(body) or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+    check_text = _is_in(_SURROGATE, body)
+    if check_text or body.count(b"[") + body.count(b"{") > MAX_DEPTH or _is_in(_NO_JSON_NUMBER, body):
         for name, field in value.items():
             _check_values(name, field, check_text)
     return value
+
+
+def _check_counts(body: bytes, max_num_values: int) -> None:
+    """Refuses what holds too many parts. Those in texts do not count; they are looked for only where it matters."""
+    if _fits(body, max_num_values):
+        return
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    _check_count("texts", plain.count(b'"') // 2, MAX_STRINGS)
+    outside = b"".join(plain.split(b'"')[::2])
+    _check_count("lists and objects", outside.count(b"[") + outside.count(b"{"), MAX_CONTAINERS)
+    _check_count("names", outside.count(b":"), MAX_NAMES)
+    _check_count("values", outside.count(b",") + 1, max_num_values)
+
+
+def _fits(body: bytes, max_num_values: int) -> bool:
+    """Whether there cannot be too many, wherever they stand."""
+    return (
+        body.count(b'"') <= 2 * MAX_STRINGS
+        and body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS
+        and body.count(b":") <= MAX_NAMES
+        and body.count(b",") < max_num_values
+    )
+
+
+def _check_count(what: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise RequestError(
+            f"the body holds {number} {what}, at most {limit} are read: send less in one request",
+            code="body_too_large",
+            status=413,
+        )
+
+
+def _is_in(pattern: re.Pattern[bytes], body: bytes) -> bool:
+    """`pattern.search`, in slices, between which other threads get their turn."""
+    starts = range(0, len(body), _SLICE_BYTES)
+    return any(pattern.search(body, start, start + _SLICE_BYTES + _OVERLAP_BYTES) is not None for start in starts)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
+from rayllm.api.apart import apart, apart_unless, is_large
 from rayllm.api.beam import with_beam_search
 from rayllm.api.chat_format import ChatFormat
 from rayllm.api.chat_messages import read_messages
@@ -36,7 +36,7 @@ _OWN_OPTIONS = frozenset({"self", "messages", "tools", "add_generation_prompt", 
 
 async def open_chat(fields: dict[str, Any], service: ModelService, client_key: str = "") -> ChatAnswer:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
-    body = read_body(fields, ChatBody)
+    body = await apart(read_body, fields, ChatBody)
     model = service.named(body.model)
     check_stream_options(body)
     chat = await prepare_chat(body, model, client_key, "chatcmpl-")
@@ -83,12 +83,11 @@ async def prepare_chat(
 ) -> PreparedChat:
     """The request of a chat, whichever endpoint it came to; rendered in a thread where that takes long.
     `default_max_tokens` holds where the body gives no number, as far as there is room."""
-    num_characters = _num_characters(body.messages, body.tools) + num_further_characters(body)
-    is_short = model.prepares_inline(num_characters, is_chat=True)
-    if is_short and body.chat_template is None:
-        chat = _prepare(body, model, client_key, id_prefix, default_max_tokens)
-    else:
-        chat = await asyncio.to_thread(_prepare, body, model, client_key, id_prefix, default_max_tokens)
+    is_short = not is_large() and body.chat_template is None
+    if is_short:
+        num_characters = _num_characters(body.messages, body.tools) + num_further_characters(body)
+        is_short = model.prepares_inline(num_characters, is_chat=True)
+    chat = await apart_unless(is_short, _prepare, body, model, client_key, id_prefix, default_max_tokens)
     field = "tools" if chat.calls_are_bound else structured_field(body)
     return replace(chat, request=await tried(chat.request, model, field))
 
@@ -117,6 +116,8 @@ def _prepare(
                 "tool_choice auto is off at this server (--no-enable-auto-tool-choice): ask for required or one tool",
                 param="tool_choice",
             )
+        contents = (message.get("content") for message in body.messages)
+        model.check_length(sum(len(content) for content in contents if isinstance(content, str)), "messages")
         text = _rendered(body, body.messages, form, plan)
         thinking = form.thinking_after(text)
         settled: dict[str, Any] = {"max_tokens": getattr(body, limit_name), "logprobs": _num_logprobs(body)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
+from rayllm.api.apart import apart, apart_unless
 from rayllm.api.beam import with_beam_search
 from rayllm.api.errors import shorten
 from rayllm.api.generation import Choice, Prompt
@@ -22,6 +24,8 @@ from rayllm.text.detokenizer import ChoiceText
 
 _DEFAULT_MAX_TOKENS = 16
 """OpenAI's, where the model has no default of its own."""
+_PROMPT_CHARACTERS = 256
+"""A prompt takes as long as so many characters, besides its own."""
 
 
 def default_max_tokens(config: ResolvedConfig) -> int:
@@ -31,17 +35,17 @@ def default_max_tokens(config: ResolvedConfig) -> int:
 
 async def open_completion(fields: dict[str, Any], service: ModelService, client_key: str = "") -> CompletionAnswer:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
-    body = read_body(fields, CompletionBody)
+    body = await apart(read_body, fields, CompletionBody)
     model = service.named(body.model)
     check_stream_options(body)
-    raw_prompts = _prompt_list(body.prompt)
-    num_characters = sum(len(prompt) for prompt in raw_prompts) + num_further_characters(body)
-    if model.prepares_inline(num_characters, is_chat=False):
-        prompts, requests = _prepare(body, raw_prompts, model, client_key)
-    else:
-        prompts, requests = await asyncio.to_thread(_prepare, body, raw_prompts, model, client_key)
-    requests = [await tried(request, model, structured_field(body)) for request in requests]
-    return CompletionAnswer(with_beam_search(model, body, requests[0].params), body, prompts, requests)
+    raw_prompts = await apart(_prompt_list, body.prompt)
+    num_characters = sum(_PROMPT_CHARACTERS + len(prompt) for prompt in raw_prompts) + num_further_characters(body)
+    is_short = model.prepares_inline(num_characters, is_chat=False)
+    prompts, requests = await apart_unless(is_short, _prepare, body, raw_prompts, model, client_key)
+    params = (await tried(requests[0], model, structured_field(body))).params  # which all of them share
+    if params is not requests[0].params:
+        requests = [msgspec.structs.replace(request, params=params) for request in requests]
+    return CompletionAnswer(with_beam_search(model, body, params), body, prompts, requests)
 
 
 def _prompt_list(prompt: Any) -> list[str | list[int]]:

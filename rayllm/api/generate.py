@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 
 from rayllm.api.answer import Answer, new_id
+from rayllm.api.apart import apart, apart_unless
 from rayllm.api.completions import default_max_tokens, read_prompt
 from rayllm.api.errors import answer_for, shorten
 from rayllm.api.generation import Prompt
@@ -42,20 +42,22 @@ async def open_generate_stream(fields: dict[str, Any], service: ModelService, cl
 
 
 async def _read(fields: dict[str, Any], service: ModelService, client_key: str) -> tuple[ServedModel, Prompt, Request]:
-    body = read_body(fields, GenerateBody)
+    body = await apart(read_body, fields, GenerateBody)
     model = service.named(body.model)
     for name in _NOT_SHOWN:
         if getattr(body, name):
             raise RequestError(f"{name} has no place in this answer: use /v1/completions", param=name)
     if not isinstance(body.prompt, (str, list)) or (not body.prompt and body.prompt != ""):
         raise RequestError(f"prompt must be text or token ids, got {shorten(body.prompt)}", param="prompt")
-    if isinstance(body.prompt, list) and not all(type(token_id) is int for token_id in body.prompt):
+    if isinstance(body.prompt, list) and not await apart(_are_ids, body.prompt):
         raise RequestError("prompt must be one text or the token ids of one", param="prompt")
-    if model.prepares_inline(len(body.prompt) + num_further_characters(body), is_chat=False):
-        prompt, request = _prepare(body, model, client_key)
-    else:
-        prompt, request = await asyncio.to_thread(_prepare, body, model, client_key)
+    is_short = model.prepares_inline(len(body.prompt) + num_further_characters(body), is_chat=False)
+    prompt, request = await apart_unless(is_short, _prepare, body, model, client_key)
     return model, prompt, await tried(request, model, structured_field(body))
+
+
+def _are_ids(prompt: list[Any]) -> bool:
+    return all(type(token_id) is int for token_id in prompt)
 
 
 def _prepare(body: GenerateBody, model: ServedModel, client_key: str) -> tuple[Prompt, Request]:

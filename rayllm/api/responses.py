@@ -10,6 +10,7 @@ from pydantic import AfterValidator, FiniteFloat, WithJsonSchema
 
 from rayllm.api import continuity
 from rayllm.api.answer import created_s
+from rayllm.api.apart import apart
 from rayllm.api.chat import PreparedChat, prepare_chat
 from rayllm.api.errors import shorten
 from rayllm.api.protocol import (
@@ -181,18 +182,18 @@ async def open_response(
     fields: dict[str, Any], service: ModelService, store: ResponseStore, client_key: str = ""
 ) -> OpenedResponse:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
-    body = read_body(fields, ResponsesBody)
+    body = await apart(read_body, fields, ResponsesBody)
     model = service.named(body.model)
     _check(body)
-    items = _with_references(body.input, store, client_key)
+    items = await apart(_with_references, body.input, store, client_key)
     continued = continuity.current()
     if continued is not None and continued.adopted is not None:
-        context = read_input(items)  # all of it was written down
+        context = await apart(read_input, items)  # all of it was written down
     else:
-        context = [*_previous_items(body, store, client_key), *read_input(items)]
+        context = [*_previous_items(body, store, client_key), *await apart(read_input, items)]
         if continued is not None:
             continued.fields = {**fields, "input": context}
-    tools = read_tools(body.tools or ())
+    tools = await apart(read_tools, body.tools or ())
     with named_as(_PARAMS):
         chat = await _prepare(body, context, tools, model, client_key)
     response = _new_response(chat.request.request_id, model, body, tools)
@@ -281,7 +282,8 @@ async def _prepare(
     """The request. With truncation=auto, as many of the oldest turns are left out as do not fit."""
 
     async def prepared(items: list[dict[str, Any]]) -> PreparedChat:
-        return await prepare_chat(_chat_body(body, items, tools, model), model, client_key, "resp_")
+        chat = await apart(_chat_body, body, items, tools, model)
+        return await prepare_chat(chat, model, client_key, "resp_")
 
     try:
         return await prepared(context)

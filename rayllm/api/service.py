@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from rayllm.api.body import max_body_bytes, max_values
 from rayllm.api.chat_format import ChatFormat
 from rayllm.api.engine import EngineClient
 from rayllm.api.errors import NotReadyError, shorten
@@ -55,14 +57,18 @@ class TextModel:
     def tokenize(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a prompt, marked or not. A text that no tokenizing could make fit is refused before it is
         tokenized."""
+        self.check_length(len(text), param)
+        return self.tokenizer.encode_marked(text, add_special_tokens=add_special_tokens)
+
+    def check_length(self, num_characters: int, param: str) -> None:
+        """Refuses a prompt of so many characters that no tokenizing could make it fit."""
         limit = self.config.max_model_len * max(self.tokenizer.longest_token, _MIN_TOKEN_CHARACTERS)
-        if len(text) > limit:
+        if num_characters > limit:
             raise ContextLengthError(
                 f"This model's maximum context length is {self.config.max_model_len} tokens. The prompt has "
-                f"{len(text)} characters, and no {limit} fit: shorten it",
+                f"{num_characters} characters, and no {limit} fit: shorten it",
                 param=param,
             )
-        return self.tokenizer.encode_marked(text, add_special_tokens=add_special_tokens)
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,18 @@ class ModelService:
     def note_answer(self, handler: str, method: str, status: int) -> None:
         if self._metrics is not None:
             self._metrics.answered(handler, method, status)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body that the model can use; where there is none yet, any."""
+        if self._model is None:
+            return sys.maxsize
+        return max_body_bytes(self._model.config.max_model_len, self._model.vocab_size)
+
+    @property
+    def max_values(self) -> int:
+        """The most entries that a body may hold."""
+        return max_values(0 if self._model is None else self._model.config.max_model_len)
 
     @property
     def stage(self) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from rayllm.api.apart import apart
 from rayllm.api.chat import render
+from rayllm.api.errors import shorten
 from rayllm.api.protocol import DetokenizeBody, TokenizeBody, read_body
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.errors import RequestError
@@ -13,7 +15,7 @@ from rayllm.errors import RequestError
 
 async def tokenize(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
     """Ids of a prompt, or of messages as a chat would be sent to the model."""
-    body = read_body(fields, TokenizeBody)
+    body = await apart(read_body, fields, TokenizeBody)
     model = service.named(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give prompt or messages, one of them", param="prompt")
@@ -25,7 +27,7 @@ async def tokenize(fields: dict[str, Any], service: ModelService) -> dict[str, A
         "token_strs": None,
     }
     if body.return_token_strs:
-        answer["token_strs"] = [model.tokenizer.piece(token_id) for token_id in token_ids]
+        answer["token_strs"] = await asyncio.to_thread(lambda: list(map(model.tokenizer.piece, token_ids)))
     return answer
 
 
@@ -39,10 +41,16 @@ def _tokenize(body: TokenizeBody, model: ServedModel) -> list[int]:
 
 async def detokenize(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
     """The text of ids, special tokens too."""
-    body = read_body(fields, DetokenizeBody)
+    body = await apart(read_body, fields, DetokenizeBody)
     model = service.named(body.model)
     model.tokenizer.require_text("/detokenize", "tokens")
-    for token_id in body.tokens:
+    return {"prompt": await asyncio.to_thread(_detokenize, body.tokens, model)}
+
+
+def _detokenize(token_ids: list[int], model: ServedModel) -> str:
+    for token_id in token_ids:
         if not 0 <= token_id < model.vocab_size:
-            raise RequestError(f"tokens: {token_id} is outside the vocabulary of {model.vocab_size}", param="tokens")
-    return {"prompt": await asyncio.to_thread(model.tokenizer.decode, body.tokens, False)}
+            raise RequestError(
+                f"tokens: {shorten(token_id)} is outside the vocabulary of {model.vocab_size}", param="tokens"
+            )
+    return model.tokenizer.decode(token_ids, False)

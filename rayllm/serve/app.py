@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,6 +30,7 @@ from rayllm.serve import (
     routes_pooling,
     routes_responses,
 )
+from rayllm.serve.browser_guard import BrowserGuard, Cors
 from rayllm.serve.endpoints import Endpoints
 from rayllm.serve.http_answers import READ_TIMEOUT_S, error_response, json_response
 from rayllm.serve.http_guard import Guard
@@ -39,6 +39,7 @@ from rayllm.serve.routes_faults import KillWorker
 from rayllm.serve.routes_pages import Describe, add_page_routes
 
 MAX_BODY_BYTES = 32 * 2**20
+"""Whatever the model."""
 
 
 def create_app(
@@ -52,11 +53,13 @@ def create_app(
     tracer: Tracer | None = None,
     sends_request_id: bool = True,
     allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] | None = None,
 ) -> FastAPI:
     """The application in front of a service. With `api_keys`, all but `/health`, `/ready`, `/ping` and the files of
     the pages ask for one. `describe` says what runs where, for the dashboard; `kill_worker` turns fault injection on;
     `sends_request_id=False`, that what stands before the application sends `x-request-id` by itself.
-    Pages of `allowed_origins` may call it from a browser.
+    Pages of `allowed_origins` may call it from a browser. Without `api_keys` no others may, and `allowed_hosts` are
+    the names that it is called by, besides addresses and localhost (None: any).
     """
     app = FastAPI(
         title="RayLLM",
@@ -66,22 +69,18 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
     )
+    allowed_origins = [origin.lower().rstrip("/") for origin in allowed_origins]
     app.add_middleware(
         Guard,
         api_keys=tuple(api_keys),
-        max_body_bytes=max_body_bytes,
+        max_body_bytes=lambda: min(max_body_bytes, service.max_body_bytes),
         sends_request_id=sends_request_id,
         on_answer=service.note_answer,
         tracer=tracer,
+        browsers=BrowserGuard(allowed_hosts, allowed_origins),
     )
     if allowed_origins:  # outermost: a browser asks whether it may without any key
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(allowed_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
+        app.add_middleware(Cors, allow_origins=allowed_origins)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _http_error)
     endpoints = Endpoints(service, max_body_bytes, read_timeout_s)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -16,12 +17,12 @@ from rayllm.api.errors import answer_for, shaped, shorten
 from rayllm.api.resume import LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream, HeldStreams
 from rayllm.api.service import ModelService
 from rayllm.errors import RayLLMError, RequestError
+from rayllm.serve.body_reader import UNREAD, BodyReader
 from rayllm.serve.http_answers import (
     ClientGoneError,
     EventStream,
     error_response,
     json_response,
-    read_object,
     unless_gone,
 )
 
@@ -44,13 +45,15 @@ class Endpoints:
         self.service = service
         self.held = HeldStreams()
         self.read_timeout_s = read_timeout_s
-        self._max_body_bytes = max_body_bytes
+        self._bodies = BodyReader(service, max_body_bytes)
 
-    async def read(self, request: Request) -> dict[str, Any]:
-        """The object of the body, with what headers say in its place."""
-        fields = await read_object(request, self._max_body_bytes)
-        _read_timeout(request, fields)
-        return fields
+    @contextlib.asynccontextmanager
+    async def body(self, request: Request, fields: dict[str, Any] | None = None) -> AsyncIterator[dict[str, Any]]:
+        """The object of the body, with what headers say in its place, for the block that opens its answer. `fields`:
+        the same, where it was read before."""
+        async with self._bodies.opened(request, fields) as fields:
+            _read_timeout(request, fields)
+            yield fields
 
     async def generate(
         self,
@@ -66,10 +69,10 @@ class Endpoints:
         try:
             if LAST_EVENT_HEADER in request.headers:
                 return await self._resume(request, open_answer)
-            fields = await self.read(request) if fields is None else fields
-            streams = always_streams or bool(fields.get("stream"))
-            with continuity.opened_with(continuity_of(request, fields) if streams else None):
-                found = await open_answer(fields, self.service, client_key)
+            async with self.body(request, fields) as fields:
+                streams = always_streams or bool(fields.get("stream"))
+                with continuity.opened_with(continuity_of(request, fields) if streams else None):
+                    found = await open_answer(fields, self.service, client_key)
         except Exception as error:
             return self.refuse(request, error)
         return await (self.stream(request, found) if streams else self.whole(request, found))
@@ -144,9 +147,8 @@ class Endpoints:
     async def plain(self, request: Request, work: PlainWork, fields: dict[str, Any] | None = None) -> Response:
         """An answer that takes no generating. `fields`: the body, where it is read already."""
         try:
-            if fields is None:
-                fields = await read_object(request, self._max_body_bytes)
-            return json_response(await work(fields, self.service))
+            async with self.body(request, fields) as fields:
+                return json_response(await work(fields, self.service))
         except Exception as error:
             return self.refuse(request, error)
 
@@ -184,7 +186,7 @@ class Endpoints:
         refused = answer_for(error)
         if self.service.metrics is not None:
             self.service.metrics.request_refused(refused.code)
-        body_unread = isinstance(error, RequestError) and error.code in ("body_timeout", "body_too_large")
+        body_unread = isinstance(error, RequestError) and error.code in UNREAD
         return error_response(shaped(refused, request.scope["path"]), close=body_unread)
 
 

@@ -1,4 +1,4 @@
-"""Bodies in, answers out: JSON, event streams, and noticing at once that a client is gone."""
+"""Answers out: JSON, event streams, and noticing at once that a client is gone."""
 
 from __future__ import annotations
 
@@ -8,21 +8,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-import anyio
 import orjson
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from rayllm.api.body import parse_object
 from rayllm.api.errors import ErrorAnswer
-from rayllm.errors import RequestError
 
 _LOG = logging.getLogger("rayllm.serve")
-BODY_TIMEOUT_S = 60.0
-FIRST_CHUNK_TIMEOUT_S = 4.0
-"""For a body of untold length to begin. HAProxy waits for the end of a chunk's first line, however long that is: what
-it has of such a line it neither passes on nor refuses."""
 READ_TIMEOUT_S = 60.0
 _T = TypeVar("_T")
 
@@ -41,48 +33,6 @@ def error_response(error: ErrorAnswer, *, close: bool = False) -> Response:
     if error.status == 401:
         headers = {**headers, "www-authenticate": "Bearer"}
     return json_response(error.body, error.status, headers)
-
-
-async def read_object(request: Request, max_body_bytes: int) -> dict[str, Any]:
-    """The JSON object of a body. Raises `RequestError` where it is too large, too slow or not one."""
-    is_chunked = "transfer-encoding" in request.headers
-    try:
-        with anyio.fail_after(BODY_TIMEOUT_S):
-            first = await _first_chunk(request.receive) if is_chunked else await request.receive()
-            body = await _read_bytes(request.receive, first, max_body_bytes)
-    except TimeoutError:
-        raise RequestError(
-            f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="body_timeout", status=408
-        ) from None
-    return parse_object(body)
-
-
-async def _first_chunk(receive: Receive) -> Message:
-    try:
-        with anyio.fail_after(FIRST_CHUNK_TIMEOUT_S):
-            return await receive()
-    except TimeoutError:
-        raise RequestError(
-            f"no chunk of the body came within {FIRST_CHUNK_TIMEOUT_S:g} s of the headers: send the first at once, "
-            "and no long chunk extensions",
-            code="body_timeout",
-        ) from None
-
-
-async def _read_bytes(receive: Receive, message: Message, max_body_bytes: int) -> bytes:
-    """The body that begins with `message`."""
-    chunks, num_bytes = [], 0
-    while True:
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        chunk = message.get("body", b"")
-        num_bytes += len(chunk)
-        if num_bytes > max_body_bytes:
-            raise RequestError(f"the body is larger than {max_body_bytes} bytes", code="body_too_large", status=413)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-        message = await receive()
 
 
 async def _gone(receive: Receive) -> None:

@@ -18,6 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rayllm.api.errors import ErrorAnswer, answer, answer_for, shaped
 from rayllm.observability.request_context import RequestContext, current_request
 from rayllm.observability.trace import RequestSpan, Tracer
+from rayllm.serve.body_reader import too_large
+from rayllm.serve.browser_guard import BrowserGuard
 from rayllm.serve.http_answers import error_response
 from rayllm.serve.routes_pages import PAGE_PATHS
 
@@ -35,19 +37,22 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"
 
 
 class Guard:
-    """Wraps an ASGI application. `sends_request_id=False` where what stands before it, such as Serve, sends the id."""
+    """Wraps an ASGI application. `sends_request_id=False` where what stands before it, such as Serve, sends the id.
+    `browsers` says which pages may ask; keys make it needless. `max_body_bytes` is asked at each request."""
 
     def __init__(
         self,
         app: ASGIApp,
         *,
         api_keys: Sequence[str] = (),
-        max_body_bytes: int,
+        max_body_bytes: Callable[[], int],
         sends_request_id: bool = True,
         on_answer: AnswerListener = lambda handler, method, status: None,
         tracer: Tracer | None = None,
+        browsers: BrowserGuard | None = None,
     ):
         self._app = app
+        self._browsers = None if api_keys else browsers
         self._on_answer = on_answer
         self._tracer = tracer
         self._key_digests = [_digest(key.encode()) for key in api_keys]
@@ -110,6 +115,8 @@ class Guard:
         path = scope["path"]
         if not path.startswith("/") or scope.get("http_version") == "0.9":
             return answer(400, "not a request of HTTP/1", code="invalid_request_line")
+        if self._browsers is not None and (refused := self._browsers.refusal(scope, headers)) is not None:
+            return refused
         root = scope.get("root_path") or ""
         if self._key_digests and path.removeprefix(root) not in OPEN_PATHS and not self._has_key(headers):
             return answer(401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
@@ -130,9 +137,11 @@ class Guard:
         return any(matches)
 
     def _too_large(self, headers: Iterable[tuple[bytes, bytes]]) -> ErrorAnswer | None:
+        limit = self._max_body_bytes()
         for name, value in headers:
-            if name == b"content-length" and (not value.isdigit() or int(value[:20]) > self._max_body_bytes):
-                return answer(413, f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")
+            if name == b"content-length" and (not value.isdigit() or int(value[:20]) > limit):
+                size = int(value[:20]) if value.isdigit() and len(value) <= 20 else None
+                return answer_for(too_large(size, limit))
         return None
 
 

@@ -106,6 +106,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         tracer=tracer,
         sends_request_id=False,  # Serve does
         allowed_origins=server.allowed_origins,
+        allowed_hosts=(*server.allowed_hosts, server.host),
     )
 
     @contextlib.asynccontextmanager

@@ -35,8 +35,8 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
         if LAST_EVENT_HEADER in request.headers:
             return await endpoints.generate(request, open_answer)
         try:
-            fields = await endpoints.read(request)
-            work = _PLAIN.get(endpoint_of(fields))
+            async with endpoints.body(request) as fields:
+                work = _PLAIN.get(endpoint_of(fields))
         except Exception as error:
             return endpoints.refuse(request, error)
         if work is not None:

@@ -67,17 +67,17 @@ class _Responses:
             if LAST_EVENT_HEADER in request.headers:
                 name = EventName.parse(request.headers[LAST_EVENT_HEADER])
                 return EventStream(await self._events(name, client_key), nothing, endpoints.read_timeout_s)
-            fields = await endpoints.read(request)
-            previous = fields.get("previous_response_id")
-            if isinstance(previous, str) and await self._bring(client_key, previous):
-                await self._ended(client_key, previous)
-            streams, background = bool(fields.get("stream")), fields.get("background") is True
-            if background:
-                outlives: Continuity | None = Continuity(_PATH, fields, in_background=True)
-            else:
-                outlives = continuity_of(request, fields) if streams else None
-            with continuity.opened_with(outlives):
-                opened = await responses.open_response(fields, endpoints.service, self.store, client_key)
+            async with endpoints.body(request) as fields:
+                previous = fields.get("previous_response_id")
+                if isinstance(previous, str) and await self._bring(client_key, previous):
+                    await self._ended(client_key, previous)
+                streams, background = bool(fields.get("stream")), fields.get("background") is True
+                if background:
+                    outlives: Continuity | None = Continuity(_PATH, fields, in_background=True)
+                else:
+                    outlives = continuity_of(request, fields) if streams else None
+                with continuity.opened_with(outlives):
+                    opened = await responses.open_response(fields, endpoints.service, self.store, client_key)
         except Exception as error:
             return endpoints.refuse(request, error)
         if not opened.background:

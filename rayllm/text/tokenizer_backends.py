@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from rayllm.errors import RequestError
 
+_LONG_TEXT = 8192
+"""Characters, or ids."""
+
 
 class Backend(Protocol):
     """What differs between a `tokenizers` pipeline and a tokenizer written in Python."""
@@ -37,7 +40,7 @@ class Pipeline(Backend):
         self.is_byte_level = decoder is not None and '"ByteLevel"' in decoder.__getstate__().decode()
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._pipeline.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = _encoding(self._pipeline, text, add_special_tokens).ids
         return ids
 
     def encode_as_text(self, text: str) -> list[int]:
@@ -45,10 +48,12 @@ class Pipeline(Backend):
             blind = type(self._pipeline).from_str(self._pipeline.to_str())
             blind.encode_special_tokens = True
             self._blind_pipeline = blind
-        ids: list[int] = self._blind_pipeline.encode(text, add_special_tokens=False).ids
+        ids: list[int] = _encoding(self._blind_pipeline, text, False).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        if len(ids) > _LONG_TEXT:
+            return str(self._pipeline.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
         text: str = self._pipeline.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
@@ -59,6 +64,14 @@ class Pipeline(Backend):
     def vocab(self) -> dict[str, int]:
         vocab: dict[str, int] = self._pipeline.get_vocab(with_added_tokens=True)
         return vocab
+
+
+def _encoding(pipeline: Any, text: str, add_special_tokens: bool) -> Any:
+    """A long text is a batch of one: only for batches does the library release the interpreter's lock, without which a
+    megabyte keeps every other thread waiting for a second and more."""
+    if len(text) > _LONG_TEXT:
+        return pipeline.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+    return pipeline.encode(text, add_special_tokens=add_special_tokens)
 
 
 class PythonTokenizer(Backend):

@@ -9,6 +9,7 @@ from rayllm.config import EngineConfig, ServerConfig, parse_settings, read_setti
 from rayllm.errors import ConfigError
 
 FLAGS = [
+    "--allowed-hosts",
     "--allowed-origins",
     "--api-key",
     "--block-size",

@@ -269,7 +269,7 @@ async def test_a_fault_while_the_whole_is_awaited_is_a_503() -> None:
 
 
 async def test_a_body_that_does_not_come_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayllm.serve.http_answers.BODY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("rayllm.serve.body_reader.BODY_TIMEOUT_S", 0.01)
 
     async def never_ends() -> Any:
         yield b"{"
@@ -283,7 +283,7 @@ async def test_a_body_that_does_not_come_is_a_408(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_a_body_of_untold_length_begins_at_once_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayllm.serve.http_answers.FIRST_CHUNK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("rayllm.serve.body_reader.FIRST_CHUNK_TIMEOUT_S", 0.05)
     text = json.dumps(completion(max_tokens=1)).encode()
 
     async def begins(first_s: float, second_s: float) -> Any:
