@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from rayllm.api import continuity
+from rayllm.api.apart import apart_unless
 from rayllm.api.generation import Choice, Generation, Parsing
 from rayllm.api.protocol import GenerationBody
 from rayllm.api.request_metrics import request_metrics
@@ -67,7 +68,7 @@ class Answer(ABC):
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         await self.generation.finished()
-        return self._whole()
+        return await apart_unless(not self.generation.is_long, self._whole)
 
     @abstractmethod
     def stream(self) -> AsyncIterator[bytes]:
@@ -112,15 +113,20 @@ class ChunkedAnswer(Answer):
     async def events(self) -> AsyncIterator[bytes]:
         """The chunks, one piece of bytes for each step of the engine."""
         writer = ChunkWriter({**self._head, "object": self.chunk_object})
+        is_first = True  # which may hold the prompt
         async for news in self.generation.batches():
-            chunks = [
-                writer.chunk(entry, self._chunk_fields(choice, entry))
-                for choice, text in news
-                for entry in self._entries(choice, text)
-            ]
-            yield b"".join(chunks)
+            is_short = not is_first or not self.generation.is_long
+            is_first = False
+            yield await apart_unless(is_short, self._chunks, writer, news)
         if self._includes_usage:
             yield writer.chunk(None, self._closing_fields())
+
+    def _chunks(self, writer: ChunkWriter, news: Sequence[tuple[Choice, str]]) -> bytes:
+        return b"".join(
+            writer.chunk(entry, self._chunk_fields(choice, entry))
+            for choice, text in news
+            for entry in self._entries(choice, text)
+        )
 
     def _chunk_fields(self, choice: Choice, entry: dict[str, Any]) -> dict[str, Any] | None:
         """Fields beside `choices`."""

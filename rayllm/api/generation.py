@@ -23,6 +23,9 @@ from rayllm.request import Request, unpack_ids
 from rayllm.text.detokenizer import ChoiceText
 from rayllm.text.tokenizer import Tokenizer
 
+_TURN_S = 0.01
+"""How long an answer whose deltas wait already takes them before others get a turn."""
+_NUM_SHORT = 1024
 _Arrival = tuple[int, list[TokenDelta]] | Exception | None
 """A stream's number and deltas; what it raised; or its end."""
 
@@ -218,6 +221,13 @@ class Generation:
     def num_reasoning_tokens(self) -> int:
         return sum(choice.num_reasoning_tokens for choice in self.choices)
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it takes long to write all of it down: many choices, a long prompt, many log-probabilities."""
+        num_scored = sum(len(choice.logprobs) for choice in self.choices)
+        num_scored += sum(len(scored) for scored in self.prompt_logprobs if scored is not None)
+        return len(self.choices) + num_scored > _NUM_SHORT or self.num_prompt_tokens > 8 * _NUM_SHORT
+
     async def start(self) -> None:
         """Waits for the engine's first word, so that a refusal can still be an HTTP status."""
         self._first = await self._next()
@@ -240,6 +250,7 @@ class Generation:
         if self._first is None:
             await self.start()
         batch = self._first
+        turn_began_s = time.perf_counter()
         while batch is not None:
             prompt_index, deltas = batch
             parts = [[one] for delta in deltas for one in single_tokens(delta)] if self._goes_by_tokens else [deltas]
@@ -251,6 +262,9 @@ class Generation:
                     yield list(news.items())
                 if not self._num_unfinished:
                     return
+            if time.perf_counter() - turn_began_s > _TURN_S:
+                await asyncio.sleep(0)
+                turn_began_s = time.perf_counter()
             batch = await self._next()
         raise EngineError("the engine's stream ended before the answer did", code="engine_stream_ended")
 
