@@ -1,14 +1,15 @@
-"""Answers on a server's port from its first moment on, until Serve's own proxy can: 503 with the stage, as JSON or, to
-a browser that opens a page, as a page that asks again by itself.
+"""Answers on a server's port while Serve's own proxy cannot: 503 with the stage, as JSON or, to a browser that opens a
+page, as a page that asks again by itself. That is from the first moment until there is an ingress, and whenever the
+proxy has ended and its successor does not listen yet.
 
 Both listen on the port at once (SO_REUSEPORT). A program in the kernel, one instruction long, sends every new
-connection to the first listener, which is this one, and at the handover to the second: no connection is refused and
-none meets a proxy that has no application yet. Linux; elsewhere the port opens when the proxy does.
+connection to the first listener, which is this one, and from the handover on to the second: no connection is refused
+and none meets a proxy that has no application yet. Where there is no second listener, the kernel takes any, which is
+this one. Linux; elsewhere the port opens when the proxy does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import html
 import json
@@ -17,7 +18,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from rayllm.api.errors import envelope
@@ -27,10 +27,9 @@ logger = logging.getLogger(__name__)
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _BPF_RETURN = 0x06
 _FIRST, _SECOND = 0, 1
-_LAST_CALLERS_S = 0.1
-"""How long connections that came before the handover are still answered."""
 _READ_TIMEOUT_S = 10.0
 _RETRY_S = 1
+_MAX_READ_BYTES = 2**20
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -45,7 +44,7 @@ _PAGE = """<!doctype html>
 
 
 class EarlyPort:
-    """Listens on `host`:`port` until `hand_over` or `close`; `stage` is what it says."""
+    """Listens on `host`:`port` until `close`; `stage` is what it says."""
 
     def __init__(self, host: str, port: int):
         self.stage = "starting"
@@ -69,13 +68,14 @@ class EarlyPort:
             return None
 
     def hand_over(self) -> None:
-        """From now on new connections go to the other listener, also when that is the only one."""
+        """From now on new connections go to the other listener, and come here only while there is none."""
         if self._closed:
             return
-        with contextlib.suppress(OSError):
+        try:
             _steer(self._server.socket, _SECOND)
-            time.sleep(_LAST_CALLERS_S)
-        self.close()
+        except OSError:
+            self.close()
+        self.stage = "restarting the proxy"
 
     def close(self) -> None:
         """May be called again."""
@@ -120,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def answer(self) -> None:
+        self._read_body()
         stage = self.server.early.stage
         if self.command in ("GET", "HEAD") and "text/html" in self.headers.get("accept", ""):
             content = _PAGE.format(stage=html.escape(stage)).encode()
@@ -139,6 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def _read_body(self) -> None:
+        """A short body, so that the connection is not reset over what was not read before the answer is."""
+        length = self.headers.get("content-length", "")
+        if length.isdigit() and len(length) < 10:
+            self.rfile.read(min(int(length), _MAX_READ_BYTES))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 

@@ -28,6 +28,7 @@ _MESSAGES = {
     404: ("there is nothing at this path", "path_not_found"),
     408: ("the request did not arrive in time", "request_timeout"),
     413: ("the body is too large", "body_too_large"),
+    431: ("the headers are too long", "headers_too_large"),
     500: ("the proxy failed", "proxy_error"),
     502: ("the process that had the request ended: send it again", "ingress_lost"),
     503: ("no process is there to take the request: the server starts, or stops", "not_ready"),
@@ -38,6 +39,7 @@ _REASONS = {
     404: "Not Found",
     408: "Request Timeout",
     413: "Content Too Large",
+    431: "Request Header Fields Too Large",
     503: "Service Unavailable",
 }
 
@@ -99,7 +101,7 @@ def _write_command(folder: Path, binary: str) -> Path:
 
 
 def _write_pages(folder: Path) -> None:
-    for status in haproxy_config.PAGES:
+    for status in (*haproxy_config.PAGES, 431):
         message, code = _MESSAGES[status]
         answered = status if status < 500 else 503  # the one status that says: not your fault, come back
         stage = {"stage": "starting the ingress"} if status == 503 else {}

@@ -1,3 +1,4 @@
+import contextlib
 import http.server
 import json
 import socket
@@ -37,8 +38,8 @@ def early(port: int) -> Iterator[EarlyPort]:
     opened.close()
 
 
-@pytest.fixture
-def late(early: EarlyPort, port: int) -> Iterator[None]:
+@contextlib.contextmanager
+def second_listener(port: int) -> Iterator[None]:
     """Another listener on the same port, as Serve's proxy is one."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), _Late, bind_and_activate=False)
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -50,6 +51,12 @@ def late(early: EarlyPort, port: int) -> Iterator[None]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def late(early: EarlyPort, port: int) -> Iterator[None]:
+    with second_listener(port):
+        yield
 
 
 def ask(port: int, path: str = "/health", body: bytes | None = None) -> tuple[int, bytes]:
@@ -103,6 +110,16 @@ def test_the_handover_refuses_no_connection(early: EarlyPort, late: None, port: 
         thread.join()
     assert set(answers) == {200, 503}
     assert {ask(port)[0] for _ in range(20)} == {200}
+
+
+def test_while_the_second_listener_is_gone_every_request_is_a_503(early: EarlyPort, port: int) -> None:
+    for _ in range(3):
+        with second_listener(port):
+            early.hand_over()
+            assert {ask(port)[0] for _ in range(10)} == {200}
+        status, content = ask(port, "/v1/completions", b"{}" * 10_000)
+        assert (status, json.loads(content)["stage"]) == (503, "restarting the proxy")
+        assert {ask(port)[0] for _ in range(10)} == {503}
 
 
 def test_a_port_that_another_has_taken_stays_theirs(port: int) -> None:
