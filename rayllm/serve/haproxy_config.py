@@ -90,10 +90,8 @@ def _body(title: str, lines: list[str], pages: str, has_app: bool) -> list[str]:
         lines = [line for line in lines if line != "routes" and not line.startswith("healthcheck")]
         at = max((i for i, line in enumerate(lines) if line.startswith("acl ")), default=-1) + 1
         lines[at:at] = closed
-        at = next(
-            (i for i, line in enumerate(lines) if line.startswith(("use_backend ", "default_backend "))), len(lines)
-        )
-        lines.insert(at, "use_backend refused_request if { var(txn.refused) -m found }")
+        choices = [i for i, line in enumerate(lines) if line.startswith(("use_backend ", "default_backend "))]
+        lines.insert(min(choices, default=len(lines)), "use_backend refused_request if { var(txn.refused) -m found }")
     elif title.startswith("backend "):
         added.append("errorfile 400 /dev/null")  # the client has closed its side: there is nobody to answer
     first = 0

@@ -39,6 +39,7 @@ def serves_config(tmp_path_factory: pytest.TempPathFactory) -> str:
         server_state_file=str(folder / "state"),
         is_head=True,
         has_received_routes=True,
+        bufsize=48 * 1024,
     )
     api = HAProxyApi(cfg=config, config_file_path=str(folder / "haproxy.cfg"))
     replica = ServerConfig(name="replica", host="127.0.0.1", port=30000)
@@ -71,7 +72,8 @@ def test_serves_own_paths_are_closed_and_ids_of_any_length_dropped(serves_config
     assert "http-request del-header x-request-id unless" in frontend
     assert "status 400" in config.partition("backend default_backend")[2]
     assert "errorfile 400 /dev/null" in config.partition("backend http-app")[2]  # whoever closes one half hears nothing
-    without_app = "frontend http_frontend\n    bind x:1\n    # static use_backend selection below\nbackend default_backend\n    http-request return status 404\n"
+    frontend = "frontend http_frontend\n    bind x:1\n    # static use_backend selection below\n"
+    without_app = f"{frontend}backend default_backend\n    http-request return status 404\n"
     assert "status 503" in haproxy.haproxy_config.mended(without_app, "/pages")
     assert "status 503" not in config
 
@@ -92,6 +94,8 @@ def test_what_haproxy_says_by_itself_is_in_the_envelope(tmp_path: Path) -> None:
 
 class _Ingress(http.server.BaseHTTPRequestHandler):
     """Says which request it was sent."""
+
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         body = f"{self.command} {self.path}".encode()
@@ -115,9 +119,8 @@ def _running(serves_config: str, folder: Path, replica_port: int | None) -> Iter
     config = re.sub(r"stats socket \S+", f"stats socket {folder}/admin.sock", config)
     config = config.replace("127.0.0.1:30000 check", f"127.0.0.1:{replica_port}")
     if replica_port is None:
-        config = re.sub(
-            r"^ +(use_backend|acl is_|acl backend_|http-request set-var).*$", "", config, flags=re.MULTILINE
-        )
+        of_app = r"^ +(use_backend|acl is_|acl backend_|http-request set-var).*$"
+        config = re.sub(of_app, "", config, flags=re.MULTILINE)
         config = re.sub(r"^ +http-request return.*if healthcheck backend_.*$", "", config, flags=re.MULTILINE)
         config = config.partition("\nbackend http-app")[0] + "\n"
     path = folder / "haproxy.cfg"
