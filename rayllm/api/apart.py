@@ -11,6 +11,9 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import gc
+import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -30,6 +33,15 @@ _threads = ThreadPoolExecutor(MAX_LARGE_AT_ONCE, "large-request")
 def is_large() -> bool:
     """Whether the request that is being opened is large."""
     return _is_large.get()
+
+
+def share_interpreter() -> None:
+    """Sets this process up so that its event loop is kept waiting by nothing for long: neither by threads nor by the
+    collection of garbage, which from now on leaves out what is there already (libraries, the tokenizer)."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a batch of one text needs no threads of its own
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager

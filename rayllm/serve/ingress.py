@@ -15,6 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
+from rayllm.api import apart
 from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
 from rayllm.engine.client import EngineConnection, connect_by_name
@@ -116,6 +117,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         )
         if grammars is not None:
             grammars.warm_up()
+        apart.share_interpreter()
         try:
             yield
         finally:

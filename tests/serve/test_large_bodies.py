@@ -1,0 +1,231 @@
+"""Large and heavy requests: refused by size, few at a time, and none keeps the event loop for long."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from serve.served import Served, tokenizer
+
+from rayllm.api.apart import SWITCH_INTERVAL_S
+from rayllm.api.body import MAX_CONTAINERS, MAX_NAMES, MAX_STRINGS, MAX_VALUES, max_body_bytes
+from rayllm.serve import body_reader
+
+LONGEST_TURN_S = 0.15
+"""Of CPU time, of all threads together, between two turns of a task that only waits. What the loop may be kept waiting
+is 0.05 s of an idle machine's time; what this process computes meanwhile, and caches that others use, come on top."""
+_BYTES = 2_000_000
+_LIMIT = max_body_bytes(128, 288)
+_HEAD = b'{"model":"tiny","prompt":"hi","x":'
+
+
+@pytest.fixture(autouse=True)
+def shared_interpreter() -> Iterator[None]:
+    """As an ingress sets itself up."""
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    sys.setswitchinterval(interval_s)
+
+
+async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 2**16):
+        yield body[start : start + 2**16]
+        await asyncio.sleep(0)
+
+
+async def post(client: httpx.AsyncClient, route: str, body: bytes) -> httpx.Response:
+    return await client.post(route, content=in_pieces(body), headers={"content-type": "application/json"})
+
+
+async def longest_turn_s(work: asyncio.Task[Any]) -> float:
+    """The longest that another task did not get its turn while this process was computing."""
+    longest_s = 0.0
+    while not work.done():
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        await asyncio.sleep(0.001)
+        longest_s = max(longest_s, min(time.perf_counter() - began_s, time.process_time() - began_cpu_s))
+    return longest_s
+
+
+def _filled(unit: bytes) -> bytes:
+    return unit * (_BYTES // len(unit))
+
+
+def _json(**fields: Any) -> bytes:
+    return json.dumps({"model": "tiny", **fields}).encode()
+
+
+_MESSAGE = {"role": "user", "content": "hi"}
+_PARTS = {"role": "user", "content": [{"type": "text", "text": "x" * 60}]}
+_ITEM = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+_PARAMETERS = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(100)}}
+_TOOLS = [
+    {"type": "function", "function": {"name": f"f{i}", "parameters": _PARAMETERS, "strict": True}} for i in range(100)
+]
+_NAMES = [str(i) for i in range(MAX_NAMES - 16)]
+HEAVY: dict[str, tuple[str, bytes, int]] = {
+    "31 MB of lists": ("/v1/completions", _HEAD + b"[" + b"[]," * 10_300_000 + b"[]]}", 413),
+    "lists": ("/v1/completions", _HEAD + b"[" + _filled(b"[],") + b"[]]}", 413),
+    "objects": ("/v1/completions", _HEAD + b"[" + _filled(b'{"a":1},') + b"[]]}", 413),
+    "nested lists": ("/v1/completions", _HEAD + b"[[" * 50_000 + b"]]" * 50_000 + b"}", 413),
+    "texts": ("/v1/completions", _HEAD + b"[" + _filled(b'"",') + b"1]}", 413),
+    "numbers": ("/detokenize", b'{"tokens":[' + _filled(b"5,") + b"5]}", 413),
+    "as many lists as may be": ("/v1/completions", _HEAD + b"[" + b"[]," * (MAX_CONTAINERS - 3) + b"1]}", 400),
+    "as many names as may be": (
+        "/v1/completions",
+        _json(logit_bias={str(i): 1 for i in range(39_900)}, prompt="h"),
+        400,
+    ),
+    "unknown names": ("/v1/chat/completions", _json(messages=[_MESSAGE], **{f"k{i}": 1 for i in range(39_900)}), 400),
+    "as many texts as may be": ("/v1/completions", _json(prompt="hi", stop=["ab"] * (MAX_STRINGS - 8)), 400),
+    "100,000 prompts": ("/v1/completions", _json(prompt=["ab"] * 100_000), 400),
+    "ids": ("/v1/completions", _json(prompt=[5] * (MAX_VALUES - 8)), 400),
+    "ids to text": ("/detokenize", _json(tokens=[5] * (MAX_VALUES - 8)), 200),
+    "escaped text": ("/v1/completions", b'{"model":"tiny","prompt":"' + _filled(b"\\u00e9\\n") + b'"}', 400),
+    "brackets in a text": ("/v1/completions", b'{"model":"tiny","prompt":"' + _filled(b'[{\\",:') + b'"}', 400),
+    "a long text": ("/v1/completions", _json(prompt="hello you " * 200_000), 400),
+    "parts": ("/v1/chat/completions", _json(messages=[_PARTS] * 8000), 400),
+    "tools": ("/v1/chat/completions", _json(messages=[_MESSAGE], tools=_TOOLS, tool_choice="required"), 400),
+    "items": ("/v1/responses", _json(input=[_ITEM] * 9000), 400),
+    "blocks": ("/v1/messages", _json(max_tokens=2, messages=[{**_ITEM, "content": "hi"}] * 9000), 400),
+    "documents": ("/v1/rerank", _json(query="q", documents=["x" * 20] * 100_000), 400),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+async def test_no_request_keeps_others_waiting(name: str) -> None:
+    route, body, status = HEAVY[name]
+    async with Served().client() as client:
+        await client.get("/health")
+        work = asyncio.create_task(post(client, route, body))
+        longest_s = await longest_turn_s(work)
+    answer = work.result()
+
+    assert answer.status_code == status, answer.text[:300]
+    assert longest_s < LONGEST_TURN_S
+    if status == 413:
+        assert answer.json()["error"]["code"] == "body_too_large"
+        assert "at most" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "status"),
+    [
+        ("/tokenize", {"prompt": "hello you " * 20_000}, 200),
+        ("/v1/completions", {"prompt": "hello you " * 20_000}, 400),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello <|im_end|> " * 8_000}]}, 400),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hello you " * 20_000}]}, 200),
+        ("/v1/chat/completions", {"messages": [_MESSAGE] * 2000, "max_tokens": 1}, 200),
+    ],
+)
+async def test_a_long_prompt_is_tokenized_beside_the_loop(route: str, fields: dict[str, Any], status: int) -> None:
+    served = Served()
+    served.make_ready(max_model_len=40_000)
+    async with served.client() as client:
+        work = asyncio.create_task(post(client, route, _json(**fields)))
+        num_turns = 0
+        while not work.done():
+            await asyncio.sleep(0.001)
+            num_turns += 1
+    assert work.result().status_code == status, work.result().text[:300]
+    assert num_turns > 5  # the loop would have had one
+
+
+async def test_a_body_beyond_what_the_model_can_use_is_refused_by_its_size() -> None:
+    assert max_body_bytes(128, 288) < max_body_bytes(10**6, 288) < max_body_bytes(10**6, 10**40)
+    body = b'{"model": "tiny", "prompt": "' + b" " * _LIMIT + b'"}'
+    async with Served().client() as client:
+        told = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        untold = await post(client, "/v1/completions", body)
+    for answer in (told, untold):
+        assert answer.status_code == 413
+        assert str(_LIMIT) in answer.json()["error"]["message"]
+    assert str(len(body)) in told.json()["error"]["message"]
+
+
+async def test_what_stands_in_texts_is_not_counted() -> None:
+    served = Served()
+    served.make_ready(max_model_len=400_000)
+    text = '\\"[{:,' * 20_000
+    fields = {"prompt": text, "max_tokens": 1}
+    assert text.count("[") + text.count("{") > MAX_CONTAINERS
+    assert text.count('"') < 2 * MAX_STRINGS
+    assert text.count(":") < MAX_NAMES
+    async with served.client() as client:
+        answer = await post(client, "/v1/completions", _json(**fields))
+    assert answer.status_code == 200, answer.text[:300]
+    assert tokenizer().decode(list(served.engine.requests[0].prompt_token_ids)) == text
+
+
+async def test_what_all_bodies_hold_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_reader, "MAX_HELD_BYTES", 200_000)
+    go_on = asyncio.Event()
+    body = _json(prompt="hi", user="x" * 200_000)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield body[:150_000]
+        yield body[150_000:-1]
+        await go_on.wait()
+        yield body[-1:]
+
+    headers = {"content-type": "application/json", "transfer-encoding": "chunked"}
+    async with Served().client() as client:
+        first = asyncio.create_task(client.post("/v1/completions", content=slowly(), headers=headers))
+        second = asyncio.create_task(client.post("/v1/completions", content=slowly(), headers=headers))
+        while not second.done() and not first.done():
+            await asyncio.sleep(0.001)
+        go_on.set()
+        answers = [await first, await second]
+        third = await post(client, "/v1/completions", body)
+    assert sorted(answer.status_code for answer in answers) == [200, 429]
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "bodies_too_large"
+    assert third.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/vnd.api+json", 200),
+        (None, 200),
+        ("text/plain", 415),
+        ("text/plain; application/json", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data; boundary=x", 415),
+        ("", 415),
+        ("json", 415),
+    ],
+)
+@pytest.mark.parametrize(
+    "route", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/messages", "/v1/responses"]
+)
+async def test_json_says_that_it_is_json(content_type: str | None, status: int) -> None:
+    bodies = {
+        "/v1/completions": _json(prompt="hi"),
+        "/v1/chat/completions": _json(messages=[_MESSAGE]),
+        "/v1/responses": _json(input="hi"),
+        "/v1/messages": _json(messages=[_MESSAGE], max_tokens=4),
+        "/tokenize": _json(prompt="hi"),
+    }
+    headers = {} if content_type is None else {"content-type": content_type}
+    async with Served().client() as client:
+        for route, body in bodies.items():
+            answer = await client.post(route, content=body, headers=headers)
+            assert answer.status_code == status
+            if status == 415:
+                assert answer.json()["error"]["code"] == "unsupported_media_type"
+                assert "-H 'Content-Type: application/json'" in answer.json()["error"]["message"]
