@@ -26,7 +26,7 @@ _LIMIT = max_body_bytes(128, 288)
 _HEAD = b'{"model":"tiny","prompt":"hi","x":'
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def shared_interpreter() -> Iterator[None]:
     """As an ingress sets itself up."""
     interval_s = sys.getswitchinterval()
