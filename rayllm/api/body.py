@@ -54,7 +54,7 @@ def parse_object(body: bytes, max_num_values: int = MAX_VALUES) -> dict[str, Any
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8: byte {error.start} ({error.reason})", code="invalid_json") from None
     except RecursionError:
-        raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json") from None
+        raise _too_deep() from None
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -73,6 +73,9 @@ def _check_counts(body: bytes, max_num_values: int) -> None:
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     _check_count("texts", plain.count(b'"') // 2, MAX_STRINGS)
     outside = b"".join(plain.split(b'"')[::2])
+    first_end = min(end for end in (outside.find(b"]"), outside.find(b"}"), len(outside)) if end >= 0)
+    if outside.count(b"[", 0, first_end) + outside.count(b"{", 0, first_end) > MAX_DEPTH:
+        raise _too_deep()
     _check_count("lists and objects", outside.count(b"[") + outside.count(b"{"), MAX_CONTAINERS)
     _check_count("names", outside.count(b":"), MAX_NAMES)
     _check_count("values", outside.count(b",") + 1, max_num_values)
@@ -86,6 +89,10 @@ def _fits(body: bytes, max_num_values: int) -> bool:
         and body.count(b":") <= MAX_NAMES
         and body.count(b",") < max_num_values
     )
+
+
+def _too_deep() -> RequestError:
+    return RequestError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
 
 
 def _check_count(what: str, number: int, limit: int) -> None:

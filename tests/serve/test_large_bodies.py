@@ -78,7 +78,7 @@ HEAVY: dict[str, tuple[str, bytes, int]] = {
     "31 MB of lists": ("/v1/completions", _HEAD + b"[" + b"[]," * 10_300_000 + b"[]]}", 413),
     "lists": ("/v1/completions", _HEAD + b"[" + _filled(b"[],") + b"[]]}", 413),
     "objects": ("/v1/completions", _HEAD + b"[" + _filled(b'{"a":1},') + b"[]]}", 413),
-    "nested lists": ("/v1/completions", _HEAD + b"[[" * 50_000 + b"]]" * 50_000 + b"}", 413),
+    "nested lists": ("/v1/completions", _HEAD + b"[[" * 50_000 + b"]]" * 50_000 + b"}", 400),
     "texts": ("/v1/completions", _HEAD + b"[" + _filled(b'"",') + b"1]}", 413),
     "numbers": ("/detokenize", b'{"tokens":[' + _filled(b"5,") + b"5]}", 413),
     "as many lists as may be": ("/v1/completions", _HEAD + b"[" + b"[]," * (MAX_CONTAINERS - 3) + b"1]}", 400),
