@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rayllm.errors import RequestError
+from rayllm.serve.body_reader import BodyReader
 from rayllm.serve.endpoints import Endpoints
-from rayllm.serve.http_answers import read_object
 from rayllm.serve.markup.markup import Markup
 
 MAX_BODY_BYTES = 256 * 1024
@@ -27,10 +27,16 @@ MAX_LATEX_CHARACTERS = 4000
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints, markup: Markup) -> None:
+    bodies = BodyReader(endpoints.service, MAX_BODY_BYTES)
+
+    async def read(request: Request) -> dict[str, Any]:
+        async with bodies.opened(request) as fields:
+            return fields
+
     @app.post("/markup/code", include_in_schema=False)
     async def code(request: Request) -> Response:
         try:
-            fields = _fields(await read_object(request, MAX_BODY_BYTES), ("language", "code"))
+            fields = _fields(await read(request), ("language", "code"))
             asked = {
                 "language": _text(fields, "language", MAX_LANGUAGE_CHARACTERS),
                 "code": _text(fields, "code", MAX_CODE_CHARACTERS),
@@ -42,7 +48,7 @@ def add_routes(app: FastAPI, endpoints: Endpoints, markup: Markup) -> None:
     @app.post("/markup/formulas", include_in_schema=False)
     async def formulas(request: Request) -> Response:
         try:
-            fields = _fields(await read_object(request, MAX_BODY_BYTES), ("formulas",))
+            fields = _fields(await read(request), ("formulas",))
             asked = [_formula(value) for value in _list(fields["formulas"])]
             trees = await asyncio.gather(*map(markup.of, asked))
             return _json(b'{"formulas":[' + b",".join(trees) + b"]}")
