@@ -103,7 +103,7 @@ class MessageAnswer(EventAnswer):
     async def _written(self, writer: EventWriter) -> AsyncIterator[bytes]:
         begun = pinged = False
         async for news in self.generation.batches():
-            written = b"" if begun else writer.event({"type": "message_start", "message": self._message([])})
+            written = b"" if begun else writer.event({"type": "message_start", "message": self._begun()})
             begun = True
             for choice, text in news:
                 for event in self._block_events(choice, text):
@@ -114,6 +114,11 @@ class MessageAnswer(EventAnswer):
                 if choice.finish_reason is not None:
                     written += self._last_events(writer, choice)
             yield written
+
+    def _begun(self) -> dict[str, Any]:
+        """The message before any token of it."""
+        message = self._message([])
+        return {**message, "usage": {**message["usage"], "output_tokens": 0}}
 
     def _block_events(self, choice: Choice, text: str) -> Iterator[dict[str, Any]]:
         for event in self._events_of(choice, text):
