@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,12 @@ from rayllm.engine.outputs import (
 )
 from rayllm.engine.owner import OwnedEngine
 from rayllm.engine.resolve import resolve
+from rayllm.engine.watched import KeepAttached, WatchedEngine, while_ray_lives
 from rayllm.errors import EngineError, RequestError, did_you_mean
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.executor.placement import cluster_devices
-from rayllm.executor.ray_cluster import connected_ray, ray_is_initialized
+from rayllm.executor.ray_cluster import connected_ray
+from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.messages import EngineStats
 from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
@@ -253,9 +255,9 @@ def _open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> Engin
     else:
         cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
         joined = cleanup.enter_context(contextlib.ExitStack())
-        owned = _start_owned(config, cleanup)
-        thread = EngineThread(ContinuedEngine(owned.connect(), owned.reconnect))
-        joined.callback(thread.join)  # after `owned.close`, by which a replacement under way fails, and before Ray ends
+        watched = _start_watched(config, cleanup)
+        thread = EngineThread(ContinuedEngine(watched.connect(), watched.reconnect))
+        joined.callback(thread.join)  # after `watched.close`, by which a replacement fails, and before Ray ends
     cleanup.callback(thread.close)
     return thread
 
@@ -274,12 +276,12 @@ def _close(cleanup: contextlib.ExitStack, pid: int) -> None:
         cleanup.close()
 
 
-def _start_owned(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> OwnedEngine:
+def _start_watched(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> WatchedEngine:
     """A driver actor with its workers, ready, in this process's Ray."""
-    owned = OwnedEngine(config)
-    cleanup.callback(owned.close)
-    owned.start()
-    return owned
+    watched = WatchedEngine(config)
+    cleanup.callback(watched.close)
+    watched.start()
+    return watched
 
 
 def _this_node() -> str:
@@ -311,7 +313,7 @@ class AsyncEngine:
     own, and a program may use it in one event loop after another.
     """
 
-    def __init__(self, config: ResolvedConfig, keep_attached: Callable[[JournaledEngine], Awaitable[None]]):
+    def __init__(self, config: ResolvedConfig, keep_attached: KeepAttached):
         self.config = config
         self._keep_attached = keep_attached
         self._attachments: dict[asyncio.AbstractEventLoop, _Attachment] = {}
@@ -461,8 +463,8 @@ class AsyncLLM(AsyncEngine):
         with contextlib.ExitStack() as cleanup:
             if config.backend == "ray":
                 cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
-                owned = _start_owned(config, cleanup)
-                super().__init__(config, lambda engine: _OwnedDrivers(owned).keep_attached(engine))
+                owned = _start_watched(config, cleanup).owned
+                super().__init__(config, while_ray_lives(lambda engine: _OwnedDrivers(owned).keep_attached(engine)))
             else:
                 local = _LocalDriver(config)
                 cleanup.callback(local.driver.close)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,9 +17,11 @@ from rayllm.engine.generation_config import default_sampling_params
 from rayllm.engine.journal import JournaledEngine
 from rayllm.engine.outputs import Conversation, Prompt
 from rayllm.engine.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
+from rayllm.engine.watched import KeepAttached, while_ray_lives
 from rayllm.errors import ConfigError, EngineUnreachableError
 from rayllm.executor.ray_access import check_access, read_token
-from rayllm.executor.ray_cluster import check_reachable, ray_is_initialized, running_cluster
+from rayllm.executor.ray_cluster import check_reachable, running_cluster
+from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.executor.ray_join import SharedRay, cluster_address
 from rayllm.llm import AsyncEngine
 from rayllm.machine.registry import Entry, find, find_named, running
@@ -169,7 +171,7 @@ class RemoteEngine:
         """On this engine's own loop: the client of the engine, once that is found."""
         found = await asyncio.wrap_future(self._found)
         if self._engine is None:
-            self._engine = AsyncEngine(found.config, _keep_attached(found.name, found.namespace))
+            self._engine = AsyncEngine(found.config, while_ray_lives(_keep_attached(found.name, found.namespace)))
         return self._engine
 
     def __await__(self) -> Generator[Any, None, RemoteEngine]:
@@ -205,7 +207,7 @@ class RemoteEngine:
         return get_engine, (found.name, found.namespace)
 
 
-def _keep_attached(name: str, namespace: str) -> Callable[[JournaledEngine], Awaitable[None]]:
+def _keep_attached(name: str, namespace: str) -> KeepAttached:
     async def connect_again() -> EngineConnection:
         return await connect_by_name(name, namespace=namespace)
 

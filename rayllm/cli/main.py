@@ -6,6 +6,7 @@ A verb's module has `run(argv) -> int`. Exit codes: 0 ok, 1 failure, 2 usage, 3 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -60,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = "option" if verb.startswith("-") else "verb"
         near = did_you_mean(verb, [*VERBS, "help", "--help", "--version"])
         return complain(f"rayllm: unknown {kind} {verb!r}{near} (see rayllm --help)", USAGE)
-    return _run(verb, rest)
+    code = _run(verb, rest)
+    if (connection := sys.modules.get("rayllm.executor.ray_connection")) and not connection.await_goodbye(0):
+        sys.stdout.flush()
+        os._exit(code)  # a dead Ray would keep this process for many seconds
+    return code
 
 
 def complain(line: str, code: int) -> int:

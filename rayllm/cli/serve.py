@@ -6,7 +6,6 @@ import itertools
 import json
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,8 +87,8 @@ _ENGINE_CHECK_S = 2
 def _wait(running: RunningServer) -> None:
     raise_if_engine_failed = running.engine_watch()
     for second in itertools.count():
-        time.sleep(1.0)
-        running.raise_if_ray_died()
+        running.ray.wait_lost(1.0)
+        running.ray.raise_if_lost()
         if second % _ENGINE_CHECK_S == 0:
             raise_if_engine_failed()
 

@@ -210,8 +210,8 @@ def interrupted_by_signals() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def end_at_once(number: int, frame: FrameType | None) -> None:
+        from rayllm.machine.death_watch import is_death_watch
         from rayllm.machine.processes import descendants, end_all
-        from rayllm.serve.death_watch import is_death_watch
 
         end_all({each for each in descendants() if not is_death_watch(each)}, grace_s=0)
         os._exit(128 + number)

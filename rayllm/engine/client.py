@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import socket
@@ -464,6 +465,11 @@ class BlockingConnection:
     @property
     def is_closed(self) -> bool:
         return self._channel.fileno() < 0
+
+    def cut(self) -> None:
+        """Ends the connection for the thread that waits in it, which meets an `EngineError`; called by another."""
+        with contextlib.suppress(OSError):
+            self._channel.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """The driver aborts what is open; a call that waits on another thread fails. Idempotent."""

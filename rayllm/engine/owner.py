@@ -20,7 +20,7 @@ from rayllm.engine.running_engine import RunningEngine, create_driver
 from rayllm.engine.stage_board import publish_stage
 from rayllm.errors import EngineError, EngineUnreachableError, NoRoomError
 from rayllm.executor.placement import give_back
-from rayllm.executor.ray_cluster import ray_is_initialized
+from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.executor.worker import RunnerFactory, death_reason
 
 log = logging.getLogger(__name__)

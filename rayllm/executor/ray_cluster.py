@@ -19,17 +19,14 @@ from typing import Any
 from rayllm.config import RAY_NAMESPACE, Environment
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
 from rayllm.executor.ray_access import check_access
+from rayllm.executor.ray_connection import await_goodbye, disconnect, ray_is_initialized, watch_own_ray
+from rayllm.machine.death_watch import cleared_up_after_death
 from rayllm.machine.ray_token import ensure_ray_token
 
 logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 _REACH_TIMEOUT_S = 5.0
-
-
-def ray_is_initialized() -> bool:
-    """Whether this process is connected to a Ray; does not import it."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 @contextlib.contextmanager
@@ -41,33 +38,32 @@ def connected_ray(
     """A connection to Ray for the length of the block; yields whether that Ray is our own and ends with it.
 
     Our own listens on loopback alone, prints nothing, and counts `num_cpus` logical CPUs; its processes find what
-    `environment` says, given a folder that goes with it. `meanwhile` runs in a thread while Ray connects.
+    `environment` says, given a folder that goes with it. `meanwhile` runs in a thread while Ray connects. However the
+    block or this process ends, nothing of our own Ray is left; a Ray that was joined is left as it is.
 
     Raises `EngineUnreachableError` where no Ray answers at RAY_ADDRESS, and `EngineError` where our own does not start.
     """
+    await_goodbye()
     if ray_is_initialized():
         yield False
         return
     address = Environment.ray_address()
-    if address is not None:
-        address = running_cluster() if address == "auto" else address
-        check_reachable(address)
-        # In another mode than the cluster's a program connects, and then nothing of the cluster can answer it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token" if check_access(address) else "disabled")
-    prepare_environment(own_cluster=address is None)
-    # A short path: the sockets below it may have 107 bytes at most.
-    temp_dir = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    if address is None:
+        with _own_ray(num_cpus, environment, meanwhile):
+            yield True
+        return
+    address = running_cluster() if address == "auto" else address
+    check_reachable(address)
+    # In another mode than the cluster's a program connects, and then nothing of the cluster can answer it.
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if check_access(address) else "disabled")
+    prepare_environment(own_cluster=False)
     pid = os.getpid()
     try:
-        if address is None:
-            os.environ.update(environment(temp_dir))
-        _connect(address, num_cpus, temp_dir, meanwhile)
-        yield address is None
+        _connect(meanwhile, address=address)
+        yield False
     finally:
-        if os.getpid() == pid:  # a forked child that leaves the block must not end its parent's Ray
-            if ray_is_initialized():
-                sys.modules["ray"].shutdown()
-            shutil.rmtree(temp_dir, ignore_errors=True)
+        if os.getpid() == pid:
+            disconnect()
 
 
 def leave_ray_at_fork() -> None:
@@ -77,32 +73,44 @@ def leave_ray_at_fork() -> None:
     os.register_at_fork(after_in_child=functools.partial(atexit.unregister, ray._private.worker.shutdown))
 
 
-def _connect(address: str | None, num_cpus: int, temp_dir: str, meanwhile: Callable[[], None] | None) -> None:
+@contextlib.contextmanager
+def _own_ray(
+    num_cpus: int, environment: Callable[[str], Mapping[str, str]], meanwhile: Callable[[], None] | None
+) -> Iterator[None]:
+    prepare_environment(own_cluster=True)
+    # A short path: the sockets below it may have 107 bytes at most.
+    folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    pid = os.getpid()
+    with cleared_up_after_death(folder):
+        try:
+            os.environ.update(environment(folder))
+            _connect(
+                meanwhile,
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=folder,
+            )
+            watch_own_ray(folder)
+            yield
+        finally:
+            if os.getpid() == pid:  # a forked child that leaves the block must not end its parent's Ray
+                disconnect(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(meanwhile: Callable[[], None] | None, **options: Any) -> None:
     import ray
 
     quieten_ray()
     leave_ray_at_fork()
     if meanwhile is not None:  # not before Ray is imported: that reads the environment
         threading.Thread(target=meanwhile, name="meanwhile", daemon=True).start()
-    common: dict[str, Any] = {
-        "namespace": RAY_NAMESPACE,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
     try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=temp_dir,
-                **common,
-            )
+        ray.init(namespace=RAY_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
-        raise _unreachable(str(address), str(error)) from None
+        raise _unreachable(str(options["address"]), str(error)) from None
     except Exception as error:  # Ray has no class of its own for a node that does not come up
         reason = " ".join(str(error).split())[:300]
         raise EngineError(f"Ray did not start, is the machine too busy or short of memory? {reason}") from error

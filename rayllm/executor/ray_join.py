@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 
 from rayllm.config import RAY_NAMESPACE
 from rayllm.errors import EngineUnreachableError
-from rayllm.executor.ray_cluster import prepare_environment, quieten_ray, ray_is_initialized
+from rayllm.executor.ray_cluster import prepare_environment, quieten_ray
+from rayllm.executor.ray_connection import disconnect, ray_is_initialized
 from rayllm.machine.ray_token import read_ray_token
 
 _ANSWER_TIMEOUT_S = 2.0
@@ -62,7 +63,7 @@ class SharedRay:
         _check_answers(address, token)
         with contextlib.ExitStack() as undo:
             undo.enter_context(_environment(_settings(address, token)))
-            undo.callback(_disconnect)
+            undo.callback(disconnect)
             prepare_environment(own_cluster=False)
             _init(address)
             self._undo = undo.pop_all()
@@ -150,8 +151,3 @@ def _init(address: str) -> None:
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
-
-
-def _disconnect() -> None:
-    if ray_is_initialized():
-        sys.modules["ray"].shutdown()

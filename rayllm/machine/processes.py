@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,29 @@ class Process:
 
     pid: int
     started: int
-    """Clock ticks after boot."""
+    """Clock ticks after boot; 0 where there is no /proc, and nothing can be known."""
+
+    @property
+    def is_known(self) -> bool:
+        return self.started > 0
 
     def is_alive(self) -> bool:
         """Whether it still runs; a zombie does not."""
         stat = _read_stat(self.pid)
         return stat is not None and stat.started == self.started and stat.state not in "ZX"
+
+    def is_stopped(self) -> bool:
+        """Whether a signal such as SIGSTOP keeps it from running."""
+        stat = _read_stat(self.pid)
+        return stat is not None and stat.started == self.started and stat.state == "T"
+
+    def writes_into(self, folder: str) -> bool:
+        """Whether its standard output or standard error is a file below `folder`."""
+        for number in (1, 2):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{self.pid}/fd/{number}").startswith(f"{folder}/"):
+                    return True
+        return False
 
     def command(self) -> str:
         """Its short name; empty when it is gone."""
@@ -66,22 +84,61 @@ def _read_stat(pid: int) -> _Stat | None:
     return _Stat(fields[0], int(fields[1]), int(fields[19]))
 
 
-def descendants(root: int | None = None) -> set[Process]:
-    """Every process that descends from `root` (default: this process), without `root` itself."""
+def process_of(pid: int) -> Process | None:
+    """The process that has this number now; None where there is none, or no /proc."""
+    stat = _read_stat(pid)
+    return None if stat is None else Process(pid, stat.started)
+
+
+def _read_stats() -> dict[int, _Stat]:
     stats = {}
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if entry.isdigit() and (stat := _read_stat(int(entry))):
             stats[int(entry)] = stat
+    return stats
+
+
+def descendants(root: int | None = None) -> set[Process]:
+    """Every process that descends from `root` (default: this process), without `root` itself."""
+    return _below([root or os.getpid()], _read_stats())
+
+
+def _below(roots: list[int], stats: Mapping[int, _Stat]) -> set[Process]:
     children: dict[int, list[int]] = {}
     for pid, stat in stats.items():
         children.setdefault(stat.parent, []).append(pid)
     found: set[Process] = set()
-    open_pids = [root or os.getpid()]
+    open_pids = list(roots)
     while open_pids:
         for pid in children.get(open_pids.pop(), ()):
             found.add(Process(pid, stats[pid].started))
             open_pids.append(pid)
     return found
+
+
+def processes_of(folder: str) -> set[Process]:
+    """The processes of the Ray whose temporary folder this is, and all below them, whoever their parent is by now:
+    their output goes into that folder, or, as HAProxy's, their configuration lies there. Never this process."""
+    stats = _read_stats()
+    found = set()
+    for pid, stat in stats.items():
+        process = Process(pid, stat.started)
+        has_settings_there = process.command() == "haproxy" and f"{folder}/" in process.command_line()
+        if pid != os.getpid() and stat.state not in "ZX" and (process.writes_into(folder) or has_settings_there):
+            found.add(process)
+    below = _below([process.pid for process in found], stats)
+    return {process for process in found | below if process.pid != os.getpid()}
+
+
+def end_all_of(folder: str, *, grace_s: float, timeout_s: float = 5.0) -> set[Process]:
+    """`end_all` for `processes_of(folder)`, until there are none: one that ends may just have started another. Returns
+    those that had to be killed."""
+    killed: set[Process] = set()
+    deadline = time.monotonic() + grace_s + timeout_s
+    while (found := processes_of(folder)) and time.monotonic() < deadline:
+        killed |= end_all(found, grace_s=grace_s)
+        grace_s = 0.0
+    return killed
 
 
 def adopt_orphans() -> None:

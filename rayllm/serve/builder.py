@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from rayllm.config import EngineConfig, ServerConfig, parse_settings
 from rayllm.errors import ConfigError
 from rayllm.executor.placement import cluster_nodes
-from rayllm.executor.ray_cluster import ray_is_initialized
+from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.serve.engine_replica import EngineReplica
 from rayllm.serve.ingress import Ingress, asgi_builder
 

@@ -24,6 +24,8 @@ from rayllm.engine.fault_injection import kill_worker
 from rayllm.engine.journal import JournaledEngine
 from rayllm.engine.stage_board import published_stage
 from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.executor.ray_connection import is_own_ray, ray_watch
+from rayllm.executor.ray_watch import RayWatch
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.trace import open_tracer
 from rayllm.serve.replica_sockets import prepare_replica_sockets
@@ -145,8 +147,11 @@ async def keep_connected(
     """Makes `service` ready when there is a driver of that name with the model that is `expected`, not ready when it
     is lost, and so on for ever. In a rolling update the former model's driver may still be there.
     With `reports`, its figures are left with the driver, for other ingresses.
-    Open requests go on with the next driver; when this is cancelled, they end."""
+    Open requests go on with the next driver; when this is cancelled, they end. So they do when the Ray of our own dies
+    in which this runs; then this returns."""
     engine = JournaledEngine(driver_wait_s, on_replay=service.note_replay)
+    ray = ray_watch() if is_own_ray() else RayWatch([])  # in a cluster, other nodes' engines may go on without ours
+    ended = EngineError("the server stops", code="shutting_down")
     waiting_for = "starting the engine"
     config: ResolvedConfig | None = None
 
@@ -176,11 +181,14 @@ async def keep_connected(
 
     reporting = asyncio.create_task(_report(service, engine)) if reports else None
     try:
-        await engine.keep_attached(connect, on_unreachable, on_attached, on_lost)
+        await ray.until_lost(engine.keep_attached(connect, on_unreachable, on_attached, on_lost))
+    except EngineError as error:
+        ended = error
+        service.set_stage("Ray died", str(error))
     finally:
         if reporting is not None:
             reporting.cancel()
-        engine.end(EngineError("the server stops", code="shutting_down"))
+        engine.end(ended)
 
 
 async def _report(service: ModelService, engine: JournaledEngine) -> None:

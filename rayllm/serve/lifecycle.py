@@ -18,17 +18,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayllm.config import EngineConfig, Environment, ServerConfig, count_cores
 from rayllm.errors import ConfigError, EngineError
-from rayllm.executor.ray_cluster import connected_ray, free_port, ray_is_initialized
+from rayllm.executor.ray_cluster import connected_ray, free_port
+from rayllm.executor.ray_connection import ray_is_initialized, ray_watch
 from rayllm.executor.ray_join import cluster_address, ray_token_in_use
-from rayllm.machine.processes import Process, descendants, end_all
-from rayllm.serve.death_watch import cleared_up_after_death, remove_dead_sockets
+from rayllm.executor.ray_watch import RayWatch
 from rayllm.serve.early_port import EarlyPort
 from rayllm.serve.haproxy import proxy_environment
 
@@ -45,15 +45,18 @@ _STATUS_PERIOD_S = 0.3
 """Between two questions to Serve for its applications: each costs it and us about 30 ms of CPU, just when both have
 enough to do."""
 _LOOKS_PER_STATUS = 10
-_PROCESS_GRACE_S = 10.0
-_WATCH_PERIOD_S = 2.0
-_RAY_CORE = ("gcs_server", "raylet")
+_ASK_TIMEOUT_S = 10.0
+_LAST_WORDS_S = 2.0
+"""For the ingress to say at `/health` that Ray has died; then its clients' last events have `_LAST_EVENTS_S`."""
+_LAST_EVENTS_S = 0.5
 _DRAIN_CALL_TIMEOUT_S = 2.0
 _DRAIN_POLL_S = 0.1
 _END_TIMEOUT_S = 3.0
 _DELETE_TIMEOUT_S = 15.0
 """For Serve to end the application, once its requests have ended. An ingress that was replaced while it streamed may
 have some left, and Serve would give it an hour."""
+_STOP_TIMEOUT_S = _END_TIMEOUT_S + _DELETE_TIMEOUT_S + 4.0
+"""All that Serve may take to stop, beside the time of open requests."""
 _LOG_TAIL_BYTES = 4000
 StageListener = Callable[[str], None]
 
@@ -77,8 +80,8 @@ class RunningServer:
     server: ServerConfig
     url: str
     owns_ray: bool
-    ray_processes: frozenset[Process] = frozenset()
-    """The head and the raylet, where they are our own."""
+    ray: RayWatch = field(default_factory=lambda: RayWatch([]))
+    """Over the Ray that it runs in; no question to Ray is asked but through it."""
 
     def health(self, timeout_s: float = 2.0) -> tuple[bool, str]:
         """Whether the server is ready, and what it says of itself: its stage, or why it cannot be asked."""
@@ -106,6 +109,7 @@ class RunningServer:
             ready, stage = self.health()
             if ready:
                 return
+            self.ray.raise_if_lost()
             if stage != last and not stage.startswith("not reachable"):
                 on_stage(stage)
                 last = stage
@@ -130,7 +134,7 @@ class RunningServer:
         """What Serve says of the application. `EngineError` when it has given up on it."""
         from ray import serve
 
-        status = serve.status().applications.get(app_name(self.engine.name))
+        status = self.ray.call(serve.status).applications.get(app_name(self.engine.name))
         if status is None or status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             messages = [status.message, *(d.message for d in status.deployments.values())] if status else [""]
             raise EngineError(failure_reason("\n".join(filter(None, messages))))
@@ -147,8 +151,11 @@ class RunningServer:
 
         from rayllm.engine.driver import find_driver
 
-        description: EngineDescription = ray.get(find_driver(self.engine.name).describe.remote(), timeout=10)
-        return description
+        def ask() -> EngineDescription:
+            description: EngineDescription = ray.get(find_driver(self.engine.name).describe.remote(), timeout=10)
+            return description
+
+        return self.ray.call(ask)
 
     def ingress_place(self) -> WorkerPlace:
         """Where an ingress replica runs."""
@@ -163,22 +170,17 @@ class RunningServer:
 
         from rayllm.serve.builder import ENGINE
 
-        handle = serve.get_deployment_handle(ENGINE, app_name(self.engine.name))
+        handle = self.ray.call(lambda: serve.get_deployment_handle(ENGINE, app_name(self.engine.name)))
 
         def raise_if_failed() -> None:
             try:
-                failure = handle.failure.remote().result(timeout_s=5)
+                failure = self.ray.call(lambda: handle.failure.remote().result(timeout_s=5), _ASK_TIMEOUT_S)
             except Exception:  # no replica, or a busy one: Serve is at it
                 return
             if failure is not None:
                 raise EngineError(failure)
 
         return raise_if_failed
-
-    def raise_if_ray_died(self) -> None:
-        """`EngineError` when the Ray that this process started is gone."""
-        if self.owns_ray and self.ray_processes and not all(process.is_alive() for process in self.ray_processes):
-            raise EngineError("Ray ended unexpectedly (out of memory, or killed?)", code="ray_died")
 
 
 def failure_reason(message: str) -> str:
@@ -232,10 +234,9 @@ def running_server(
         on_stage(stage)
 
     tell("connecting to Ray" if joins else "starting Ray")
-    started: set[Process] = set()
     try:
-        with _ray(engine, server) as owns_ray, _watched(owns_ray), _remembered(started, owns_ray):
-            running = RunningServer(engine, server, server_url(server), owns_ray, frozenset(started))
+        with _ray(engine, server) as owns_ray:
+            running = RunningServer(engine, server, server_url(server), owns_ray, ray_watch())
             on_ray(running.ray_address, ray_token_in_use())
             with _application(running, tell):
                 if early is not None:
@@ -247,58 +248,28 @@ def running_server(
     finally:
         if early is not None:
             early.close()
-        left = end_all(started, grace_s=_PROCESS_GRACE_S)
-        if left:
-            logger.warning("killed processes that did not end: %s", sorted(process.pid for process in left))
-        if started:
-            remove_dead_sockets()
 
 
 @contextlib.contextmanager
 def _application(running: RunningServer, on_stage: StageListener) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    joins = not running.owns_ray and joins_serve(running.server)
+    ask = running.ray.call
+    joins = not running.owns_ray and ask(lambda: joins_serve(running.server))
     try:
         if not joins:
             on_stage("starting Serve")
-            _start_serve(running.server)
-        _deploy(running.engine, running.server)
+            ask(lambda: _start_serve(running.server))
+        ask(lambda: _deploy(running.engine, running.server))
         yield
     except Exception:
         _log_what_processes_said()
         raise
     finally:
         on_stage("stopping")
-        _stop_serve(running, ends_serve=not joins)
-
-
-@contextlib.contextmanager
-def _remembered(processes: set[Process], owns_ray: bool) -> Iterator[None]:
-    """Adds our Ray's processes to the set, and during the block every process below them: one whose parent is gone
-    is no descendant any more, so it must have been seen before."""
-    if not owns_ray:
-        yield
-        return
-    core = {process for process in descendants() if process.command() in _RAY_CORE}
-    processes.update(core)
-    stop = threading.Event()
-
-    def look() -> None:
-        for process in core:
-            processes.update(descendants(process.pid))
-
-    def watch() -> None:
-        while not stop.wait(_WATCH_PERIOD_S):
-            look()
-
-    watcher = threading.Thread(target=watch, name="process-watcher", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-        look()
+        if running.ray.error is None:
+            _stop_serve_in_time(running, ends_serve=not joins)
+        if running.ray.error is not None:
+            _await_last_words(running)
 
 
 def check_port(host: str, port: int) -> None:
@@ -343,18 +314,6 @@ def _ray(engine: EngineConfig, server: ServerConfig) -> Iterator[bool]:
 def _import_serve() -> None:
     """What comes after Ray's start, which is mostly a wait for its processes."""
     import rayllm.serve.builder  # noqa: F401
-
-
-@contextlib.contextmanager
-def _watched(owns_ray: bool) -> Iterator[None]:
-    """Has our own Ray, and its folder, go also when this process is killed."""
-    if not owns_ray:
-        yield
-        return
-    import ray
-
-    with cleared_up_after_death(ray._private.worker._global_node.get_temp_dir_path()):
-        yield
 
 
 def num_logical_cpus(engine: EngineConfig, server: ServerConfig) -> int:
@@ -421,6 +380,24 @@ def _deploy(engine: EngineConfig, server: ServerConfig) -> None:
     except RayServeException as error:  # another application has all paths
         said = failure_reason(str(error)).rpartition("Exception: ")[2]
         raise ConfigError(f"Serve refuses the engine ({said}): stop the other, or unset RAY_ADDRESS") from error
+
+
+def _stop_serve_in_time(running: RunningServer, *, ends_serve: bool) -> None:
+    """`_stop_serve`, given up where Ray dies meanwhile or Serve takes longer than it may."""
+    timeout_s = running.server.shutdown_timeout_s + _STOP_TIMEOUT_S
+    try:
+        running.ray.call(lambda: _stop_serve(running, ends_serve=ends_serve), timeout_s)
+    except (EngineError, TimeoutError) as error:
+        logger.warning("Serve did not stop in order: %s", error)
+
+
+def _await_last_words(running: RunningServer) -> None:
+    """Ray is dead, and the processes that it started may live on for a while: gives the ingress the time to tell its
+    clients."""
+    deadline = time.monotonic() + _LAST_WORDS_S
+    while time.monotonic() < deadline and running.health(timeout_s=_LAST_EVENTS_S)[0]:
+        time.sleep(_LOOK_PERIOD_S)
+    time.sleep(_LAST_EVENTS_S)
 
 
 def _stop_serve(running: RunningServer, *, ends_serve: bool) -> None:

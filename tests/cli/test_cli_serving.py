@@ -13,6 +13,7 @@ from rayllm.cli.main import main
 from rayllm.cli.serving import check_before_start
 from rayllm.config import EngineConfig, ServerConfig
 from rayllm.errors import EngineError
+from rayllm.executor.ray_watch import RayWatch
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_an_engine_that_is_given_up_ends_serve_with_code_1_and_one_line(
     @contextlib.contextmanager
     def ready_server(*_: Any) -> Iterator[Any]:
         try:
-            yield None, SimpleNamespace(engine_watch=engine_watch, raise_if_ray_died=lambda: None)
+            yield None, SimpleNamespace(engine_watch=engine_watch, ray=RayWatch([]))
         finally:
             left.append("closed")
 

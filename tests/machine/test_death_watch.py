@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from rayllm.executor.channel import SocketDir, listen_unix
+from rayllm.machine.death_watch import remove_dead_sockets
 from rayllm.machine.processes import Process, descendants
-from rayllm.serve.death_watch import remove_dead_sockets
 
 SERVER = """
 import subprocess, sys, time
-from rayllm.serve.death_watch import cleared_up_after_death
+from rayllm.machine.death_watch import cleared_up_after_death
 
 with cleared_up_after_death(sys.argv[1]):
     child = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
@@ -58,7 +58,7 @@ def test_a_second_interrupt_leaves_no_folder_either(folder: Path) -> None:
     program = """
 import subprocess, sys, time
 from rayllm.cli.terminal import interrupted_by_signals
-from rayllm.serve.death_watch import cleared_up_after_death
+from rayllm.machine.death_watch import cleared_up_after_death
 
 with interrupted_by_signals(), cleared_up_after_death(sys.argv[1]):
     started = subprocess.Popen(["sleep", "600"])
