@@ -14,19 +14,24 @@ import pytest
 
 from rayllm.executor.channel import SocketDir, listen_unix
 from rayllm.machine.death_watch import remove_dead_sockets
-from rayllm.machine.processes import Process, descendants
+from rayllm.machine.processes import Process, descendants, processes_of
 
-SERVER = """
-import subprocess, sys, time
+PROGRAM = """
+import os, subprocess, sys
+from pathlib import Path
 from rayllm.machine.death_watch import cleared_up_after_death
 
-with cleared_up_after_death(sys.argv[1]):
-    child = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
-    started = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    started.stdout.readline()
+folder = Path(sys.argv[1])
+with cleared_up_after_death(str(folder)):
+    child = [sys.executable, "-c", "import subprocess; subprocess.Popen(['sleep', '600'], stdout=-3, stderr=-3).wait()"]
+    with (folder / "raylet.out").open("wb") as output:
+        ray = subprocess.Popen(child, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
+    own = subprocess.Popen(["sleep", "601"], stdout=subprocess.DEVNULL)
     print("up", flush=True)
-    input()
+    exec(sys.stdin.readline())
 """
+"""Starts what stands for a Ray, whose output goes into its folder, with a child whose does not, and something of its
+own."""
 
 
 @pytest.fixture
@@ -36,32 +41,90 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", SERVER, str(folder)]
+def program(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
+        assert _until(lambda: len(processes_of(str(folder))) == 2)
+        everything = descendants(process.pid)
+        assert len(everything) == 4, "the watch, the Ray and its child, and the program's own"
         yield process
         process.kill()
+        for each in everything:
+            each.send(signal.SIGKILL)
 
 
-def test_a_killed_server_leaves_no_process_and_no_folder(server: subprocess.Popen[bytes], folder: Path) -> None:
-    started = _started_by(server)
-    time.sleep(1.5)  # the watch has looked once
-    os.kill(server.pid, signal.SIGKILL)
+def _tell(program: subprocess.Popen[bytes], statement: str) -> None:
+    assert program.stdin is not None
+    program.stdin.write(statement.encode() + b"\n")
+    program.stdin.flush()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "os.kill(os.getpid(), 9)",
+        "os._exit(3)",
+        "os.kill(os.getpid(), 11)",
+        "os.abort()",
+        "raise KeyboardInterrupt",
+        "os.closerange(3, 99); os._exit(3)",
+    ],
+)
+def test_however_a_program_ends_nothing_of_its_ray_is_left(
+    end: str, program: subprocess.Popen[bytes], folder: Path
+) -> None:
+    rays = processes_of(str(folder))
+    others = descendants(program.pid) - rays
+    _tell(program, end)
+    program.wait(10)
 
     assert _until(lambda: not folder.exists())
-    assert _until(lambda: not any(process.is_alive() for process in started))
+    assert not [each for each in rays if each.is_alive()]
+    assert _until(lambda: [each.command() for each in others if each.is_alive()] == ["sleep"]), (
+        "the program's own stays"
+    )
+
+
+def test_a_child_that_holds_the_pipe_open_keeps_nothing_alive(program: subprocess.Popen[bytes], folder: Path) -> None:
+    _tell(program, "import time; child = os.fork() or time.sleep(600); print(child, flush=True); os._exit(3)")
+    assert program.stdout is not None
+    child = int(program.stdout.readline())
+    try:
+        assert _until(lambda: not folder.exists())
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_program_that_removes_the_folder_itself_is_left_alone(program: subprocess.Popen[bytes], folder: Path) -> None:
+    rays = processes_of(str(folder))
+    watch = next(each for each in descendants(program.pid) if "death_watch" in each.command_line())
+    _tell(program, "import shutil; shutil.rmtree(folder)")
+    program.wait(10)
+
+    assert not watch.is_alive()
+    assert all(each.is_alive() for each in rays)
+
+
+def test_a_program_that_closes_the_pipe_and_lives_keeps_its_ray(program: subprocess.Popen[bytes], folder: Path) -> None:
+    _tell(program, "os.closerange(3, 99); print('closed', flush=True); exec(sys.stdin.readline())")
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"closed\n"
+    time.sleep(0.5)
+    assert len(processes_of(str(folder))) == 2
 
 
 def test_a_second_interrupt_leaves_no_folder_either(folder: Path) -> None:
     program = """
 import subprocess, sys, time
+from pathlib import Path
 from rayllm.cli.terminal import interrupted_by_signals
 from rayllm.machine.death_watch import cleared_up_after_death
 
 with interrupted_by_signals(), cleared_up_after_death(sys.argv[1]):
-    started = subprocess.Popen(["sleep", "600"])
+    output = (Path(sys.argv[1]) / "raylet.out").open("wb")
+    started = subprocess.Popen(["sleep", "600"], stdout=output)
     try:
         print("up", flush=True)
         input()
@@ -83,6 +146,22 @@ with interrupted_by_signals(), cleared_up_after_death(sys.argv[1]):
     assert _until(lambda: not any(each.is_alive() for each in started))
 
 
+def test_it_runs_from_any_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "select.py").write_text("raise RuntimeError('not the real one')")
+    (tmp_path / "rayllm").mkdir()
+    program = """
+import os, subprocess, sys
+from rayllm.machine.death_watch import cleared_up_after_death
+
+os.chdir(sys.argv[2])
+with cleared_up_after_death(sys.argv[1]):
+    subprocess.Popen(["sleep", "600"], stdout=open(sys.argv[1] + "/raylet.out", "wb"))
+    os._exit(1)
+"""
+    subprocess.run([sys.executable, "-c", program, str(folder), str(tmp_path)], check=False)
+    assert _until(lambda: not folder.exists())
+
+
 def test_sockets_that_nobody_listens_on_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     living, dead = SocketDir(), SocketDir()
@@ -94,24 +173,21 @@ def test_sockets_that_nobody_listens_on_go(tmp_path: Path, monkeypatch: pytest.M
     living.close()
 
 
-def test_a_server_that_stops_in_order_is_left_alone(server: subprocess.Popen[bytes], folder: Path) -> None:
-    started = _started_by(server)
-    [sleeper] = [process for process in started if process.command() == "sleep"]
-    assert server.stdin is not None
-    server.stdin.write(b"\n")
-    server.stdin.close()
-    server.wait(10)
+def test_a_process_is_known_by_where_its_output_goes(folder: Path, tmp_path: Path) -> None:
+    def started(path: Path, *command: str) -> subprocess.Popen[bytes]:
+        with path.open("wb") as output:
+            return subprocess.Popen(command or ("sleep", "600"), stdout=output, stderr=output)
 
-    assert folder.exists()
-    assert _until(lambda: not [p for p in started if p.is_alive() and p != sleeper])  # the child's input has ended
-    assert sleeper.is_alive()
-    sleeper.send(signal.SIGKILL)
-
-
-def _started_by(server: subprocess.Popen[bytes]) -> set[Process]:
-    found = descendants(server.pid)
-    assert len(found) == 3, "the watch, a child and its sleep"
-    return found
+    (tmp_path / "ray-too").mkdir()
+    rays = started(folder / "out")
+    others = [started(tmp_path / "ray-too" / "out"), started(tmp_path / "log", "tail", "-f", str(folder / "out"))]
+    try:
+        assert {each.pid for each in processes_of(str(folder))} == {rays.pid}
+        assert Process(rays.pid, 1) not in processes_of(str(folder))
+    finally:
+        for each in (rays, *others):
+            each.kill()
+            each.wait()
 
 
 def _until(condition: Callable[[], bool], timeout_s: float = 15.0) -> bool:
