@@ -9,7 +9,7 @@ from typing import Any
 from rayllm.engine.client import connect_by_name
 from rayllm.engine.running_engine import RunningEngine
 from rayllm.errors import EngineError
-from rayllm.executor.ray_cluster import ray_is_initialized
+from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.executor.worker import WorkerPlace, death_reason, is_stopped, kill_process
 
 _LOOK_PERIOD_S = 0.5

@@ -34,7 +34,7 @@ def _watch(child: subprocess.Popen[bytes], *, ends_stopped: bool = False) -> Ray
         (lambda child: child.kill(), "was killed by SIGKILL"),
         (lambda child: child.send_signal(signal.SIGSEGV), "was killed by SIGSEGV"),
         (lambda child: child.terminate(), "was killed by SIGTERM"),
-        (lambda child: (child.kill(), child.wait()), "has died"),
+        (lambda child: (child.kill(), child.wait()), "was killed by SIGKILL"),
     ],
 )
 def test_a_death_is_told_with_who_died_and_how(
