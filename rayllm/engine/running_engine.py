@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ class RunningEngine:
 
     driver: Any
     placement_group: Any
+    nodes: Mapping[int, str]
+    """The node of each of its bundles, the driver's first, as they were placed: kept, since Ray may be gone when
+    somebody asks."""
 
     def start(
         self,
@@ -64,15 +67,15 @@ class RunningEngine:
 
     def lost_nodes(self, silence_s: float = SILENCE_S) -> dict[str, str]:
         """The lost ones among the nodes of its placement group, each with the reason."""
-        return lost_nodes(bundle_nodes(self.placement_group).values(), silence_s)
+        return lost_nodes(self.nodes.values(), silence_s)
 
     def why_lost(self) -> str:
         """Why the driver's node is lost; empty where it is not."""
         return describe_lost(lost_nodes([self.node_id()]))
 
     def node_id(self) -> str:
-        """The driver's node; empty while Ray has none for it."""
-        return bundle_nodes(self.placement_group).get(0, "")
+        """The driver's node; empty where Ray had none for it."""
+        return self.nodes.get(0, "")
 
     def is_local(self) -> bool:
         """Whether the driver is on this process's node."""
@@ -138,4 +141,4 @@ def create_driver(
         if isinstance(error, ValueError):
             raise ConfigError(f"cannot make the driver of engine {name!r}: {error}") from None
         raise
-    return RunningEngine(driver, group)
+    return RunningEngine(driver, group, bundle_nodes(group))
