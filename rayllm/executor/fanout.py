@@ -103,6 +103,10 @@ class WorkerLinks:
         if self._losses:
             self._raise_loss()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
     def dead_ranks(self) -> set[int]:
         """Ranks that are known to have died, rather than to have failed in a step."""
         with self._lock:

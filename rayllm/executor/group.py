@@ -20,7 +20,7 @@ from rayllm.executor.bundles import Bundles
 from rayllm.executor.channel import Channel, Listener
 from rayllm.executor.executor import Selectable
 from rayllm.executor.fanout import WorkerLinks
-from rayllm.executor.rank_calls import raise_ended, watch_runs
+from rayllm.executor.rank_calls import raise_ended, start_watches
 from rayllm.executor.stopwatch import Stopwatch
 from rayllm.executor.worker import (
     END_TIMEOUT_S,
@@ -260,10 +260,7 @@ class WorkerGroup:
         lap("warm up")
         self._links = WorkerLinks(self._connect())
         lap("connect")
-        self._watcher = threading.Thread(
-            target=watch_runs, args=(self._run_refs, self._links), name="worker-watch", daemon=True
-        )
-        self._watcher.start()
+        self._watcher = start_watches(self._run_refs, self._links, None if self._single_node else self._bundles)
 
     def _make_actor(self, rank: int) -> None:
         with self._lock:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
 from rayllm.errors import RayLLMError, WorkerDiedError
+from rayllm.executor.bundles import Bundles
 from rayllm.executor.fanout import WorkerLinks
 from rayllm.executor.inproc import one_line
 from rayllm.executor.worker import death_reason
+
+_NODE_LOOK_S = 1.0
 
 
 def raise_ended(refs: Mapping[int, Any], *, is_first_load: bool = False) -> None:
@@ -27,6 +33,30 @@ def raise_ended(refs: Mapping[int, Any], *, is_first_load: bool = False) -> None
             raise WorkerDiedError(ranks[ref], one_line(cause)) from error
         except ray.exceptions.RayError as error:
             raise WorkerDiedError(ranks[ref], death_reason(error)) from error
+
+
+def start_watches(run_refs: Mapping[int, Any], links: WorkerLinks, bundles: Bundles | None) -> threading.Thread:
+    """Has `links` told of ranks whose `run` ends, and with `bundles` of those whose node is lost; the thread of the
+    former."""
+    if bundles is not None:
+        threading.Thread(
+            target=watch_nodes, args=(bundles, list(run_refs), links), name="node-watch", daemon=True
+        ).start()
+    watcher = threading.Thread(target=watch_runs, args=(run_refs, links), name="worker-watch", daemon=True)
+    watcher.start()
+    return watcher
+
+
+def watch_nodes(bundles: Bundles, ranks: Sequence[int], links: WorkerLinks) -> None:
+    """Until a rank is lost or the links are closed: the connections to a node that froze, or cannot be reached, do not
+    end."""
+    while not links.is_closed:
+        with contextlib.suppress(Exception):  # Ray does not answer just now
+            if lost := bundles.on_lost_nodes(ranks):
+                for rank, reason in lost.items():
+                    links.report_loss(rank, reason)
+                return
+        time.sleep(_NODE_LOOK_S)
 
 
 def watch_runs(run_refs: Mapping[int, Any], links: WorkerLinks) -> None:
