@@ -83,10 +83,10 @@ def disconnect(folder: str | None = None) -> None:
     processes end."""
     if ray_is_initialized():
         is_lost = ray_watch().error is not None
+        _drop_watch()  # what ends from here on ends in order
         if folder is not None and is_lost:
             end_all_of(folder, grace_s=0)  # Ray's goodbye would wait for them
         _say_goodbye(folder, _LOST_GOODBYE_TIMEOUT_S if is_lost else _GOODBYE_TIMEOUT_S)
-    _drop_watch()
     if folder is not None:
         killed = end_all_of(folder, grace_s=_GRACE_S)
         if killed:
