@@ -193,7 +193,7 @@ class RayWatch:
 
     def _lose(self, what: str) -> None:
         error = EngineError(f"{what}: the engine cannot go on without it", code=RAY_DIED)
-        log.error("%s", error)
+        log.info("%s", error)  # no louder: a program may end its Ray by itself, and whoever needs it gets the error
         with self._lock:
             self._error = error
             listeners, self._listeners = self._listeners, []
