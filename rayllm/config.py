@@ -331,23 +331,6 @@ def _keys_of_file(path: str) -> list[str]:
     return keys
 
 
-def read_settings_file(path: str) -> dict[str, Any]:
-    """The settings of a YAML file, named as the fields of `EngineConfig` and `ServerConfig` ('-' or '_')."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path!r} is not YAML: {' '.join(str(error).split())}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise ConfigError(f"config file {path!r} must hold lines of 'setting: value'")
-    return {key.replace("-", "_"): value for key, value in settings.items()}
-
-
 def parse_settings(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
     """Sorts plain settings into the two configs; an unknown one is a `ConfigError` that names the nearest of both."""
     engine, server = EngineConfig.model_fields, ServerConfig.model_fields
@@ -493,8 +476,9 @@ class Environment:
         return os.environ.get("RAY_AUTH_TOKEN_PATH", "")
 
     @staticmethod
-    def home() -> str | None:
-        return os.environ.get("HOME")
+    def has_home() -> bool:
+        """Whether `HOME` is set; without it, the user's home folder is looked up."""
+        return bool("HOME" in os.environ)
 
     @staticmethod
     def ray_auth_mode() -> str | None:

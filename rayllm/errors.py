@@ -104,7 +104,18 @@ def without_paths(text: str) -> str:
     return _FILE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
 
 
+_NEAR = 0.75
+"""Share of letters that two words have in common, in order, from which one may be meant by the other."""
+_LEAST_PREFIX = 3
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: `; did you mean 'x'?`, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The end of an error message: `; did you mean 'x'?`, or nothing where no known word is near: spelt almost alike,
+    or the only one that begins so."""
+    names = list(dict.fromkeys(known))
+    by_lowered = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(word.lower(), list(by_lowered), n=1, cutoff=_NEAR)
+    if not near and len(word) >= _LEAST_PREFIX:
+        beginning = [name for name in by_lowered if name.startswith(word.lower())]
+        near = beginning if len(beginning) == 1 else []
+    return f"; did you mean {by_lowered[near[0]]!r}?" if near else ""

@@ -21,6 +21,20 @@ def test_an_error_survives_the_way_between_processes(error: Exception, text: str
 def test_the_nearest_word_is_named_only_where_one_is_near() -> None:
     assert did_you_mean("temprature", ["top_p", "temperature"]) == "; did you mean 'temperature'?"
     assert did_you_mean("zzz", ["top_p", "temperature"]) == ""
+    assert did_you_mean("Top_P", ["top_k", "top_p"]) == "; did you mean 'top_p'?"
+
+
+@pytest.mark.parametrize(
+    "word", ["truncation_side", "truncation", "use_beam_search", "kv_cache_dtype", "user_id", "id"]
+)
+def test_a_word_that_is_merely_like_another_is_not_suggested(word: str) -> None:
+    assert did_you_mean(word, ["functions", "function_call", "user", "n", "best_of", "cache_salt", "seed"]) == ""
+
+
+def test_the_only_word_that_begins_so_is_suggested() -> None:
+    known = ["gpu_memory_utilization", "max_num_seqs", "max_model_len"]
+    assert did_you_mean("gpu_memory", known) == "; did you mean 'gpu_memory_utilization'?"
+    assert did_you_mean("max", known) == ""
 
 
 @pytest.mark.parametrize(

@@ -136,13 +136,24 @@ def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> dict[int, float
         raise RequestError(
             f"logit_bias holds {len(biases)} tokens, at most {MAX_LOGIT_BIASES} are allowed", param="logit_bias"
         )
-    if wrong := [shorten(key) for key in biases if not _TOKEN_ID.fullmatch(key)]:
-        more = f" and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
-        are = "is not a token id" if len(wrong) == 1 else "are not token ids"
-        raise RequestError(f"logit_bias: {', '.join(wrong[:_MAX_NAMED])}{more} {are}", param="logit_bias")
-    found = {int(key): bias for key, bias in biases.items()}
-    _check_ids("logit_bias", list(found), vocab_size, MAX_LOGIT_BIASES)
-    return found
+    texts = [key for key in biases if not _TOKEN_ID.fullmatch(key)]
+    outside = [key for key in biases if _TOKEN_ID.fullmatch(key) and int(key) >= vocab_size]
+    faults = []
+    if texts:
+        faults.append(f"{_listed(texts)} {'is not a token id' if len(texts) == 1 else 'are not token ids'}")
+    if outside:
+        faults.append(
+            f"{_listed(outside)} {'is' if len(outside) == 1 else 'are'} outside the vocabulary of {vocab_size}"
+        )
+    if faults:
+        raise RequestError(f"logit_bias: {'; '.join(faults)}", param="logit_bias")
+    return {int(key): bias for key, bias in biases.items()}
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """All of them where they are few."""
+    shown = ", ".join(shorten(key) for key in keys[:_MAX_NAMED])
+    return shown + (f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else "")
 
 
 def truncate_ids(ids: list[int], body: GenerationBody, max_model_len: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from rayllm.cli.answer import Piece, ServerError, Timing
-from rayllm.cli.connect import DEFAULT_URL
+from rayllm.cli.connect import DEFAULT_URL, http_settings
 from rayllm.errors import EngineUnreachableError
 
 _CONNECT_TIMEOUT_S = 3.0
@@ -28,7 +28,7 @@ class ApiClient:
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
-            trust_env=not _is_loopback(self.url),
+            **http_settings(self.url),
         )
 
     def close(self) -> None:
@@ -169,8 +169,3 @@ def _error_text(answer: httpx.Response) -> str:
         return str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return answer.text[:300] or answer.reason_phrase
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host if "://" in url else ""
-    return host in ("localhost", "::1") or host.startswith("127.")

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.flags import Parser, UsageError, flag_name
 from rayllm.config import Environment
+from rayllm.errors import EngineUnreachableError
 
 if TYPE_CHECKING:
     from rayllm.cli.client import ApiClient
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_PORTS = range(1, 2**16)
 
 PARAMS: dict[str, tuple[type, str]] = {
     "temperature": (float, "0 is greedy; default: the model's"),
@@ -28,7 +30,8 @@ PARAMS: dict[str, tuple[type, str]] = {
 
 
 def add_server_flags(parser: Parser) -> None:
-    parser.add_argument("--url", help=f"server to ask (default: the one that runs here, else {DEFAULT_URL})")
+    text = f"server to ask, by its URL, port, name or pid (default: the one that runs here, else {DEFAULT_URL})"
+    parser.add_argument("--url", help=text)
     parser.add_argument("--api-key", help="key to send (default: RLLM_API_KEY)")
     parser.add_argument("--served-model-name", metavar="NAME", help="model to ask (default: the server's first)")
 
@@ -74,17 +77,46 @@ def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: checked_param(name, given[name]) for name in PARAMS if name in given}
 
 
+def server_url(word: str | None) -> str:
+    """The address of the server that a URL, `HOST:PORT`, port, name, pid or model names; without a word, of the one
+    that runs on this machine. `EngineUnreachableError` where the word names none."""
+    from rayllm.machine.registry import find
+
+    if not word:
+        return default_url()
+    if "://" in word:
+        return word.rstrip("/").removesuffix("/v1")
+    try:
+        return find(word).url
+    except EngineUnreachableError:
+        if word.isdigit() and int(word) in _PORTS:  # a server that another user, or Serve itself, started
+            return f"http://127.0.0.1:{word}"
+        host, _, port = word.removesuffix("/v1").rpartition(":")
+        if host and port.isdigit():
+            return f"http://{host}:{port}"
+        raise
+
+
 def default_url() -> str:
     """The address of the server that runs on this machine; the usual one, where there are none or one of several has
     it. `UsageError` where several run elsewhere."""
-    from rayllm.machine.registry import running
+    from rayllm.machine.registry import running, shown_list
 
-    urls = [entry.url for entry in running()]
+    entries = running()
+    urls = [entry.url for entry in entries]
     if len(urls) == 1:
         return urls[0]
     if urls and DEFAULT_URL not in urls:
-        raise UsageError(f"{len(urls)} servers run, say which by its address: {', '.join(urls)}")
+        raise UsageError(f"{len(urls)} servers run, say which by its name: {shown_list(entries)}")
     return DEFAULT_URL
+
+
+def http_settings(url: str) -> dict[str, Any]:
+    """Settings of an httpx client for `url`: proxies of the environment do not know this machine's loopback."""
+    host = url.rpartition("://")[2].partition("/")[0]
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    name = name.strip("[]").lower()
+    return {"trust_env": not (name in ("localhost", "::1", "0.0.0.0", "::") or name.startswith("127."))}
 
 
 @contextlib.contextmanager
@@ -92,7 +124,7 @@ def connected(given: Mapping[str, Any]) -> Iterator[ApiClient]:
     """A client of the server that the flags name. Whether it answers shows at the first request."""
     from rayllm.cli.client import ApiClient
 
-    client = ApiClient(given.get("url") or default_url(), given.get("api_key") or Environment.api_key())
+    client = ApiClient(server_url(given.get("url")), given.get("api_key") or Environment.api_key())
     try:
         yield client
     finally:

@@ -6,6 +6,7 @@ A verb's module has `run(argv) -> int`. Exit codes: 0 ok, 1 failure, 2 usage, 3 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,25 @@ VERBS = {
 }
 
 
+OTHER_WORDS = {
+    "list": "'rayllm ps' lists the servers that run here",
+    "ls": "'rayllm ps' lists the servers that run here; there is no list of downloaded models yet, they lie in the "
+    "hub's cache",
+    "rm": "downloaded models lie in the hub's cache, and no verb removes them yet; 'rayllm stop' ends a server",
+    "run": "'rayllm chat MODEL' serves a model while you talk to it; 'rayllm serve MODEL' serves it until Ctrl-C",
+    "start": "'rayllm serve [MODEL]' starts a server",
+    "up": "'rayllm serve [MODEL]' starts a server",
+    "kill": "'rayllm stop' ends a server",
+    "down": "'rayllm stop' ends a server",
+    "show": "'rayllm status' shows a server, 'rayllm config show' the settings",
+    "info": "'rayllm status' shows a server, 'rayllm doctor' this machine",
+    "download": "'rayllm pull MODEL' downloads a model",
+    "generate": "'rayllm complete PROMPT' continues a prompt, 'rayllm chat' answers a message",
+    "batch": "'rayllm run-batch' answers a file of requests",
+}
+"""What users of other tools type, and what does that here."""
+
+
 def help_text() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items())
@@ -49,6 +69,7 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; what a user can mend is one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _print_what_the_terminal_cannot()
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text(), end="")
         return OK
@@ -58,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         from rayllm.errors import did_you_mean
 
+        if verb in OTHER_WORDS:
+            return complain(f"rayllm: there is no verb {verb!r}: {OTHER_WORDS[verb]}", USAGE)
         kind = "option" if verb.startswith("-") else "verb"
         near = did_you_mean(verb, [*VERBS, "help", "--help", "--version"])
         return complain(f"rayllm: unknown {kind} {verb!r}{near} (see rayllm --help)", USAGE)
@@ -66,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(code)  # a dead Ray would keep this process for many seconds
     return code
+
+
+def _print_what_the_terminal_cannot() -> None:
+    """Characters outside the terminal's encoding are shown as '?', where Python would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def complain(line: str, code: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rayllm.cli.connect import add_server_flags, default_url
+from rayllm.cli.connect import add_server_flags, http_settings, server_url
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.config import EngineConfig, Environment, parse_settings
 from rayllm.errors import EngineUnreachableError
@@ -214,7 +214,7 @@ def _no_output(output: Path) -> UsageError:
 def _server(given: dict[str, Any]) -> Iterator[str]:
     """The URL to ask."""
     if "model" not in given:
-        yield given.get("url") or default_url()
+        yield server_url(given.get("url"))
         return
     from rayllm.cli.serving import background_server, check_before_start
 
@@ -238,6 +238,7 @@ async def _answer_all(url: str, given: dict[str, Any], jobs: Sequence[Job], outp
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
         limits=httpx.Limits(max_connections=given["max_concurrency"]),
+        **http_settings(url),
     ) as http:
         await _check_there(http, url)
         with _opened(output) as out:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.cli.vllm_flags import translate
-from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig, parse_settings, read_settings_file
+from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig, parse_settings
+from rayllm.settings_file import read_settings_file
 
 if TYPE_CHECKING:
     from rayllm.cli.terminal import Screen

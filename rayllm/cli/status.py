@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayllm.cli.connect import default_url
+from rayllm.cli.connect import server_url
 from rayllm.cli.flags import Parser, UsageError
 from rayllm.cli.serve import python_line
 
@@ -49,14 +49,10 @@ def run(argv: Sequence[str]) -> int:
 
 def _server(word: str | None) -> tuple[str, Entry | None]:
     """The address to ask, and what is known of the server where it is one of this machine."""
-    from rayllm.machine.registry import find, find_at
+    from rayllm.machine.registry import find_at
 
-    if word is None:
-        word = default_url()
-    if "://" in word:
-        return word, find_at(word)
-    entry = find(word)
-    return entry.url, entry
+    url = server_url(word)
+    return url, find_at(url)
 
 
 def look(client: Any, interval_s: float) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def ensure_ray_token() -> None:
         return
     if path is None or not _made(path):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    elif Environment.home() is None:  # Ray looks there alone
+    elif not Environment.has_home():  # Ray looks there alone
         os.environ["RAY_AUTH_TOKEN"] = read_ray_token()
 
 

@@ -29,6 +29,7 @@ from rayllm.executor.ray_cluster import connected_ray, free_port
 from rayllm.executor.ray_connection import ray_is_initialized, ray_watch
 from rayllm.executor.ray_join import cluster_address, ray_token_in_use
 from rayllm.executor.ray_watch import RayWatch
+from rayllm.machine.ports import port_holder
 from rayllm.serve.early_port import EarlyPort
 from rayllm.serve.haproxy import proxy_environment
 
@@ -285,7 +286,9 @@ def check_port(host: str, port: int) -> None:
         except PermissionError:
             raise ConfigError(f"port={port} needs rights that you do not have: use one above 1023") from None
         except OSError as error:
-            in_use = f"port={port} on {host} is in use: choose another with --port, or --port 0 for a free one"
+            holder = port_holder(port)
+            by = f" by {holder}" if holder else ""
+            in_use = f"port={port} on {host} is in use{by}: choose another with --port, or --port 0 for a free one"
             no_host = f"host={host!r} is not an address of this machine: use 127.0.0.1 or 0.0.0.0"
             raise ConfigError(in_use if error.errno == 98 else no_host) from None
 

@@ -328,6 +328,12 @@ async def test_bad_words_travel_as_token_ids(service: ModelService, engine: Fake
         ({"logit_bias": {"1_0": 1}}, "logit_bias", "not a token id"),
         ({"logit_bias": {"٥": 1}}, "logit_bias", "not a token id"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "outside the vocabulary"),
+        (
+            {"logit_bias": {"5": 1, "a": 1, "": 1, "288": 1, "289": 1}},
+            "logit_bias",
+            "logit_bias: 'a', '' are not token ids; '288', '289' are outside the vocabulary of 288",
+        ),
+        ({"logit_bias": {f"x{i}": 1 for i in range(15)}}, "logit_bias", "'x9' and 5 more are not token ids"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "outside"),
         ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "at most 1024"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "outside"),

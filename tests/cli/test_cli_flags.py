@@ -5,8 +5,9 @@ import pytest
 from rayllm.cli.flags import UsageError
 from rayllm.cli.serve import parse_serve
 from rayllm.cli.serve import parser as serve_parser
-from rayllm.config import EngineConfig, ServerConfig, parse_settings, read_settings_file
+from rayllm.config import EngineConfig, ServerConfig, parse_settings
 from rayllm.errors import ConfigError
+from rayllm.settings_file import read_settings_file
 
 FLAGS = [
     "--allowed-hosts",

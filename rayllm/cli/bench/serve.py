@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.bench.figures import add_count_flags, check_at_least, headline, line, spread_ms
-from rayllm.cli.connect import add_server_flags, default_url
+from rayllm.cli.connect import add_server_flags, http_settings, server_url
 from rayllm.cli.flags import Parser, UsageError
 from rayllm.config import Environment
 from rayllm.errors import EngineUnreachableError, RayLLMError
@@ -97,13 +97,14 @@ def run(argv: Sequence[str]) -> int:
 async def _measure(given: dict[str, Any]) -> tuple[list[Sample], float]:
     import httpx
 
-    url = (given.get("url") or default_url()).rstrip("/").removesuffix("/v1")
+    url = server_url(given.get("url"))
     key = given.get("api_key") or Environment.api_key()
     async with httpx.AsyncClient(
         base_url=url,
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        **http_settings(url),
     ) as http:
         model = given.get("served_model_name") or await _first_model(http, url)
         numbers = random.Random(given["seed"])

@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 
 from rayllm.cli.flags import Parser
-from rayllm.config import parse_settings, read_settings_file
+from rayllm.config import parse_settings
 from rayllm.errors import ConfigError
+from rayllm.settings_file import read_settings_file
 
 
 def parser() -> Parser:
