@@ -14,6 +14,8 @@ from pathlib import Path
 from rayllm.cli.flags import Parser
 from rayllm.cli.table import amount
 from rayllm.errors import ConfigError
+from rayllm.machine.folders import home_folder
+from rayllm.machine.ray_token import token_file
 
 _LEAST_MEMORY_BYTES = 2 * 2**30
 _LEAST_SHM_BYTES = 256 * 2**20
@@ -56,8 +58,8 @@ def run(argv: Sequence[str]) -> int:
 
 def examine() -> list[Finding]:
     """Looks at everything; nothing heavy is imported, nothing is started."""
-    from rayllm.cli.terminal import log_folder
     from rayllm.config import count_cores
+    from rayllm.machine.folders import log_folder
 
     return [
         Finding("python", sys.version_info >= (3, 10), sys.version.split()[0], "use Python 3.10 or newer"),
@@ -68,7 +70,7 @@ def examine() -> list[Finding]:
         _at_least("memory", _free_memory(), _LEAST_MEMORY_BYTES, "RayLLM and Ray need about this much to start"),
         _at_least("/dev/shm", _free_disk("/dev/shm"), _LEAST_SHM_BYTES, "in a container: --shm-size=1g"),
         _at_least("/tmp", _free_disk("/tmp"), _LEAST_DISK_BYTES, "make room: Ray keeps its session there"),
-        _at_least("home", _free_disk(str(Path.home())), _LEAST_DISK_BYTES, "make room: models and logs lie there"),
+        _at_least("home", _free_disk(str(home_folder())), _LEAST_DISK_BYTES, "make room: models and logs lie there"),
         _writable("log folder", log_folder(), "set RLLM_LOG_DIR"),
         _runtime_folder(),
         _limit("open files", "RLIMIT_NOFILE", _LEAST_FILES, "ulimit -n 65536"),
@@ -182,7 +184,9 @@ def _limit(name: str, which: str, least: int, mend: str) -> Finding:
 
 def _token() -> Finding:
     """Ray's token lets its holder run code: nobody else may read it."""
-    path = Path.home() / ".ray" / "auth_token"
+    path = token_file()
+    if path is None:
+        return Finding("ray token", True, "no home folder: made at each start")
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError:

@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _log_of(server: str | None) -> tuple[Path, Entry | None]:
     """The log of the server that is meant; without one running and none named, the newest there is."""
-    from rayllm.cli.terminal import log_folder
+    from rayllm.machine.folders import log_folder
     from rayllm.machine.registry import find, running
 
     if server is not None or running():

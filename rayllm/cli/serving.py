@@ -12,6 +12,7 @@ from rayllm.cli.terminal import Screen, interrupted_by_signals, new_log_file
 from rayllm.compatibility import notes
 from rayllm.config import EngineConfig, Environment, ServerConfig
 from rayllm.errors import ConfigError, EngineError
+from rayllm.machine.folders import check_working_folder
 from rayllm.machine.registry import listed
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     from rayllm.text.tokenizer_files import check_vocabulary_files
     from rayllm.weights.hub import HubModel
 
+    check_working_folder()
     server.read_api_keys()
     joins = Environment.ray_address() is not None
     if server.port and not joins:

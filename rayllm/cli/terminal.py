@@ -15,22 +15,18 @@ from typing import IO, Any, TextIO
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError
+from rayllm.machine.folders import log_folder, make_private
 
 _LOG = logging.getLogger("rayllm.cli")
-
-
-def log_folder() -> Path:
-    """Where logs are kept: RLLM_LOG_DIR, or the user's cache folder. It need not be there."""
-    return Path(Environment.log_dir() or Path.home() / ".cache" / "rayllm" / "logs").expanduser()
 
 
 def new_log_file(verb: str) -> Path:
     """A path for this run's log."""
     folder = log_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
     except OSError as error:
-        raise ConfigError(f"log folder {str(folder)!r} cannot be made ({error.strerror}): set RLLM_LOG_DIR") from None
+        raise ConfigError(f"log folder {str(folder)!r} cannot be used ({error.strerror}): set RLLM_LOG_DIR") from None
     return folder / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rayllm.config import RAY_NAMESPACE, Environment
@@ -21,6 +21,7 @@ from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
 from rayllm.executor.ray_access import check_access
 from rayllm.executor.ray_connection import await_goodbye, disconnect, ray_is_initialized, watch_own_ray
 from rayllm.machine.death_watch import cleared_up_after_death
+from rayllm.machine.folders import check_working_folder
 from rayllm.machine.ray_token import ensure_ray_token
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def connected_ray(
         yield False
         return
     address = Environment.ray_address()
+    check_working_folder()
     if address is None:
         with _own_ray(num_cpus, environment, meanwhile):
             yield True
@@ -108,12 +110,38 @@ def _connect(meanwhile: Callable[[], None] | None, **options: Any) -> None:
     if meanwhile is not None:  # not before Ray is imported: that reads the environment
         threading.Thread(target=meanwhile, name="meanwhile", daemon=True).start()
     try:
-        ray.init(namespace=RAY_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(
+            job_config=job_config(),
+            namespace=RAY_NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **options,
+        )
     except ConnectionError as error:
         raise _unreachable(str(options["address"]), str(error)) from None
+    except OSError as error:
+        raise EngineError(f"Ray did not start: {error}") from error
     except Exception as error:  # Ray has no class of its own for a node that does not come up
         reason = " ".join(str(error).split())[:300]
         raise EngineError(f"Ray did not start, is the machine too busy or short of memory? {reason}") from error
+
+
+class _DriversPath(list[str]):
+    """Folders that workers take modules from: of those that Ray would add, what this process takes modules from too."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        own = {os.path.abspath(folder) for folder in sys.path}
+        super().extend(folder for folder in folders if os.path.abspath(folder) in own)
+
+
+def job_config() -> Any:
+    """Ray's settings of a job, with which workers do not take modules from this process's working folder where the
+    process itself does not: Ray would put it before all installed packages, whatever lies there."""
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _DriversPath()  # Ray has no public way
+    return config
 
 
 def running_cluster() -> str:

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 
 from rayllm.config import RAY_NAMESPACE
 from rayllm.errors import EngineUnreachableError
-from rayllm.executor.ray_cluster import prepare_environment, quieten_ray
+from rayllm.executor.ray_cluster import job_config, prepare_environment, quieten_ray
 from rayllm.executor.ray_connection import disconnect, ray_is_initialized
+from rayllm.machine.folders import check_working_folder
 from rayllm.machine.ray_token import read_ray_token
 
 _ANSWER_TIMEOUT_S = 2.0
@@ -60,6 +61,7 @@ class SharedRay:
                 self._undo.close()
 
     def _connect(self, address: str, token: str) -> None:
+        check_working_folder()
         _check_answers(address, token)
         with contextlib.ExitStack() as undo:
             undo.enter_context(_environment(_settings(address, token)))
@@ -144,7 +146,13 @@ def _init(address: str) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
     try:
-        ray.init(address=address, namespace=RAY_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=address,
+            job_config=job_config(),
+            namespace=RAY_NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except Exception as error:  # ConnectionError, RuntimeError (other versions of Ray or Python), RaySystemError
         reason = " ".join(str(error).split())[:300]
         raise EngineUnreachableError(f"cannot connect to the Ray at {address}: {reason}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError
+from rayllm.machine.folders import home_folder
 
 
 def token_file() -> Path | None:
@@ -16,10 +17,8 @@ def token_file() -> Path | None:
     given = Environment.ray_token_path()
     if given:
         return Path(given)
-    try:
-        return Path.home() / ".ray" / "auth_token"
-    except RuntimeError:
-        return None
+    home = home_folder()
+    return None if home is None else home / ".ray" / "auth_token"
 
 
 def read_ray_token() -> str:

@@ -60,21 +60,33 @@ class Entry:
 
 
 def runtime_folder() -> Path:
-    """The user's folder for what runs now; made where it is missing. `ConfigError` where it cannot be trusted."""
+    """The user's folder for what runs now, made where it is missing: the first of the usual places that can be trusted.
+    `ConfigError`, which says what is wrong with each, where there is none."""
     base = Environment.runtime_dir()
-    folder = Path(base) / "rayllm" if base else Path(tempfile.gettempdir()) / f"rayllm-{os.getuid()}"
+    own = f"rayllm-{os.getuid()}"
+    places = [Path(base) / "rayllm"] if base else []
+    places += [Path(folder) / own for folder in dict.fromkeys(("/tmp", tempfile.gettempdir()))]
+    faults = []
+    for folder in places:
+        fault = _fault_of(folder)
+        if fault is None:
+            return folder
+        faults.append(f"{str(folder)!r} {fault}")
+    raise ConfigError(f"there is no runtime folder: {'; '.join(faults)}. Set XDG_RUNTIME_DIR to a folder of yours")
+
+
+def _fault_of(folder: Path) -> str | None:
+    """Makes the folder where it is missing. Why it cannot be used or trusted; None where it can."""
     try:
         folder.mkdir(mode=_PRIVATE, exist_ok=True)
         found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            return "is not a folder of yours"
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            folder.chmod(_PRIVATE)
     except OSError as error:
-        raise ConfigError(
-            f"runtime folder {str(folder)!r} cannot be made ({error.strerror}): set XDG_RUNTIME_DIR"
-        ) from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ConfigError(f"runtime folder {str(folder)!r} is not a folder of yours: remove it or set XDG_RUNTIME_DIR")
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        folder.chmod(_PRIVATE)
-    return folder
+        return f"cannot be made ({error.strerror})"
+    return None if os.access(folder, os.W_OK | os.X_OK) else "cannot be written"
 
 
 class Listing:

@@ -104,10 +104,16 @@ def test_entries_are_for_their_user_alone(start: Start, runtime: Path) -> None:
     assert (runtime.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
 
 
-def test_a_runtime_folder_of_somebody_elses_making_is_refused(runtime: Path, tmp_path: Path) -> None:
+def test_a_runtime_folder_of_somebody_elses_making_is_not_used(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "elsewhere").mkdir()
     runtime.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="not a folder of yours"):
+    assert registry.runtime_folder().name == f"rayllm-{os.getuid()}"
+    monkeypatch.setattr(registry, "_fault_of", lambda folder: "is not a folder of yours")
+    with pytest.raises(
+        ConfigError, match=r"rayllm' is not a folder of yours; '/tmp/rayllm-\d+' is not .*XDG_RUNTIME_DIR"
+    ):
         registry.running()
 
 
