@@ -41,7 +41,6 @@ OTHER_WORDS = {
     "ls": "'rayllm ps' lists the servers that run here; there is no list of downloaded models yet, they lie in the "
     "hub's cache",
     "rm": "downloaded models lie in the hub's cache, and no verb removes them yet; 'rayllm stop' ends a server",
-    "run": "'rayllm chat MODEL' serves a model while you talk to it; 'rayllm serve MODEL' serves it until Ctrl-C",
     "start": "'rayllm serve [MODEL]' starts a server",
     "up": "'rayllm serve [MODEL]' starts a server",
     "kill": "'rayllm stop' ends a server",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -40,7 +41,16 @@ def log_folder() -> Path:
     usual = None if home is None else home / ".cache" / "rayllm" / "logs"
     if usual is not None and _can_hold(usual):
         return usual
-    return Path(tempfile.gettempdir()) / f"rayllm-{os.getuid()}-logs"
+    return Path(temporary_folders()[-1]) / f"rayllm-{os.getuid()}-logs"
+
+
+def temporary_folders() -> list[str]:
+    """`/tmp`, which every process of this machine knows, and the one that this process was told of (`TMPDIR`) where
+    that is another and can be written."""
+    folders = ["/tmp"]
+    with contextlib.suppress(FileNotFoundError):  # none can be written
+        folders.append(tempfile.gettempdir())
+    return list(dict.fromkeys(folders))
 
 
 def make_private(folder: Path) -> None:

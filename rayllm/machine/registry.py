@@ -21,6 +21,7 @@ from typing import Any
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError, EngineUnreachableError, did_you_mean
+from rayllm.machine.folders import temporary_folders
 from rayllm.machine.processes import Process, this_process
 
 _PRIVATE = 0o700
@@ -65,7 +66,7 @@ def runtime_folder() -> Path:
     base = Environment.runtime_dir()
     own = f"rayllm-{os.getuid()}"
     places = [Path(base) / "rayllm"] if base else []
-    places += [Path(folder) / own for folder in dict.fromkeys(("/tmp", tempfile.gettempdir()))]
+    places += [Path(folder) / own for folder in temporary_folders()]
     faults = []
     for folder in places:
         fault = _fault_of(folder)
