@@ -1,4 +1,5 @@
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -113,6 +114,10 @@ def test_help_and_typos_import_nothing_heavy() -> None:
     ("argv", "expected"),
     [
         (["srve"], "unknown verb 'srve'; did you mean 'serve'?"),
+        (["list"], "there is no verb 'list': 'rayllm ps' lists the servers that run here"),
+        (["ls"], "there is no verb 'ls': 'rayllm ps' lists the servers"),
+        (["rm", "m"], "there is no verb 'rm': downloaded models lie in the hub's cache, and no verb removes them yet"),
+        (["download", "m"], "there is no verb 'download': 'rayllm pull MODEL' downloads a model"),
         (["--verson"], "unknown option '--verson'; did you mean '--version'?"),
         (["hlep"], "unknown verb 'hlep'; did you mean 'help'?"),
         (["serve", "--tensor-paralel-size", "2"], "did you mean '--tensor-parallel-size'?"),
@@ -210,3 +215,18 @@ def test_out_of_memory_is_told_apart_from_other_failures() -> None:
 def test_version_reads_metadata_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version", "--json"]) == 0
     assert '"rayllm": "0.1.0"' in capsys.readouterr().out
+
+
+def test_words_of_other_tools_are_no_verbs_and_name_verbs_that_exist() -> None:
+    assert not set(cli.OTHER_WORDS) & set(cli.VERBS)
+    for text in cli.OTHER_WORDS.values():
+        named = re.findall(r"'rayllm ([a-z-]+)", text)
+        assert named
+        assert set(named) <= set(cli.VERBS)
+
+
+def test_what_the_terminal_cannot_show_is_shown_as_question_marks() -> None:
+    code = "import sys; from rayllm.cli.main import main; main(['version']); print('ü ✓ 漢')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "? ? ?"
