@@ -143,9 +143,12 @@ class RemoteEngine:
 
     def close(self) -> Pending[None]:
         """Ends this client and its open requests, and the connection to Ray where it was made for this engine. The
-        engine itself runs on. Begins at once; safe to call twice."""
+        engine itself runs on. Where no event loop runs it is done when this returns, else when it was awaited; safe to
+        call twice."""
         if self._closing is None:
             self._closing = Pending(in_thread(self._close, "rayllm-close"))
+        if not loop_is_running():
+            self._closing.result()
         return self._closing
 
     def _close(self) -> None:
@@ -199,7 +202,7 @@ class RemoteEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close().result()
+        self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Passed to a task or an actor, it is the same engine, found again there."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
@@ -27,15 +28,24 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def stop(self) -> None:
-        """Ends the loop once what it does now is done. Idempotent; safe in any thread."""
-        if not self.loop.is_closed():
+        """Ends the loop, and what is open on it is cancelled. Idempotent; safe in any thread."""
+        with contextlib.suppress(RuntimeError):  # it is closed
             self.loop.call_soon_threadsafe(self.loop.stop)
 
     def _run(self) -> None:
         try:
             self.loop.run_forever()
         finally:
+            self.loop.run_until_complete(_cancel_all())
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
+
+
+async def _cancel_all() -> None:
+    open_tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in open_tasks:
+        task.cancel()
+    await asyncio.gather(*open_tasks, return_exceptions=True)
 
 
 def in_thread(work: Callable[[], T], name: str) -> Future[T]:

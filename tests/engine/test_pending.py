@@ -138,3 +138,15 @@ def test_several_threads_wait_for_one_result(thread: LoopThread) -> None:
     for each in waiting:
         each.join()
     assert found == [7] * 4
+
+
+def test_what_is_open_when_the_loop_stops_is_cancelled_and_says_so() -> None:
+    thread = LoopThread("test")
+    counting = Counting(1, is_endless=True)
+    outputs = PendingOutputs(thread, counting.numbers(), grows=False)
+    assert next(outputs) == 0
+    thread.stop()
+    with pytest.raises(RuntimeError, match="cancelled"):
+        outputs.result(5)
+    assert counting.left.wait(5)
+    thread.stop()
