@@ -407,6 +407,7 @@ class Environment:
         "CUDA_VISIBLE_DEVICES",
         "MODELSCOPE_ENDPOINT",
         "RAY_ADDRESS",
+        "RAY_AUTH_MODE",
         "RAY_AUTH_TOKEN",
         "RAY_AUTH_TOKEN_PATH",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",

@@ -41,8 +41,8 @@ from rayllm.request import Request, SamplingParams, StructuredOutputsParams, pac
         ("logit_bias", {1: 101.0}),
         ("max_tokens", 0),
         ("min_tokens", -1),
-        ("logprobs", 21),
-        ("prompt_logprobs", -1),
+        ("logprobs", -2),
+        ("prompt_logprobs", -2),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:

@@ -260,7 +260,7 @@ def test_which_of_several_servers_is_meant_must_be_said(start: Start, capsys: py
     start("two", url="http://127.0.0.1:2")
     assert main(["status"]) == 2
     said = capsys.readouterr().err
-    assert "2 servers run, say which by its address: " in said
+    assert "2 servers run, say which by its name: " in said
     assert "http://127.0.0.1:2" in said
 
 
