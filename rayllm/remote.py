@@ -158,6 +158,7 @@ class RemoteEngine:
                 self._thread.submit(engine.close()).result()
         finally:
             self._thread.stop()
+            self._thread.join()
             if self._found.exception() is None:
                 self._found.result().release()
 

@@ -20,6 +20,7 @@ class LoopThread:
 
     def __init__(self, name: str):
         self.loop = asyncio.new_event_loop()
+        self._stopped: asyncio.Future[None] = self.loop.create_future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -30,11 +31,19 @@ class LoopThread:
     def stop(self) -> None:
         """Ends the loop, and what is open on it is cancelled. Idempotent; safe in any thread."""
         with contextlib.suppress(RuntimeError):  # it is closed
-            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.loop.call_soon_threadsafe(self._note_stop)
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Waits until it has ended; `stop` comes before."""
+        self._thread.join(timeout_s)
+
+    def _note_stop(self) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(None)
 
     def _run(self) -> None:
         try:
-            self.loop.run_forever()
+            self.loop.run_until_complete(self._stopped)
         finally:
             self.loop.run_until_complete(_cancel_all())
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())

@@ -37,6 +37,7 @@ def thread() -> Iterator[LoopThread]:
     made = LoopThread("test")
     yield made
     made.stop()
+    made.join(5)
 
 
 def test_outputs_that_do_not_grow_come_one_by_one_and_in_order(thread: LoopThread) -> None:
@@ -150,3 +151,4 @@ def test_what_is_open_when_the_loop_stops_is_cancelled_and_says_so() -> None:
         outputs.result(5)
     assert counting.left.wait(5)
     thread.stop()
+    thread.join(5)
