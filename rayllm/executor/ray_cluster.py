@@ -99,7 +99,8 @@ def _own_ray(
         finally:
             if os.getpid() == pid:  # a forked child that leaves the block must not end its parent's Ray
                 disconnect(folder)
-                shutil.rmtree(folder, ignore_errors=True)
+                if await_goodbye(0):  # else Ray's own end would make it again: it goes when this process has ended
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _connect(meanwhile: Callable[[], None] | None, **options: Any) -> None:

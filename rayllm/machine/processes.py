@@ -34,8 +34,13 @@ class Process:
         return stat is not None and stat.started == self.started and stat.state == "T"
 
     def writes_into(self, folder: str) -> bool:
-        """Whether its standard output or standard error is a file below `folder`."""
-        for number in (1, 2):
+        """Whether its standard output or standard error is a file below `folder`; of one of Ray's own that has named
+        itself so (`ray::...`), whether any open file is: the output of Ray's agents goes into pipes of the raylet."""
+        numbers = ["1", "2"]
+        if self.command().startswith("ray::"):
+            with contextlib.suppress(OSError):
+                numbers = os.listdir(f"/proc/{self.pid}/fd")
+        for number in numbers:
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{self.pid}/fd/{number}").startswith(f"{folder}/"):
                     return True

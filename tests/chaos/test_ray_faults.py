@@ -92,7 +92,6 @@ class _Client(threading.Thread):
         ("gcs_server", signal.SIGKILL, False),
         ("raylet", signal.SIGSTOP, True),
         ("gcs_server", signal.SIGSTOP, False),
-        ("ray::DashboardAgent", signal.SIGKILL, True),
     ],
 )
 def test_a_server_whose_ray_dies_tells_its_clients_and_ends(
@@ -120,18 +119,16 @@ def test_a_server_whose_ray_dies_tells_its_clients_and_ends(
         print(f"{sign.name} of {victim}: clients told after {told_s:.2f} s, ended after {ended_s:.2f} s")
         assert told_s < TOLD_S + SLACK_S
         assert ended_s < ENDED_S + SLACK_S
-        assert not _left(family)
-        assert not folder.exists()
+        assert _until(lambda: not _left(family) and not folder.exists(), SLACK_S), _left(family)
         assert served.process.pid not in [entry.pid for entry in running()]
         if not terminates:
             assert [client.status for client in clients] == [200, 200, 503]
-            name = victim if victim in ("raylet", "gcs_server") else "raylet"
             for client in clients:
-                assert (client.error["code"], name in client.error["message"]) == ("ray_died", True), client.error
+                assert (client.error["code"], victim in client.error["message"]) == ("ray_died", True), client.error
             assert [status for status in health if status != 200] == [503], "it says so before it is gone"
             assert code == 1
             [line] = served.errors.read_text().splitlines()
-            assert line.startswith(f"rayllm serve: Ray's {name} (pid "), line
+            assert line.startswith(f"rayllm serve: Ray's {victim} (pid "), line
 
 
 def _health_until_gone(served: ServedProcess) -> list[int]:
@@ -155,7 +152,10 @@ def test_what_ray_can_do_without_costs_a_server_nothing(model: str) -> None:
     with running_serve(model, "--served-model-name", "tiny") as served:
         expected = served.client.post("/v1/completions", json=short).json()["choices"][0]["text"]
         for name in ("log_monitor.py", "monitor.py", "dashboard.py", "ray::ServeController", "ray::HAProxyManager"):
-            [victim] = [each for each in descendants(served.process.pid) if _is(each, name)]
+            family = descendants(served.process.pid)
+            victims = [each for each in family if _is(each, name)]
+            assert len(victims) == 1, (name, [each.command_line()[:200] for each in family])
+            [victim] = victims
             answers = list[str]()
             client = threading.Thread(
                 target=lambda: answers.append(served.client.post("/v1/completions", json=short).text)  # noqa: B023
@@ -170,7 +170,7 @@ def test_what_ray_can_do_without_costs_a_server_nothing(model: str) -> None:
 
 def _is(process: Process, name: str) -> bool:
     words = process.command_line().split()
-    return any(word == name or word.endswith(f"/{name}") for word in words)
+    return any(word == name or word.startswith(f"{name}.") or word.endswith(f"/{name}") for word in words)
 
 
 # -------------------------------------------------------------------------------------------------------- programs
@@ -262,14 +262,14 @@ def test_a_program_whose_ray_dies_is_told_and_closes(
     print(f"{victim}: told after {told_s:.2f} s, closed after {closed_s:.2f} s, ended after {ended_s:.2f} s")
     assert told_s < TOLD_S
     assert closed_s < ENDED_S
-    assert not _left(family)
-    assert not folder.exists()
+    assert _until(lambda: not _left(family) and not folder.exists(), 5 + SLACK_S), _left(family)
 
 
 @pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 11)"])
 def test_a_program_that_ends_hard_leaves_nothing_5_s_later(
     end: str, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
+    _sockets_left()  # of others
     running = start(LLM, f"time.sleep(1); {end}")
     assert _word(running) == "ready"
     family = descendants(running.pid)
