@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.batch import Batch
 from rayllm.models import Model, load_model
-from rayllm.models.registry import read_spec
+from rayllm.models.registry import read_spec, register_architecture
 
 CPU = torch.device("cpu")
 
@@ -109,3 +110,9 @@ def log_probs_of_folder(
     """`log_probs` for each way of cutting in `cuts`; what a rank of a pool runs."""
     model = load(tp, path, load_format)
     return [[part.numpy() for part in log_probs(model, sequences, chunks, block_size)] for chunks in cuts]
+
+
+def registered_log_probs(tp: TensorParallel, name: str, module: str, *arguments: Any) -> list[list[np.ndarray]]:
+    """`log_probs_of_folder(tp, *arguments)` with architecture `name` registered, in whichever process this is."""
+    register_architecture(name, module)
+    return log_probs_of_folder(tp, *arguments)

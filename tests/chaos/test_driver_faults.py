@@ -187,8 +187,9 @@ async def test_a_killed_ingress_costs_a_stream_that_comes_back_no_event(server: 
     async def kill() -> None:
         while len(seen) < 60:
             await asyncio.sleep(0.01)
-        [ingress] = server.pids("ray::ServeReplica:rayllm-default:Ingress")
-        os.kill(ingress, signal.SIGKILL)
+        while not (ingress := server.pids("ray::ServeReplica:rayllm-default:Ingress")):
+            await asyncio.sleep(0.01)  # Ray is just changing its title
+        os.kill(ingress[0], signal.SIGKILL)
 
     *disturbed, _ = await asyncio.gather(*(_resumed(server, body, seen) for body in load), kill())
 

@@ -13,7 +13,7 @@ from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 from rayllm.engine.engine_thread import Call, EngineThread
 from rayllm.engine.local import LocalEngine
 from rayllm.errors import EngineError
-from rayllm.messages import TokenDelta
+from rayllm.messages import StepResult, TokenDelta
 from rayllm.request import Request, unpack_ids
 
 
@@ -112,19 +112,24 @@ def test_closing_a_call_wakes_the_thread_that_waits_for_it() -> None:
     engine.join()
 
 
-def test_an_aborted_choice_brings_nothing_more_and_its_siblings_go_on(engine: EngineThread) -> None:
-    request = make_request([1], n=2, max_tokens=30)
+def test_an_aborted_choice_brings_nothing_more_and_its_siblings_go_on() -> None:
+    class Slow(FakeExecutor):
+        def receive(self, timeout_s: float | None) -> StepResult:
+            time.sleep(0.005)
+            return super().receive(timeout_s)
+
+    engine = EngineThread(LocalEngine(fake_config(max_num_seqs=4), Slow()))
+    request = make_request([1], n=2, max_tokens=60)
     call = engine.open([request])
-    call.receive()
+    deltas = call.receive()
     call.abort(0)
-    tokens: list[int] = []
-    finished = {0: False, 1: False}
-    while not finished[1]:
-        for delta in call.receive():
-            finished[delta.stream] |= delta.finish is not None
-            tokens += unpack_ids(delta.token_ids) if delta.stream == 1 else []
-    assert not finished[0]
-    assert tokens == expected_tokens(request, 1)[-len(tokens) :]
+    while all(delta.stream != 1 or delta.finish is None for delta in deltas):
+        deltas += call.receive()
+    assert all(delta.stream != 0 or delta.finish is None for delta in deltas)
+    tokens = [token for delta in deltas if delta.stream == 1 for token in unpack_ids(delta.token_ids)]
+    assert tokens == expected_tokens(request, 1)
+    engine.close()
+    engine.join()
 
 
 def test_close_ends_open_calls_and_later_ones_with_one_clear_error() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import toy_glm4, toy_gpt2, toy_neox
 from ranks import RankPool
-from teacher import log_probs_of_folder
+from teacher import registered_log_probs
 from tiny import make_model, make_tokenizer
 
 import rayllm
@@ -62,12 +62,6 @@ def _checkpoint(folder: Path, config_class: str, fields: dict[str, Any]) -> tupl
     model = make_model(getattr(transformers, config_class)(**{**common, **fields}))
     model.save_pretrained(folder)
     return folder, model
-
-
-def registered_log_probs(tp: TensorParallel, name: str, module: str, *arguments: Any) -> list[list[np.ndarray]]:
-    """What a rank of a pool runs: architectures are registered in each process."""
-    register_architecture(name, module)
-    return log_probs_of_folder(tp, *arguments)
 
 
 @pytest.mark.parametrize("toy", TOYS)

@@ -105,6 +105,9 @@ def test_the_handover_refuses_no_connection(early: EarlyPort, late: None, port: 
         thread.start()
     time.sleep(0.1)
     early.hand_over()
+    deadline = time.monotonic() + 20
+    while 200 not in answers and time.monotonic() < deadline:
+        time.sleep(0.01)
     stop.set()
     for thread in threads:
         thread.join()
