@@ -17,8 +17,16 @@ from rayllm.messages import StepResult, TokenDelta
 from rayllm.request import Request, unpack_ids
 
 
+class SlowExecutor(FakeExecutor):
+    """A step takes long enough that a call is still open when its first token has come."""
+
+    def receive(self, timeout_s: float | None) -> StepResult:
+        time.sleep(0.003)
+        return super().receive(timeout_s)
+
+
 def _local(**executor: Any) -> LocalEngine:
-    return LocalEngine(fake_config(max_num_seqs=4), FakeExecutor(**executor))
+    return LocalEngine(fake_config(max_num_seqs=4), SlowExecutor(**executor))
 
 
 @pytest.fixture
@@ -112,13 +120,7 @@ def test_closing_a_call_wakes_the_thread_that_waits_for_it() -> None:
     engine.join()
 
 
-def test_an_aborted_choice_brings_nothing_more_and_its_siblings_go_on() -> None:
-    class Slow(FakeExecutor):
-        def receive(self, timeout_s: float | None) -> StepResult:
-            time.sleep(0.005)
-            return super().receive(timeout_s)
-
-    engine = EngineThread(LocalEngine(fake_config(max_num_seqs=4), Slow()))
+def test_an_aborted_choice_brings_nothing_more_and_its_siblings_go_on(engine: EngineThread) -> None:
     request = make_request([1], n=2, max_tokens=60)
     call = engine.open([request])
     deltas = call.receive()
@@ -128,12 +130,10 @@ def test_an_aborted_choice_brings_nothing_more_and_its_siblings_go_on() -> None:
     assert all(delta.stream != 0 or delta.finish is None for delta in deltas)
     tokens = [token for delta in deltas if delta.stream == 1 for token in unpack_ids(delta.token_ids)]
     assert tokens == expected_tokens(request, 1)
-    engine.close()
-    engine.join()
 
 
 def test_close_ends_open_calls_and_later_ones_with_one_clear_error() -> None:
-    executor = FakeExecutor()
+    executor = SlowExecutor()
     engine = EngineThread(LocalEngine(fake_config(), executor))
     call = engine.open([_endless()])
     engine.close()
