@@ -40,7 +40,11 @@ class RankPool:
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
                 raise TimeoutError(f"rank {rank} gave no answer in {TIMEOUT_S} s")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                self._processes[rank].join(TIMEOUT_S)
+                raise AssertionError(f"rank {rank} died: exit code {self._processes[rank].exitcode}") from None
         for ok, answer in answers:
             if not ok:
                 raise AssertionError(answer)

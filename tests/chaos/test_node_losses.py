@@ -1,7 +1,8 @@
 """Nodes of a Ray cluster are removed or frozen under streams: no token is lost, and /health says what happens.
 
-The times of silence are printed (`-s`): a quiet machine needs about half a second to notice a removed node and as long
-as a driver and its ranks take to start elsewhere.
+`pytest -m slow -n 0 -s tests/chaos/test_node_losses.py` takes five minutes and prints the times of silence: a quiet
+machine needs about half a second to notice a removed node and as long as a driver and its ranks take to start
+elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 from chaos.lost_nodes import Load, Nodes, Served, running_nodes
 from tiny import make_checkpoint
 
-pytestmark = [pytest.mark.live, pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
 
 MAX_NOTICE_S = 3.0
 MAX_FROZEN_NOTICE_S = 10.0
