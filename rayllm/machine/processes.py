@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -173,3 +174,13 @@ def _wait_gone(processes: set[Process], timeout_s: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def end_child(process: subprocess.Popen[bytes]) -> None:
+    """Kills a child process of this one, waits for its end and closes the pipes to it."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()

@@ -7,7 +7,6 @@ grammar's Lark text where it had to be converted, or with the reason why it cann
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import os
@@ -27,6 +26,7 @@ from typing import BinaryIO
 import msgspec
 
 from rayllm.errors import ConfigError, OverloadedError, RequestError
+from rayllm.machine.processes import end_child
 from rayllm.request import StructuredOutputsParams
 from rayllm.structured.grammar import lark_of, refusal
 from rayllm.structured.matcher import new_matcher, no_token_reason
@@ -170,7 +170,7 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._end = weakref.finalize(self, _end_process, self._process)
+        self._end = weakref.finalize(self, end_child, self._process)
         try:
             self._send(msgspec.msgpack.encode(setup))
             self._fault = self._receive(_START_TIMEOUT_S).error
@@ -235,15 +235,6 @@ class _Child:
                 raise BrokenPipeError("the child is gone")
             found += part
         return msgspec.msgpack.decode(found[_LENGTH.size :], type=Verdict)
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
 
 
 # ---------------------------------------------------------------------------------------------- in the child

@@ -68,7 +68,6 @@ class Prompts:
 class GroupPlan:
     """Which tokens attend to what in a step, for all layers of one `AttentionGroup`."""
 
-    num_tokens: int
     decode: list[DecodeGroup]
     chunks: list[Chunk]
     prompts: list[Prompts]
@@ -122,7 +121,6 @@ class GatheredBackend(AttentionBackend):
         pages = [part.pages for part in decode] + [part.pages for part in chunks]
         num_pages = max(map(torch.Tensor.numel, pages), default=0)
         return GroupPlan(
-            num_tokens=batch.query_starts[-1],
             decode=decode,
             chunks=chunks,
             prompts=prompts,

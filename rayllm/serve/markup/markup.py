@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import select
@@ -18,6 +17,7 @@ from typing import Any
 import orjson
 
 from rayllm.errors import OverloadedError
+from rayllm.machine.processes import end_child
 
 _LOG = logging.getLogger("rayllm.serve")
 TIMEOUT_S = 3.0
@@ -96,7 +96,7 @@ class _Child:
             cwd="/",  # whatever lies in the working folder is no module of ours
             env={**os.environ, "PYTHONPATH": path},
         )
-        self.end = weakref.finalize(self, _end_process, self._process)
+        self.end = weakref.finalize(self, end_child, self._process)
         self._timeout_s = _START_TIMEOUT_S
         """The first answer comes after its imports."""
 
@@ -119,12 +119,3 @@ class _Child:
             found += part
         self._timeout_s = TIMEOUT_S
         return found[:-1]
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
