@@ -26,9 +26,9 @@ from typing import Any
 
 from rayllm.cli.random_model import random_model
 from rayllm.config import EngineConfig
-from rayllm.engine.client import BlockingConnection
-from rayllm.engine.driver import RunningEngine, create_driver
-from rayllm.engine.resolve import resolve
+from rayllm.engine.client.connection import BlockingConnection
+from rayllm.engine.driver.actor import RunningEngine, create_driver
+from rayllm.engine.owner.resolve import resolve
 from rayllm.executor.ray_cluster import connected_ray
 from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
 

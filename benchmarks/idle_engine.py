@@ -11,7 +11,7 @@ from typing import Any
 from rayllm.api.service import ModelService
 from rayllm.config import EngineConfig
 from rayllm.demo import model_path
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.resolve import resolve
 from rayllm.messages import EngineStats, Finish, TokenDelta
 from rayllm.request import Request, pack_ids
 from rayllm.serve.app import create_app

@@ -29,12 +29,12 @@ from typing import Any, Protocol
 
 from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.demo import model_path
-from rayllm.engine.client import BlockingConnection
-from rayllm.engine.driver import create_driver
-from rayllm.engine.link import DriverAddress
-from rayllm.engine.local import build_scheduler
-from rayllm.engine.loop import EngineLoop
-from rayllm.engine.resolve import resolve
+from rayllm.engine.client.connection import BlockingConnection
+from rayllm.engine.driver.actor import create_driver
+from rayllm.engine.driver.link import DriverAddress
+from rayllm.engine.driver.loop import EngineLoop
+from rayllm.engine.owner.local import build_scheduler
+from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import EngineError
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.executor.ray_cluster import connected_ray

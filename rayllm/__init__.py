@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayllm.config import EngineConfig
-    from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+    from rayllm.engine.client.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from rayllm.llm import LLM, AsyncLLM
     from rayllm.models.registry import register_architecture
     from rayllm.remote import connect, get_engine
@@ -31,9 +31,9 @@ _HOMES = {
     "connect": "rayllm.remote",
     "get_engine": "rayllm.remote",
     "EngineConfig": "rayllm.config",
-    "BeamSearchOutput": "rayllm.engine.beam_search",
-    "BeamSearchParams": "rayllm.engine.beam_search",
-    "BeamSearchSequence": "rayllm.engine.beam_search",
+    "BeamSearchOutput": "rayllm.engine.client.beam_search",
+    "BeamSearchParams": "rayllm.engine.client.beam_search",
+    "BeamSearchSequence": "rayllm.engine.client.beam_search",
     "SamplingParams": "rayllm.request",
     "RequestOutput": "rayllm.request",
     "CompletionOutput": "rayllm.request",

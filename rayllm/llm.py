@@ -19,16 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.compatibility import notes
 from rayllm.config import ContentFormat, EngineConfig, ResolvedConfig
-from rayllm.engine.beam_search import BeamSearchOutput, BeamSearchParams
-from rayllm.engine.blocking import AnswerStream, BlockingClient, ShowsProgress, per_prompt
-from rayllm.engine.client import EngineConnection, connect
-from rayllm.engine.continued import ContinuedEngine
-from rayllm.engine.driver import Driver
-from rayllm.engine.engine_thread import EngineThread, check_not_forked, closed_error
-from rayllm.engine.generation_config import default_sampling_params
-from rayllm.engine.journal import JournaledEngine
-from rayllm.engine.local import LocalEngine
-from rayllm.engine.outputs import (
+from rayllm.engine.client.beam_search import BeamSearchOutput, BeamSearchParams
+from rayllm.engine.client.blocking import AnswerStream, BlockingClient, ShowsProgress, per_prompt
+from rayllm.engine.client.connection import EngineConnection, connect
+from rayllm.engine.client.continued import ContinuedEngine
+from rayllm.engine.client.engine_thread import EngineThread, check_not_forked, closed_error
+from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.outputs import (
     Conversation,
     OutputBuilder,
     PreparedPrompt,
@@ -38,9 +35,12 @@ from rayllm.engine.outputs import (
     prepare_prompt,
     raise_failed,
 )
-from rayllm.engine.owner import OwnedEngine
-from rayllm.engine.resolve import resolve
-from rayllm.engine.watched import KeepAttached, WatchedEngine, while_ray_lives
+from rayllm.engine.driver.actor import Driver
+from rayllm.engine.owner.generation_config import default_sampling_params
+from rayllm.engine.owner.local import LocalEngine
+from rayllm.engine.owner.owner import OwnedEngine
+from rayllm.engine.owner.resolve import resolve
+from rayllm.engine.owner.watched import KeepAttached, WatchedEngine, while_ray_lives
 from rayllm.errors import EngineError, RequestError, did_you_mean
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.executor.placement import cluster_devices

@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from rayllm.config import RAY_NAMESPACE, Environment, ResolvedConfig
-from rayllm.engine.client import EngineConnection, connect_by_name
-from rayllm.engine.driver import find_driver, known_engines
-from rayllm.engine.generation_config import default_sampling_params
-from rayllm.engine.journal import JournaledEngine
-from rayllm.engine.outputs import Conversation, Prompt
-from rayllm.engine.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
-from rayllm.engine.watched import KeepAttached, while_ray_lives
+from rayllm.engine.client.connection import EngineConnection, connect_by_name
+from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.outputs import Conversation, Prompt
+from rayllm.engine.client.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
+from rayllm.engine.driver.actor import find_driver, known_engines
+from rayllm.engine.owner.generation_config import default_sampling_params
+from rayllm.engine.owner.watched import KeepAttached, while_ray_lives
 from rayllm.errors import ConfigError, EngineUnreachableError
 from rayllm.executor.ray_access import check_access, read_token
 from rayllm.executor.ray_cluster import check_reachable, running_cluster

@@ -9,8 +9,8 @@ import torch
 
 from rayllm.config import EngineConfig
 from rayllm.distributed.groups import TensorParallel
-from rayllm.engine.local import LocalEngine
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.local import LocalEngine
+from rayllm.engine.owner.resolve import resolve
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.messages import Finish
 from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids

@@ -13,8 +13,8 @@ import pytest
 import rayllm
 from rayllm import SamplingParams, remote
 from rayllm.config import RAY_NAMESPACE
-from rayllm.engine.client import EngineConnection, connect
-from rayllm.engine.driver import Driver
+from rayllm.engine.client.connection import EngineConnection, connect
+from rayllm.engine.driver.actor import Driver
 from rayllm.errors import ConfigError, EngineUnreachableError, RequestError
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.llm import _engine_config, _resolve

@@ -15,7 +15,7 @@ import torch
 from tiny import make_checkpoint
 
 from rayllm import LLM, SamplingParams, StructuredOutputsParams
-from rayllm.engine.outputs import PreparedPrompt
+from rayllm.engine.client.outputs import PreparedPrompt
 from rayllm.layers.kv_cache import KVPool
 from rayllm.models import Model
 from rayllm.request import RequestOutput, pack_ids, unpack_ids

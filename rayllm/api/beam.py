@@ -16,8 +16,14 @@ import msgspec
 
 from rayllm.api.engine import AdoptedStream, EngineClient, RequestStream
 from rayllm.api.errors import error_of, shorten
-from rayllm.engine.beam_search import MAX_BEAM_WIDTH, BeamSearch, BeamSearchParams, BeamSearchSequence, step_params
-from rayllm.engine.outputs import read_logprobs
+from rayllm.engine.client.beam_search import (
+    MAX_BEAM_WIDTH,
+    BeamSearch,
+    BeamSearchParams,
+    BeamSearchSequence,
+    step_params,
+)
+from rayllm.engine.client.outputs import read_logprobs
 from rayllm.errors import EngineError, RequestError
 from rayllm.messages import EngineStats, Finish, Times, TokenDelta, TokenLogprobs
 from rayllm.request import CompletionOutput, Logprob, Request, SamplingParams, pack_ids

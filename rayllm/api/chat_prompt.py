@@ -11,7 +11,7 @@ from rayllm.api.chat import render
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.service import TextModel
 from rayllm.config import ContentFormat, ResolvedConfig
-from rayllm.engine.outputs import Conversation, PreparedPrompt
+from rayllm.engine.client.outputs import Conversation, PreparedPrompt
 from rayllm.errors import RequestError
 from rayllm.text.tokenizer import Tokenizer
 

@@ -96,7 +96,7 @@ def _fitting(model: str | None, settings: Mapping[str, Any]) -> Entry | None:
             raise UsageError(f"{len(entries)} servers run, say which by its MODEL: {served}")
         return entries[0] if entries and not settings else None
 
-    from rayllm.engine.resolve import served_name
+    from rayllm.engine.owner.resolve import served_name
 
     names = {model, served_name(model)}
     return next((entry for entry in reversed(entries) if {entry.model, entry.name} & names), None)

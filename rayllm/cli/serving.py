@@ -23,7 +23,7 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     """Finds what is bound to fail while it still costs a second: `ConfigError`. A model that is named by its hub's name
     and not on this machine is downloaded first."""
     from rayllm.cli.pull import download_shown
-    from rayllm.engine.resolve import resolve
+    from rayllm.engine.owner.resolve import resolve
     from rayllm.serve.lifecycle import check_port
     from rayllm.text.tokenizer_files import check_vocabulary_files
     from rayllm.weights.hub import HubModel
@@ -119,7 +119,7 @@ def _details_named(log_path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _listed_server(verb: str, engine: EngineConfig, server: ServerConfig, screen: Screen) -> Iterator[RunningServer]:
     """A running server that `rayllm ps` shows from its first moment on."""
-    from rayllm.engine.resolve import served_name
+    from rayllm.engine.owner.resolve import served_name
     from rayllm.executor.ray_cluster import free_port
     from rayllm.machine.processes import adopt_orphans
     from rayllm.observability.logs import setup_logging

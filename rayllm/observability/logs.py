@@ -31,7 +31,7 @@ def escape(text: str) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-01-31 12:00:00.000 INFO driver rayllm.engine.loop: message [request id]`."""
+    """`2026-01-31 12:00:00.000 INFO driver rayllm.engine.driver.loop: message [request id]`."""
 
     def __init__(self, process: str = ""):
         super().__init__()

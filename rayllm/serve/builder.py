@@ -76,7 +76,7 @@ def check_model(engine: EngineConfig) -> None:
     field. Asks nothing of the devices, which are another machine's; where there are several machines, a folder that is
     not on this one may be on those that serve it.
     """
-    from rayllm.engine.resolve import resolve
+    from rayllm.engine.owner.resolve import resolve
     from rayllm.text.tokenizer import Tokenizer
     from rayllm.weights.checkpoint import Checkpoint
     from rayllm.weights.hub import HubModel

@@ -11,9 +11,9 @@ import math
 import time
 
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.client import connect_by_name
-from rayllm.engine.owner import OwnedEngine, await_free
-from rayllm.engine.resolve import resolve
+from rayllm.engine.client.connection import connect_by_name
+from rayllm.engine.owner.owner import OwnedEngine, await_free
+from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.placement import cluster_devices
 from rayllm.observability.logs import setup_logging

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from rayllm.api import apart
 from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
-from rayllm.engine.client import EngineConnection, connect_by_name
-from rayllm.engine.driver import find_driver
-from rayllm.engine.fault_injection import kill_worker
-from rayllm.engine.journal import JournaledEngine
-from rayllm.engine.stage_board import published_stage
+from rayllm.engine.client.connection import EngineConnection, connect_by_name
+from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.driver.actor import find_driver
+from rayllm.engine.driver.fault_injection import kill_worker
+from rayllm.engine.owner.stage_board import published_stage
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.ray_connection import is_own_ray, ray_watch
 from rayllm.executor.ray_watch import RayWatch

@@ -36,7 +36,7 @@ from rayllm.serve.haproxy import proxy_environment
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
-    from rayllm.engine.driver import EngineDescription
+    from rayllm.engine.driver.actor import EngineDescription
     from rayllm.executor.worker import WorkerPlace
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class RunningServer:
         """The engine's resolved config, blocks and processes, as its driver tells them."""
         import ray
 
-        from rayllm.engine.driver import find_driver
+        from rayllm.engine.driver.actor import find_driver
 
         def ask() -> EngineDescription:
             description: EngineDescription = ray.get(find_driver(self.engine.name).describe.remote(), timeout=10)

@@ -21,7 +21,7 @@ from rayllm.errors import RequestError, did_you_mean
 from rayllm.serve.endpoints import Endpoints
 
 if TYPE_CHECKING:
-    from rayllm.engine.fault_injection import KilledWorker
+    from rayllm.engine.driver.fault_injection import KilledWorker
 
 KillWorker = Callable[[int], Awaitable["KilledWorker"]]
 """Kills the worker of that rank. Raises `RayLLMError` where it cannot be killed now."""

@@ -26,7 +26,7 @@ from rayllm.errors import RayLLMError
 from rayllm.serve.http_answers import json_response
 
 if TYPE_CHECKING:
-    from rayllm.engine.driver import EngineDescription
+    from rayllm.engine.driver.actor import EngineDescription
     from rayllm.executor.worker import WorkerPlace
 
 FOLDER = Path(__file__).parent / "pages"

@@ -7,8 +7,8 @@ import asyncio
 import msgspec
 
 from rayllm.config import EngineConfig
-from rayllm.engine.local import LocalEngine
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.local import LocalEngine
+from rayllm.engine.owner.resolve import resolve
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.messages import EngineStats, TokenDelta
 from rayllm.request import Request

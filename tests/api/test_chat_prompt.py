@@ -12,7 +12,7 @@ from rayllm.api.chat_prompt import ChatPrompts
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.service import ServedModel
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import ContextLengthError, RequestError
 from rayllm.text.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from rayllm.api.chat import open_chat
 from rayllm.api.service import ModelService
 from rayllm.config import EngineConfig
-from rayllm.engine.journal import JournaledEngine
+from rayllm.engine.client.journal import JournaledEngine
 from rayllm.errors import RequestError
 from rayllm.messages import TokenDelta
 from rayllm.request import Request, unpack_ids

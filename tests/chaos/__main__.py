@@ -32,7 +32,7 @@ from chaos.lost_nodes import soak_nodes
 from chaos.mixed_load import Engine, kill, moment_of, stop_for_a_while
 from tiny import make_checkpoint
 
-from rayllm.engine.owner import RestartBudget
+from rayllm.engine.owner.owner import RestartBudget
 from rayllm.executor.ray_cluster import connected_ray
 
 KINDS = ("kill a rank", "stop a rank", "stop and continue", "kill the driver", "two ranks", "driver while mending")

@@ -19,9 +19,9 @@ from rayllm.api.tool_formats import HERMES
 from rayllm.api.tool_grammar import GrammarWriter, Thinking
 from rayllm.api.tools import read_tools
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.continued import ContinuedEngine
-from rayllm.engine.owner import OwnedEngine
-from rayllm.engine.resolve import resolve
+from rayllm.engine.client.continued import ContinuedEngine
+from rayllm.engine.owner.owner import OwnedEngine
+from rayllm.engine.owner.resolve import resolve
 from rayllm.messages import EngineStats, Finish, TokenLogprobs
 from rayllm.request import Request, SamplingParams, StructuredOutputsParams, pack_ids, unpack_ids
 

@@ -127,7 +127,7 @@ def test_workers_of_one_node_talk_over_loopback_with_their_own_threads() -> None
 def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:
     code = (
         "import sys, rayllm.executor.worker, rayllm.executor.group;"
-        "import rayllm.engine.driver, rayllm.engine.client;"
+        "import rayllm.engine.driver.actor, rayllm.engine.client.connection;"
         "print([name for name in ('torch', 'transformers', 'fastapi') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -20,7 +20,7 @@ from tiny import make_model, make_tokenizer
 import rayllm
 from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.distributed.groups import TensorParallel
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import ConfigError
 from rayllm.models import registry
 from rayllm.models.registry import known_architectures, read_spec, register_architecture

@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from serve.served import ANSWER, Served, completion, tokenizer
 
 from rayllm.config import EngineConfig
-from rayllm.engine.local import build_scheduler
-from rayllm.engine.loop import EngineLoop
+from rayllm.engine.driver.loop import EngineLoop
+from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import ConfigError
 from rayllm.executor.worker import trace_starts
 from rayllm.messages import Submit
@@ -136,7 +136,7 @@ def test_a_worker_adds_the_step_that_a_choice_begins_with() -> None:
 
 def test_the_sdk_is_not_imported_unless_it_is_asked_for() -> None:
     program = (
-        "import sys, rayllm.serve.app, rayllm.engine.loop, rayllm.executor.worker; "
+        "import sys, rayllm.serve.app, rayllm.engine.driver.loop, rayllm.executor.worker; "
         "sys.exit(any(name.startswith('opentelemetry.sdk') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

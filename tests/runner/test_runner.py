@@ -10,7 +10,7 @@ import torch
 
 from rayllm.config import EngineConfig
 from rayllm.distributed.groups import TensorParallel
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.resolve import resolve
 from rayllm.messages import RowStart, StepPlan, StepResult
 from rayllm.request import SamplingParams, pack_ids, unpack_ids
 from rayllm.runner.runner import Runner

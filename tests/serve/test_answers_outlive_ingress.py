@@ -16,10 +16,10 @@ from tiny import make_checkpoint
 
 from rayllm.api.service import ModelService
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.client import EngineConnection, connect
-from rayllm.engine.driver import Driver
-from rayllm.engine.journal import JournaledEngine
-from rayllm.engine.resolve import resolve
+from rayllm.engine.client.connection import EngineConnection, connect
+from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.driver.actor import Driver
+from rayllm.engine.owner.resolve import resolve
 from rayllm.executor.inproc import InprocExecutor
 from rayllm.serve.app import create_app
 from rayllm.text.tokenizer import Tokenizer

@@ -15,11 +15,11 @@ from fakes import FakeExecutor
 from serve.served import completion, tokenizer
 
 from rayllm.api.service import ModelService
-from rayllm.engine.client import connect
-from rayllm.engine.journal import JournaledEngine
-from rayllm.engine.link import ClientGone, ClientLink, DriverAddress
-from rayllm.engine.local import build_scheduler
-from rayllm.engine.loop import EngineLoop
+from rayllm.engine.client.connection import connect
+from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.driver.link import ClientGone, ClientLink, DriverAddress
+from rayllm.engine.driver.loop import EngineLoop
+from rayllm.engine.owner.local import build_scheduler
 from rayllm.messages import Abort, Submit
 from rayllm.serve.app import create_app
 

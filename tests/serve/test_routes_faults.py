@@ -8,7 +8,7 @@ import pytest
 from serve.served import KEY, Served
 
 from rayllm.config import EngineConfig
-from rayllm.engine.fault_injection import KilledWorker
+from rayllm.engine.driver.fault_injection import KilledWorker
 from rayllm.errors import EngineError
 from rayllm.executor.worker import WorkerPlace
 

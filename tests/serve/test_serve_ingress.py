@@ -7,7 +7,7 @@ import pytest
 from api.fake_engine import config
 
 from rayllm.api.service import READY, ModelService
-from rayllm.engine import journal
+from rayllm.engine.client import journal
 from rayllm.errors import EngineUnreachableError
 from rayllm.serve import ingress
 from rayllm.serve.ingress import keep_connected

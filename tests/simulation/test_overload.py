@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from fakes import FakeExecutor, fake_config, make_request
 
-from rayllm.engine.local import build_scheduler
-from rayllm.engine.loop import EngineLoop
+from rayllm.engine.driver.loop import EngineLoop
+from rayllm.engine.owner.local import build_scheduler
 from rayllm.messages import Deltas, DriverMessage, StepResult, Submit
 from rayllm.request import unpack_ids
 

@@ -18,11 +18,11 @@ from scheduler.simulated_worker import EOS, VOCAB_SIZE, expected_answer
 from simulation.faults import DriverKilled, Faults, FaultyExecutor
 
 from rayllm.config import ModelShape, ResolvedConfig
-from rayllm.engine.client import EngineConnection
-from rayllm.engine.journal import JournaledEngine, JournaledStream
-from rayllm.engine.local import build_scheduler
-from rayllm.engine.loop import EngineLoop
-from rayllm.engine.mirror import HOLD_S
+from rayllm.engine.client.connection import EngineConnection
+from rayllm.engine.client.journal import JournaledEngine, JournaledStream
+from rayllm.engine.driver.loop import EngineLoop
+from rayllm.engine.driver.retained_requests import HOLD_S
+from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import EngineError
 from rayllm.executor.channel import FrameReader, FrameWriter
 from rayllm.messages import Abort, Adopted, ClientMessage, Deltas, DriverMessage, TokenDelta

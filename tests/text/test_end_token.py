@@ -11,7 +11,7 @@ from tiny import make_checkpoint
 from transformers import AutoTokenizer
 
 from rayllm.config import EngineConfig
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.resolve import resolve
 from rayllm.text.end_token import end_token_id
 from rayllm.text.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 from weights.fake_hub import COMMIT, FakeHub, served_hub
 
 from rayllm.config import EngineConfig
-from rayllm.engine.resolve import resolve, served_name
+from rayllm.engine.owner.resolve import resolve, served_name
 from rayllm.errors import ConfigError
 from rayllm.weights.hub import HubModel, RemoteFile, local_model, needed_files
 

@@ -12,7 +12,7 @@ from tiny import make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from rayllm.config import EngineConfig
-from rayllm.engine.resolve import resolve
+from rayllm.engine.owner.resolve import resolve
 from rayllm.models.registry import read_spec
 from rayllm.weights.stored_dtype import stored_dtype
 

@@ -52,8 +52,8 @@ def latency(given: dict[str, Any]) -> dict[str, Any]:
     engine = engine_config(given)
 
     from rayllm import LLM, SamplingParams
-    from rayllm.engine.outputs import raise_failed
-    from rayllm.engine.resolve import resolve
+    from rayllm.engine.client.outputs import raise_failed
+    from rayllm.engine.owner.resolve import resolve
 
     workload = random_workload(
         num_prompts=given["batch_size"],

@@ -88,7 +88,7 @@ def timed(run: Callable[[], None], repeat: int) -> list[float]:
 def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Figures:
     """Times `LLM.generate` after a short warm-up; then one more run, not timed, looks at how full blocks are."""
     from rayllm import LLM, SamplingParams
-    from rayllm.engine.outputs import raise_failed
+    from rayllm.engine.client.outputs import raise_failed
 
     num_samples = workload.num_samples
     one = SamplingParams(ignore_eos=True, detokenize=False, n=num_samples, temperature=0 if num_samples == 1 else 1)
@@ -157,7 +157,7 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
     from transformers.utils import logging as transformers_logging
 
     from rayllm.config import count_cores
-    from rayllm.engine.resolve import resolve
+    from rayllm.engine.owner.resolve import resolve
 
     transformers_logging.disable_progress_bar()
     config = resolve(engine, backend="inproc")
@@ -239,7 +239,7 @@ def throughput(argv: Sequence[str]) -> dict[str, Any]:
     if "dataset" not in given:
         given.setdefault("output_len", 128)
     engine = engine_config(given)
-    from rayllm.engine.resolve import resolve
+    from rayllm.engine.owner.resolve import resolve
     from rayllm.weights.hub import bring_here
 
     bring_here(engine)

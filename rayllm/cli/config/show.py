@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
 
 def settings(given: Mapping[str, Any]) -> list[Setting]:
     """All settings, in their configs' order, then the environment variables that are set."""
-    from rayllm.engine.resolve import resolve
+    from rayllm.engine.owner.resolve import resolve
 
     in_file, flags = settings_from(given)
     engine, server = parse_settings({**in_file, **flags})

@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
 
 def check(path: str) -> tuple[int, str]:
     """How many settings the file has, and what its model is called. `ConfigError` for the first thing wrong."""
-    from rayllm.engine.resolve import resolve
+    from rayllm.engine.owner.resolve import resolve
 
     settings = read_settings_file(path)
     engine, server = parse_settings(settings)

@@ -14,8 +14,8 @@ from serve.pages.browser import Browser
 from serve.pages.scripted import ScriptedServer
 from serve.served import chat as chat_body
 
-from rayllm.engine.driver import EngineDescription
-from rayllm.engine.fault_injection import KilledWorker
+from rayllm.engine.driver.actor import EngineDescription
+from rayllm.engine.driver.fault_injection import KilledWorker
 from rayllm.executor.worker import WorkerPlace
 from rayllm.messages import EngineStats
 from rayllm.observability.declared import LATENCY_EDGES_S

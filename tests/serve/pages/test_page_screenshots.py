@@ -19,7 +19,7 @@ from serve.pages.scripted import ANSWERS, ScriptedServer
 from serve.pages.test_chat_page import ask, asked, ended
 from serve.served import chat as chat_body
 
-from rayllm.engine.driver import EngineDescription
+from rayllm.engine.driver.actor import EngineDescription
 from rayllm.errors import ContextLengthError
 from rayllm.executor.worker import WorkerPlace
 from rayllm.messages import EngineStats

@@ -7,7 +7,7 @@ import re
 import pytest
 from serve.served import KEY, Served
 
-from rayllm.engine.driver import EngineDescription
+from rayllm.engine.driver.actor import EngineDescription
 from rayllm.errors import EngineUnreachableError
 from rayllm.executor.worker import WorkerPlace
 from rayllm.serve.routes_pages import FOLDER, PAGE_PATHS, Deployment

@@ -1,0 +1,1 @@
+"""What runs in the driver: the step loop and the sockets of its clients."""

@@ -1,0 +1,429 @@
+"""The step loop: requests in, plans out, results back, deltas to whoever asked. Plain Python on one thread.
+
+With an executor of depth 2, step n+1 is planned and sent while n runs, so that workers never wait for a plan.
+The loop knows clients by an opaque value, their streams by number, and nothing of sockets, actors or text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from rayllm.config import ResolvedConfig
+from rayllm.engine.driver.admission import Admission, check_request
+from rayllm.engine.driver.open_requests import Client, OpenRequest, OpenRequests, Outbox
+from rayllm.engine.driver.retained_requests import Kept, Mirror
+from rayllm.engine.driver.stats import EngineFigures
+from rayllm.engine.driver.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
+from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
+from rayllm.executor.executor import Executor
+from rayllm.messages import (
+    ADOPTED_BY_ANOTHER,
+    READER_PAUSED,
+    Abort,
+    Adopt,
+    Adopted,
+    ClientMessage,
+    Deltas,
+    EngineStats,
+    Finish,
+    Forget,
+    IngressReport,
+    ResetPrefixCache,
+    StatsQuery,
+    StepPlan,
+    StepResult,
+    Submit,
+    Times,
+    TokenDelta,
+)
+from rayllm.observability.trace import DriverSpans, Tracer
+from rayllm.request import pack_ids
+from rayllm.scheduler.scheduler import Scheduler
+from rayllm.scheduler.sequence import SequenceUpdate
+
+log = logging.getLogger(__name__)
+
+MAX_FAULTS_OF_REQUEST = 3
+"""A request in the plans at so many faults is refused: it may be what kills the workers."""
+ACQUITTED_AFTER = 32
+"""Tokens of a request since its second fault, after which it need not run by itself any more: the next fault is its
+second again. What was computed at the faults has been computed again by then, and the other suspects wait for it."""
+MAX_ACQUITTALS = 2
+"""Of one request: it may be what kills the workers now and then."""
+_MAX_SLEEP_S = 3600.0  # `select` does not take any number
+
+
+class EngineLoop:
+    """Drives one scheduler over one executor. Call `submit` and `step` from the same thread.
+
+    `outbox(client, message)` delivers; it must not block. `wall_clock` is Unix time, for deadlines; `clock` is
+    monotonic. `wake` is called from another thread when `step` has something to do again after a fault; without it
+    workers are replaced inside `step`.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        scheduler: Scheduler,
+        executor: Executor,
+        outbox: Outbox,
+        wall_clock: Callable[[], float] = time.time,
+        wake: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._config = config
+        self._scheduler = scheduler
+        self._executor = executor
+        self._outbox = outbox
+        self._wall_clock = wall_clock
+        self._clock = clock
+        first_steps_s = FIRST_STEPS_S if config.device == "cpu" else COMPILING_STEPS_S
+        self._supervisor = supervisor = Supervisor(executor, wake, clock, first_steps_s)
+        self._admission = Admission(config, scheduler, wall_clock, clock, lambda: supervisor.typical_step_s)
+        self._open = OpenRequests(outbox)
+        self._mirror = Mirror(self._let_go)
+        self._reports: dict[Client, IngressReport] = {}
+        self._failure: EngineError | None = None
+        self.figures = EngineFigures(scheduler, self._supervisor, clock)
+        self.meanwhile: Callable[[float], None] | None = None
+        """Waits at most so long for a sign of the workers, and has messages taken that come meanwhile."""
+        self.tracer: Tracer | None = None
+        """Where spans of requests that carry a `traceparent` go."""
+
+    # ------------------------------------------------------------------------------------------------ requests in
+
+    def submit(self, client: Client, message: ClientMessage) -> None:
+        """Takes one message of a client: a request, an abort, an adoption, figures or a question for them."""
+        if isinstance(message, Submit):
+            self._submit(client, message)
+        elif isinstance(message, Abort):
+            self._abort_stream(client, message.stream, pauses=message.pauses)
+        elif isinstance(message, Adopt):
+            self._adopt(client, message)
+        elif isinstance(message, Forget):
+            self._mirror.forget(message.client_key, message.answer_id)
+        elif isinstance(message, (StatsQuery, ResetPrefixCache)):
+            if isinstance(message, ResetPrefixCache):
+                self._scheduler.reset_prefix_cache()
+            others = [report for other, report in self._reports.items() if other != client]
+            self._outbox(client, msgspec.structs.replace(self.stats(message.ticket), reports=others))
+        elif isinstance(message, IngressReport):
+            self._reports[client] = message
+
+    def _submit(self, client: Client, message: Submit) -> None:
+        request = message.request
+        try:
+            if self._failure is not None:
+                raise self._failure
+            check_request(request, self._config)
+            self._admission.check(request)
+        except OverloadedError as error:
+            self.figures.note_refusal(error.limit)
+            finish = Finish("error", code="overloaded", message=str(error), retry_after_s=error.retry_after_s)
+            self._refuse(client, message, finish)
+        except (RequestError, EngineError) as error:
+            self._refuse(client, message, Finish("error", code=error.code, message=str(error)))
+        else:
+            self._open_request(client, message)
+
+    def _refuse(self, client: Client, message: Submit, finish: Finish) -> None:
+        request = message.request
+        log.info("refused (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
+        streams = range(message.stream, message.stream + request.params.n)
+        self._outbox(client, Deltas([TokenDelta(stream, b"", finish) for stream in streams]))
+
+    def _open_request(self, client: Client, message: Submit) -> None:
+        # Clients choose their ids freely; the scheduler's must be unique among all of them.
+        open_id = f"{client}/{message.stream}"
+        kept = self._mirror.add(message.request, open_id) if message.request.keep is not None else None
+        request = msgspec.structs.replace(message.request, request_id=open_id, keep=None)
+        now = self._clock()
+        self.figures.note_arrival(len(request.prompt) // 4, now)
+        opened = OpenRequest(
+            request_id=open_id,
+            client=client,
+            first_stream=message.stream,
+            sequences={sequence.choice: sequence for sequence in self._scheduler.add(request)},
+            deadline_s=request.deadline_s,
+            arrived_at=now,
+            log_id=request.log_id,
+            spans=DriverSpans(self.tracer, request.traceparent, now) if self.tracer and request.traceparent else None,
+            kept=kept,
+        )
+        self._open.add(opened)
+        for choice, sequence in opened.sequences.items():
+            if sequence.finish is not None:  # a continued choice that had come to its end already
+                self._close_choice(opened, choice, sequence.finish)
+        self._open.flush()
+
+    def _abort_stream(self, client: Client, stream: int, *, pauses: bool = False) -> None:
+        found = self._open.find(client, stream)
+        if found is None:
+            return
+        request, choice = found
+        self._scheduler.abort_sequence(request.sequences[choice])
+        if request.kept is not None and not pauses:
+            request.kept.history.append(choice, TokenDelta(stream, b"", Finish("abort")))
+        self._open.close_choice(request, choice, self._clock())
+
+    def _adopt(self, client: Client, message: Adopt) -> None:
+        """Gives a kept request to this client, from its first token on; who had it is told."""
+        kept = self._mirror.find(message.client_key, message.answer_id)
+        if kept is not None and not (message.takes_over or kept.is_free):
+            kept = None
+        self._outbox(client, Adopted(message.stream, None if kept is None else kept.request))
+        if kept is None:
+            return
+        deltas = kept.history.deltas(message.stream)
+        request = self._open.get(kept.open_id)
+        if request is None or request.kept is not kept:
+            kept.alone_since = self._clock()
+            paused = Finish("error", code=READER_PAUSED, message="submit the request again")
+            choices = kept.history.unfinished(kept.request.params.n)
+            deltas += [TokenDelta(message.stream + choice, b"", paused) for choice in choices]
+        else:
+            kept.alone_since = None
+            moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the answer goes on at another connection")
+            choices = sorted(request.unfinished)
+            self._outbox(request.client, Deltas([TokenDelta(request.stream(c), b"", moved) for c in choices]))
+            self._open.move(request, client, message.stream)
+            log.info("adopted by another client", extra=request.log_fields)
+        if deltas:
+            self._outbox(client, Deltas(deltas))
+
+    def client_gone(self, client: Client) -> None:
+        """A client left: everything of its is aborted and its KV freed at once, but for what is kept."""
+        for request in self._open.of_client(client):
+            if request.kept is not None and self._mirror.holds(request.kept):
+                request.kept.alone_since = self._clock()
+                log.info("goes on without its client", extra=request.log_fields)
+                continue
+            log.info("aborted: its client is gone", extra=request.log_fields)
+            self._abort_all(request)
+        self._reports.pop(client, None)
+
+    def _let_go(self, kept: Kept) -> None:
+        """Nobody can adopt it any more: where it has no client, it goes on for no one."""
+        request = self._open.get(kept.open_id)
+        if request is not None and request.kept is kept and kept.alone_since is not None:
+            log.info("aborted: no client will come for it", extra=request.log_fields)
+            self._abort_all(request)
+
+    def _abort_all(self, request: OpenRequest) -> None:
+        for choice in sorted(request.unfinished):
+            self._abort_stream(request.client, request.stream(choice))
+
+    def _close_choice(self, request: OpenRequest, choice: int, finish: Finish) -> None:
+        """It has ended without another token, of which its client is told."""
+        self._open.tell(request, choice, TokenDelta(request.stream(choice), b"", finish))
+        self._open.close_choice(request, choice, self._clock())
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def step(self) -> bool:
+        """One turn: plan and send where the pipeline has room, then take the oldest result when it is full or nothing
+        more can be planned. False: there is nothing to do until a message comes, or a lost worker is replaced.
+
+        Raises `EngineError` when the executor is lost for good; by then every open request has been told.
+        """
+        if self._failure is not None:
+            return False
+        self._expire()
+        try:
+            return self._is_mended() and self._turn()
+        except EngineError as error:
+            self.fail(error)
+            raise
+        except Exception as error:
+            log.exception("the step loop failed")
+            failure = EngineError(f"the step loop failed: {type(error).__name__}: {error}")
+            self.fail(failure)
+            raise failure from error
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the workers are lost, for good or until they are replaced: nothing comes from them."""
+        return self._failure is not None or self._supervisor.mending
+
+    @property
+    def deadline_in_s(self) -> float | None:
+        """In so many seconds, or earlier, `step` has to end a request whatever else comes; None where no request has a
+        deadline."""
+        deadlines_s = [request.deadline_s for request in self._open.with_deadline() if request.deadline_s is not None]
+        return min(max(0.0, min(deadlines_s) - self._wall_clock()), _MAX_SLEEP_S) if deadlines_s else None
+
+    def check(self) -> None:
+        """For a loop without work: looks for a lost worker, and has it replaced."""
+        if self._failure is None and not self._supervisor.mending:
+            try:
+                self._executor.check()
+            except WorkerDiedError as fault:
+                self._supervisor.mend(fault)
+
+    def _turn(self) -> bool:
+        scheduler, executor = self._scheduler, self._executor
+        plan = scheduler.plan() if scheduler.num_uncommitted < executor.pipeline_depth else None
+        if plan is not None:
+            self._note_plan(plan)
+            self._supervisor.send(plan)
+            if scheduler.num_uncommitted < executor.pipeline_depth:
+                return True
+        if scheduler.num_uncommitted == 0:
+            return False
+        try:
+            result = self._receive()
+        except TimeoutError:
+            self._supervisor.investigate()
+            return True
+        except WorkerDiedError as fault:
+            self._supervisor.mend(fault)
+            return True
+        self.figures.note_result(result)
+        self._deliver(scheduler.commit(result))
+        return True
+
+    def _receive(self) -> StepResult:
+        """The oldest plan's result. Raises as `Supervisor.receive` does."""
+        if self.meanwhile is None:
+            return self._supervisor.receive()
+        limit_s = self._supervisor.limit_s()
+        began_at = looked_at = self._clock()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return self._supervisor.receive(0.0)
+            now = self._clock()
+            left_s = began_at + limit_s - now
+            if left_s <= 0 or self._supervisor.sees_stopped_rank():
+                raise TimeoutError(f"no result of the step within {limit_s:g} s, or a rank is stopped")
+            if now - looked_at >= LOOK_S:
+                looked_at = now
+                self._expire()
+            self.meanwhile(min(left_s, LOOK_S))
+
+    def _note_plan(self, plan: StepPlan) -> None:
+        self.figures.note_plan(plan)
+        started = self._scheduler.take_started()
+        if not started:
+            return
+        now = self._clock()
+        for sequence in started:
+            request = self._open.get(sequence.request.request_id)
+            if request is not None:
+                request.note_started(sequence.choice, now)
+                if sequence.request.emitted:
+                    self._open.tell_start(request, sequence.choice)
+        self._open.flush()  # before the step: should it be the driver's last, the client knows whom it may blame
+
+    def _is_mended(self) -> bool:
+        """Whether steps may go on; after a fault, from the tokens committed and with nothing else."""
+        if not self._supervisor.mending:
+            return True
+        outcome = self._supervisor.outcome()
+        if outcome is Outcome.MENDED:
+            self._rewind()
+        return outcome is not None
+
+    def _rewind(self) -> None:
+        scheduler = self._scheduler
+        for request_id in scheduler.planned_requests():
+            request = self._open[request_id]
+            request.num_faults += 1
+            if request.spans is not None:
+                request.spans.fault()
+            log.warning(
+                "running when a worker failed, %d times now; it goes on from its tokens",
+                request.num_faults,
+                extra=request.log_fields,
+            )
+        self.figures.note_rewind()
+        blamed = [request for request in self._open if request.num_faults > 1]
+        scheduler.rewind(self._supervisor.epoch, suspects=[request.request_id for request in blamed])
+        for request in blamed:
+            if request.num_faults >= MAX_FAULTS_OF_REQUEST:
+                message = f"workers failed {request.num_faults} times while this request ran: it is not tried again"
+                self._end(request, Finish("error", code="poison_request", message=message))
+            request.num_survived_tokens = 0
+        self._open.flush()
+
+    def _note_survival(self, request: OpenRequest, num_tokens: int) -> None:
+        """Of a request that was in the plans at two faults."""
+        request.num_survived_tokens += num_tokens
+        if request.num_survived_tokens >= ACQUITTED_AFTER and request.num_acquittals < MAX_ACQUITTALS:
+            request.num_acquittals += 1
+            request.num_faults = 1
+            self._scheduler.acquit(request.request_id)
+
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        open_requests, now, num_tokens = self._open, self.figures.progress_at, 0
+        for update in updates:
+            choice = update.sequence.choice
+            request = open_requests.get(update.sequence.request.request_id)
+            if request is None or choice not in request.unfinished:
+                continue
+            num_tokens += len(update.token_ids)
+            if request.num_faults > 1:
+                self._note_survival(request, len(update.token_ids))
+            times = request.take_times(choice, now) if request.started_at else None
+            open_requests.tell(request, choice, _delta(request.first_stream + choice, update, times))
+            if update.finish is not None:
+                open_requests.close_choice(request, choice, now)
+                if update.finish.reason == "error" and request.unfinished:
+                    self._end(request, update.finish)
+        self.figures.note_tokens(num_tokens)
+        open_requests.flush()
+
+    # ------------------------------------------------------------------------------------------------ ends
+
+    def _expire(self) -> None:
+        self._mirror.expire(self._clock())
+        with_deadline = self._open.with_deadline()
+        if not with_deadline:
+            return
+        now = self._wall_clock()
+        # While all rows are taken, who waits too long to be finished in time takes none from who can be.
+        token_s = 0.0 if self._scheduler.num_free_rows else self._admission.token_s
+        for request in with_deadline:
+            assert request.deadline_s is not None
+            if request.deadline_s <= now:
+                message = "the request's deadline passed before it was finished"
+            elif token_s and request.deadline_s < now + token_s * request.max_tokens and request.is_queued:
+                message = "the request waited for so long that it could not be finished before its deadline"
+            else:
+                continue
+            self._end(request, Finish("error", code="deadline_exceeded", message=message))
+        self._open.flush()
+
+    def _end(self, request: OpenRequest, finish: Finish) -> None:
+        """Ends what is unfinished of it, for this reason."""
+        log.warning("ended (%s): %s", finish.code, finish.message, extra=request.log_fields)
+        for choice in sorted(request.unfinished):
+            self._scheduler.abort_sequence(request.sequences[choice])
+            self._close_choice(request, choice, finish)
+
+    def fail(self, error: EngineError) -> None:
+        """The executor is lost: every open request ends with the reason, and new ones are refused with it."""
+        self._failure = error
+        for request in self._open:
+            self._end(request, Finish("error", code=error.code, message=str(error)))
+        self._open.flush()
+
+    def stats(self, ticket: int = 0) -> EngineStats:
+        """Counters and gauges as they stand."""
+        return self.figures.stats(ticket, str(self._failure or ""))
+
+
+def _delta(stream: int, update: SequenceUpdate, times: Times | None) -> TokenDelta:
+    return TokenDelta(
+        stream=stream,
+        token_ids=pack_ids(update.token_ids),
+        finish=update.finish,
+        logprobs=update.logprobs,
+        prompt_logprobs=update.prompt_logprobs,
+        num_cached_tokens=update.num_cached_tokens,
+        times=times,
+    )
