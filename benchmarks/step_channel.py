@@ -20,7 +20,7 @@ from typing import Any
 
 from rayllm.executor.channel import Address, Listener, connect
 from rayllm.executor.fanout import WorkerLinks
-from rayllm.executor.worker import serve_plans
+from rayllm.executor.plan_server import serve_plans
 from rayllm.messages import StepPlan, StepResult
 from rayllm.request import pack_ids
 

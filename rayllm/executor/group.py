@@ -22,11 +22,11 @@ from rayllm.executor.executor import Selectable
 from rayllm.executor.fanout import WorkerLinks
 from rayllm.executor.rank_calls import raise_ended, start_watches
 from rayllm.executor.stopwatch import Stopwatch
-from rayllm.executor.worker import (
+from rayllm.executor.worker import RunnerFactory
+from rayllm.executor.worker_actor import WorkerActor
+from rayllm.executor.worker_process import (
     END_TIMEOUT_S,
     LOOPBACK,
-    RunnerFactory,
-    WorkerActor,
     WorkerPlace,
     await_ends,
     is_stopped,

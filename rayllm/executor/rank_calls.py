@@ -14,7 +14,7 @@ from rayllm.errors import RayLLMError, WorkerDiedError
 from rayllm.executor.bundles import Bundles
 from rayllm.executor.fanout import WorkerLinks
 from rayllm.executor.inproc import one_line
-from rayllm.executor.worker import death_reason
+from rayllm.executor.worker_process import death_reason
 
 _NODE_LOOK_S = 1.0
 

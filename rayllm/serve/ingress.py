@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from rayllm.executor.worker import WorkerPlace
+    from rayllm.executor.worker_process import WorkerPlace
     from rayllm.serve.routes_pages import Deployment
 
 _CALL_TIMEOUT_S = 5.0
@@ -65,7 +65,7 @@ class Ingress:
 
     def place(self) -> WorkerPlace:
         """Where this replica runs."""
-        from rayllm.executor.worker import worker_place
+        from rayllm.executor.worker_process import worker_place
 
         return worker_place()
 
@@ -223,7 +223,7 @@ async def describe_deployment(engine_name: str) -> Deployment:
     """Where this process, the driver and its workers run. Raises `EngineUnreachableError`."""
     import ray
 
-    from rayllm.executor.worker import worker_place
+    from rayllm.executor.worker_process import worker_place
     from rayllm.serve.routes_pages import Deployment
 
     try:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
     from rayllm.engine.driver.actor import EngineDescription
-    from rayllm.executor.worker import WorkerPlace
+    from rayllm.executor.worker_process import WorkerPlace
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from rayllm.serve.http_answers import json_response
 
 if TYPE_CHECKING:
     from rayllm.engine.driver.actor import EngineDescription
-    from rayllm.executor.worker import WorkerPlace
+    from rayllm.executor.worker_process import WorkerPlace
 
 FOLDER = Path(__file__).parent / "pages"
 DESCRIBE_TIMEOUT_S = 2.0

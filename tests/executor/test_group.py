@@ -16,7 +16,8 @@ from rayllm.config import ResolvedConfig
 from rayllm.errors import ConfigError, WorkerDiedError
 from rayllm.executor import fanout
 from rayllm.executor.group import WorkerGroup
-from rayllm.executor.worker import RunnerFactory, WorkerPlace
+from rayllm.executor.worker import RunnerFactory
+from rayllm.executor.worker_process import WorkerPlace
 from rayllm.messages import StepPlan, StepResult
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]

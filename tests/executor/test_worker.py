@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from fakes import fake_config
 
 from rayllm.executor.channel import Channel
-from rayllm.executor.worker import WorkerLoop, last_error, worker_environment
+from rayllm.executor.worker import WorkerLoop
 from rayllm.messages import StepPlan, StepResult, WorkerFailure
 
 
@@ -105,25 +104,6 @@ def test_rubbish_in_place_of_a_plan_is_a_failure(served: tuple[int, Channel, Fut
     assert "ValidationError" in failure.reason
 
 
-def test_the_rendezvous_store_listens_on_the_given_host_alone() -> None:
-    loop = WorkerLoop(fake_config(engine={"tensor_parallel_size": 2}), 0, _Runner)
-    host, port = loop.open_store("127.0.0.1")
-    assert host == "127.0.0.1"
-    with open("/proc/net/tcp") as table, open("/proc/net/tcp6") as table6:
-        listening = [line.split()[1] for line in [*table, *table6] if f":{port:04X} " in line and " 0A " in line]
-    assert listening == [f"0100007F:{port:04X}"]
-
-
-def test_workers_of_one_node_talk_over_loopback_with_their_own_threads() -> None:
-    config = fake_config(num_threads=3)
-    assert worker_environment(config, single_node=True) == {
-        "OMP_NUM_THREADS": "3",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-    }
-    assert worker_environment(config, single_node=False) == {"OMP_NUM_THREADS": "3"}
-
-
 def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:
     code = (
         "import sys, rayllm.executor.worker, rayllm.executor.group;"
@@ -131,31 +111,3 @@ def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:
         "print([name for name in ('torch', 'transformers', 'fastapi') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_a_join_that_waits_for_a_peer_that_will_not_come_can_be_ended_and_tried_again() -> None:
-    first = WorkerLoop(fake_config(engine={"tensor_parallel_size": 2}), 0, _Runner)
-    ours, theirs = socket.socketpair()  # of another family, as Ray's own sockets are
-    waiting = _call(lambda: first.join(first.open_store("127.0.0.1")))
-    with pytest.raises(TimeoutError):
-        waiting.result(0.5)
-    num_files = len(os.listdir("/proc/self/fd"))
-    first.abort()
-    assert waiting.exception(5.0) is not None
-    first.leave()
-    assert len(os.listdir("/proc/self/fd")) <= num_files
-    with ours, theirs:
-        ours.send(b"still there")
-        assert theirs.recv(20) == b"still there"
-
-
-def test_the_last_error_of_a_log_is_one_line_without_traceback_or_path() -> None:
-    log = """starting
-Traceback (most recent call last):
-  File "/usr/lib/x.py", line 3, in load
-    raise MemoryError
-torch.OutOfMemoryError: CUDA out of memory while reading /models/q/model.safetensors
-"""
-    assert last_error(log) == "torch.OutOfMemoryError: CUDA out of memory while reading model.safetensors"
-    assert last_error("all is well\n") == "all is well"
-    assert last_error(":job_id:01000000\n:actor_name:WorkerActor\n") == last_error("") == ""

@@ -16,7 +16,7 @@ from rayllm.config import EngineConfig
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import ConfigError
-from rayllm.executor.worker import trace_starts
+from rayllm.executor.plan_server import trace_starts
 from rayllm.messages import Submit
 from rayllm.observability.trace import Tracer
 from rayllm.scheduler.scheduler import Scheduler

@@ -10,7 +10,7 @@ from serve.served import KEY, Served
 from rayllm.config import EngineConfig
 from rayllm.engine.driver.fault_injection import KilledWorker
 from rayllm.errors import EngineError
-from rayllm.executor.worker import WorkerPlace
+from rayllm.executor.worker_process import WorkerPlace
 
 PATH = "/admin/kill_worker"
 

@@ -23,7 +23,8 @@ from rayllm.engine.driver.link import ClientGone, ClientLink, DriverAddress
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.executor import Executor, Selectable
-from rayllm.executor.worker import RunnerFactory, WorkerPlace, death_reason, worker_place
+from rayllm.executor.worker import RunnerFactory
+from rayllm.executor.worker_process import WorkerPlace, death_reason, worker_place
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.statistics import PERIOD_S as STATISTICS_PERIOD_S
 from rayllm.observability.statistics import StatisticsLine

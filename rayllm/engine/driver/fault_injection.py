@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rayllm.errors import EngineError, EngineUnreachableError
-from rayllm.executor.worker import WorkerPlace, death_reason
+from rayllm.executor.worker_process import WorkerPlace, death_reason
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rayllm.engine.client.connection import connect_by_name
 from rayllm.engine.owner.running_engine import RunningEngine
 from rayllm.errors import EngineError
 from rayllm.executor.ray_connection import ray_is_initialized
-from rayllm.executor.worker import WorkerPlace, death_reason, is_stopped, kill_process
+from rayllm.executor.worker_process import WorkerPlace, death_reason, is_stopped, kill_process
 
 _LOOK_PERIOD_S = 0.5
 _ASK_PERIOD_S = 5.0

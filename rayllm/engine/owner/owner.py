@@ -21,7 +21,8 @@ from rayllm.engine.owner.stage_board import publish_stage
 from rayllm.errors import EngineError, EngineUnreachableError, NoRoomError
 from rayllm.executor.placement import give_back
 from rayllm.executor.ray_connection import ray_is_initialized
-from rayllm.executor.worker import RunnerFactory, death_reason
+from rayllm.executor.worker import RunnerFactory
+from rayllm.executor.worker_process import death_reason
 
 log = logging.getLogger(__name__)
 

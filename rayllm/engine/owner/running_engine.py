@@ -13,7 +13,8 @@ from rayllm.engine.driver.actor import DriverActor, driver_name, known_engines
 from rayllm.errors import ConfigError, EngineError, NodeLostError
 from rayllm.executor.nodes import SILENCE_S, describe_lost, lost_nodes
 from rayllm.executor.placement import bundle_nodes, create_placement_group, is_whole
-from rayllm.executor.worker import RunnerFactory, WorkerPlace, await_ends, death_reason
+from rayllm.executor.worker import RunnerFactory
+from rayllm.executor.worker_process import WorkerPlace, await_ends, death_reason
 
 _STAGE_POLL_S = 0.2
 _NODE_LOOK_S = 1.0

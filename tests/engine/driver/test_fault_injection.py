@@ -4,7 +4,7 @@ import pytest
 
 from rayllm.engine.driver.fault_injection import kill_rank
 from rayllm.errors import EngineError
-from rayllm.executor.worker import WorkerPlace
+from rayllm.executor.worker_process import WorkerPlace
 
 PLACE = WorkerPlace(4711, "n" * 56, "10.0.0.1", ("cpu",))
 

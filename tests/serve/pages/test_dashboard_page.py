@@ -16,7 +16,7 @@ from serve.served import chat as chat_body
 
 from rayllm.engine.driver.actor import EngineDescription
 from rayllm.engine.driver.fault_injection import KilledWorker
-from rayllm.executor.worker import WorkerPlace
+from rayllm.executor.worker_process import WorkerPlace
 from rayllm.messages import EngineStats
 from rayllm.observability.declared import LATENCY_EDGES_S
 from rayllm.observability.histogram import Histogram

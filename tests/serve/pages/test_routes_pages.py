@@ -9,7 +9,7 @@ from serve.served import KEY, Served
 
 from rayllm.engine.driver.actor import EngineDescription
 from rayllm.errors import EngineUnreachableError
-from rayllm.executor.worker import WorkerPlace
+from rayllm.executor.worker_process import WorkerPlace
 from rayllm.serve.routes_pages import FOLDER, PAGE_PATHS, Deployment
 
 
