@@ -77,14 +77,14 @@ class FakeExecutor:
     def __init__(
         self,
         num_blocks: int = 64,
-        pipeline_depth: int = 2,
+        max_inflight_steps: int = 2,
         dies: Iterable[int] = (),
         hangs: Iterable[int] = (),
         silent: Iterable[int] = (1,),
         recovers: bool = True,
     ):
         self.num_blocks = num_blocks
-        self.pipeline_depth = pipeline_depth
+        self.max_inflight_steps = max_inflight_steps
         self.sent: list[StepPlan] = []
         self.recovered: list[list[int]] = []
         self.closed = False
@@ -96,7 +96,7 @@ class FakeExecutor:
         self._rows: dict[int, dict[str, Any]] = {}
 
     def send(self, plan: StepPlan) -> None:
-        assert len(self._plans) < self.pipeline_depth, "more plans out than the pipeline holds"
+        assert len(self._plans) < self.max_inflight_steps, "more steps in flight than max_inflight_steps"
         self.sent.append(plan)
         self._plans.append(plan)
 

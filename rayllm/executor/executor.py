@@ -28,8 +28,8 @@ class Executor(Protocol):
     """One or more workers, seen as one. Used from a single thread; results come in the order of the plans."""
 
     @property
-    def pipeline_depth(self) -> int:
-        """Plans that may be uncommitted at once: 1 in process, 2 with worker processes."""
+    def max_inflight_steps(self) -> int:
+        """Steps that may be in flight at once: 1 in process, 2 with worker processes."""
 
     @property
     def num_blocks(self) -> int:

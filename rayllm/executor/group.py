@@ -63,7 +63,7 @@ Stage = Callable[[str], None]
 
 
 class WorkerGroup:
-    """All ranks of one engine as worker actors: an `Executor` of depth 2.
+    """All ranks of one engine as worker actors: an `Executor`.
 
     Ready when constructed; `on_stage` is told in a few words what is being waited for. Raises `ConfigError`
     where the cluster has no room, the runner's own error where a rank cannot load, `WorkerDiedError` where
@@ -74,7 +74,7 @@ class WorkerGroup:
     nothing which the old group may yet say is heard.
     """
 
-    pipeline_depth = 2
+    max_inflight_steps = 2
 
     def __init__(
         self,

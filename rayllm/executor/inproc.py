@@ -28,7 +28,7 @@ class StepRunner(Protocol):
 class InprocExecutor:
     """Runs plans on the caller's thread, one at a time; a failing runner is a dead worker of rank 0."""
 
-    pipeline_depth = 1
+    max_inflight_steps = 1
 
     def __init__(self, runner: StepRunner):
         self.num_blocks = runner.num_blocks_available()

@@ -148,7 +148,7 @@ def make_group() -> Iterator[Callable[..., WorkerGroup]]:
 def test_two_ranks_compute_together(pair: Pair) -> None:
     group = pair.group
     assert pair.stages == ["placing workers", "starting 2 workers", "loading weights", "warming up"]
-    assert (group.num_blocks, group.pipeline_depth) == (39, 2)
+    assert (group.num_blocks, group.max_inflight_steps) == (39, 2)
     group.send(_plan(1))
     group.send(_plan(2))
     assert [group.receive(10.0).token_ids, group.receive(10.0).token_ids] == [b"[3, 78]", b"[6, 78]"]

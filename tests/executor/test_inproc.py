@@ -34,7 +34,7 @@ def _plan(step: int) -> StepPlan:
 def test_the_runner_is_started_with_all_its_blocks_and_plans_run_in_order() -> None:
     runner = _Runner()
     executor = InprocExecutor(runner)
-    assert (executor.num_blocks, executor.pipeline_depth, executor.result_socket()) == (33, 1, None)
+    assert (executor.num_blocks, executor.max_inflight_steps, executor.result_socket()) == (33, 1, None)
     executor.send(_plan(1))
     executor.send(_plan(2))
     assert [executor.receive(None).step, executor.receive(None).step] == [1, 2]

@@ -98,7 +98,7 @@ async def test_an_engine_that_fails_makes_the_span_an_error() -> None:
 
 def test_the_driver_adds_queue_prefill_and_decode_which_follow_each_other() -> None:
     traced, now = _Traced(), [0.0]
-    config, executor = fake_config(max_num_seqs=1), FakeExecutor(pipeline_depth=1, dies=[4])
+    config, executor = fake_config(max_num_seqs=1), FakeExecutor(max_inflight_steps=1, dies=[4])
     scheduler = build_scheduler(config, executor.num_blocks)
     loop = EngineLoop(config, scheduler, executor, lambda client, message: None, clock=lambda: now[0])
     loop.tracer = traced.tracer

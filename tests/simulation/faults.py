@@ -51,8 +51,8 @@ class FaultyExecutor:
 
     ranks: Sequence[int] = (0, 1)
 
-    def __init__(self, faults: Faults, pipeline_depth: int, **worker_settings: int):
-        self.pipeline_depth = pipeline_depth
+    def __init__(self, faults: Faults, max_inflight_steps: int, **worker_settings: int):
+        self.max_inflight_steps = max_inflight_steps
         self.num_blocks = worker_settings["num_blocks"]
         self.epoch = 0
         self._faults = faults
@@ -65,7 +65,7 @@ class FaultyExecutor:
 
     def send(self, plan: StepPlan) -> None:
         self._faults.kill_driver_here("before a plan is sent")
-        assert len(self._results) < self.pipeline_depth, "more plans out than the pipeline holds"
+        assert len(self._results) < self.max_inflight_steps, "more steps in flight than max_inflight_steps"
         assert plan.epoch == self.epoch
         if self._faults.worker_breaks("before a plan"):
             self._lose("it died before a plan")

@@ -26,7 +26,7 @@ class _TimedExecutor(FakeExecutor):
     step_s: float | None = None
 
     def __init__(self) -> None:
-        super().__init__(num_blocks=512, pipeline_depth=1)
+        super().__init__(num_blocks=512, max_inflight_steps=1)
         self.now = _START_S
 
     def receive(self, timeout_s: float | None) -> StepResult:

@@ -179,7 +179,7 @@ class World:
         )
         self.block_size = rng.choice([1, 2, 4])
         self.num_blocks = -(-MAX_MODEL_LEN // self.block_size) + rng.choice([0, 1, 3, 40])
-        self.pipeline_depth = rng.choice([1, 2])
+        self.max_inflight_steps = rng.choice([1, 2])
         self.config = self._config()
         self.engines = [JournaledEngine() for _ in range(rng.choice([1, 1, 2]))]
         self.lost_ingresses: set[int] = set()
@@ -336,7 +336,7 @@ class World:
     def _start_driver(self) -> None:
         executor = FaultyExecutor(
             self.faults,
-            self.pipeline_depth,
+            self.max_inflight_steps,
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_num_batched_tokens=self.config.max_num_batched_tokens,

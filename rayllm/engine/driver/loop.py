@@ -1,6 +1,6 @@
 """The step loop: requests in, plans out, results back, deltas to whoever asked. Plain Python on one thread.
 
-With an executor of depth 2, step n+1 is planned and sent while n runs, so that workers never wait for a plan.
+Where two steps may be in flight, step n+1 is planned and sent while n runs, so that workers never wait for a plan.
 The loop knows clients by an opaque value, their streams by number, and nothing of sockets, actors or text.
 """
 
@@ -267,11 +267,11 @@ class EngineLoop:
 
     def _turn(self) -> bool:
         scheduler, executor = self._scheduler, self._executor
-        plan = scheduler.plan() if scheduler.num_uncommitted < executor.pipeline_depth else None
+        plan = scheduler.plan() if scheduler.num_uncommitted < executor.max_inflight_steps else None
         if plan is not None:
             self._note_plan(plan)
             self._supervisor.send(plan)
-            if scheduler.num_uncommitted < executor.pipeline_depth:
+            if scheduler.num_uncommitted < executor.max_inflight_steps:
                 return True
         if scheduler.num_uncommitted == 0:
             return False

@@ -52,7 +52,7 @@ def _run(loop: EngineLoop, limit: int = 1000) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_requests_of_several_clients_each_get_their_own_tokens(depth: int) -> None:
-    loop, clients = _loop(FakeExecutor(pipeline_depth=depth))
+    loop, clients = _loop(FakeExecutor(max_inflight_steps=depth))
     requests: dict[tuple[object, int], Request] = {}
     for client in ("a", "b"):
         for stream in range(4):
@@ -85,7 +85,7 @@ def test_one_message_a_step_carries_all_deltas_of_a_client() -> None:
 
 
 def test_the_next_step_is_sent_before_the_result_of_this_one_is_taken() -> None:
-    executor = FakeExecutor(pipeline_depth=2)
+    executor = FakeExecutor(max_inflight_steps=2)
     loop, clients = _loop(executor)
     loop.submit("a", Submit(0, make_request([1, 2], max_tokens=4)))
     assert loop.step()
@@ -97,7 +97,7 @@ def test_the_next_step_is_sent_before_the_result_of_this_one_is_taken() -> None:
 
 
 def test_a_known_length_never_costs_a_step_too_many() -> None:
-    executor = FakeExecutor(pipeline_depth=2)
+    executor = FakeExecutor(max_inflight_steps=2)
     loop, _ = _loop(executor)
     loop.submit("a", Submit(0, make_request([1, 2], max_tokens=4)))
     _run(loop)
@@ -219,10 +219,10 @@ def _run_mixed(executor: FakeExecutor) -> tuple[EngineLoop, _Clients]:
 @pytest.mark.parametrize("kind", ["dies", "hangs"])
 def test_a_fault_at_any_step_changes_no_token(kind: str, depth: int) -> None:
     """Every boundary in turn: mixed sizes, several choices, a prompt in chunks, a stop token."""
-    undisturbed = FakeExecutor(pipeline_depth=depth)
+    undisturbed = FakeExecutor(max_inflight_steps=depth)
     _, expected = _run_mixed(undisturbed)
     for step in range(1, len(undisturbed.sent) + 1):
-        loop, clients = _run_mixed(FakeExecutor(pipeline_depth=depth, **{kind: [step]}))  # type: ignore[arg-type]
+        loop, clients = _run_mixed(FakeExecutor(max_inflight_steps=depth, **{kind: [step]}))  # type: ignore[arg-type]
         assert clients.tokens == expected.tokens
         assert clients.finishes == expected.finishes
         stats = loop.stats()

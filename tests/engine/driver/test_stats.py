@@ -43,7 +43,7 @@ class _Timed:
 
 
 def test_a_choices_first_delta_says_how_long_it_waited_and_was_computed() -> None:
-    timed = _Timed(FakeExecutor(pipeline_depth=1), max_num_seqs=1)
+    timed = _Timed(FakeExecutor(max_inflight_steps=1), max_num_seqs=1)
     timed.loop.submit("a", Submit(0, make_request([1, 2], max_tokens=3)))
     timed.loop.submit("a", Submit(1, make_request([1, 2], max_tokens=3)))
     timed.run()
