@@ -61,8 +61,8 @@ class ServiceCounters:
 
 
 @dataclass(eq=False)
-class Line:
-    """What one client has waiting at one priority, as long as there is some: served in order of arrival."""
+class Backlog:
+    """What one client has waiting at one priority, served in order of arrival; exists while something waits."""
 
     num_tokens: int = 0
     """Prompt tokens that wait."""
@@ -82,7 +82,7 @@ class FairQueue:
     def __init__(self, counters: ServiceCounters):
         self._counters = counters
         self._by_client: dict[str, ServiceQueue] = {}
-        self._lines: dict[tuple[str, int], Line] = {}  # by client and priority
+        self._backlogs: dict[tuple[str, int], Backlog] = {}  # by client and priority
         self._len = 0
 
     def __len__(self) -> int:
@@ -94,10 +94,10 @@ class FairQueue:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return sum(line.num_tokens for line in self._lines.values())
+        return sum(backlog.num_tokens for backlog in self._backlogs.values())
 
-    def line(self, client: str, priority: int) -> Line | None:
-        return self._lines.get((client, priority))
+    def backlog(self, client: str, priority: int) -> Backlog | None:
+        return self._backlogs.get((client, priority))
 
     def add(self, sequence: Sequence) -> None:
         self._by_client.setdefault(sequence.client, ServiceQueue()).add(sequence)
@@ -116,15 +116,15 @@ class FairQueue:
     def _count(self, sequence: Sequence, sign: int) -> None:
         self._len += sign
         key = sequence.client, sequence.priority
-        line = self._lines.setdefault(key, Line())
-        line.num_tokens += sign * sequence.num_prompt_tokens
-        line.num_max_tokens += sign * (sequence.max_length - sequence.num_prompt_tokens)
-        if not line.num_tokens:
-            del self._lines[key]
+        backlog = self._backlogs.setdefault(key, Backlog())
+        backlog.num_tokens += sign * sequence.num_prompt_tokens
+        backlog.num_max_tokens += sign * (sequence.max_length - sequence.num_prompt_tokens)
+        if not backlog.num_tokens:
+            del self._backlogs[key]
 
     def note_start(self, sequence: Sequence) -> None:
         """It is about to be removed because it comes to run."""
-        self._lines[sequence.client, sequence.priority].num_started_tokens += sequence.num_prompt_tokens
+        self._backlogs[sequence.client, sequence.priority].num_started_tokens += sequence.num_prompt_tokens
 
     def walk(self) -> Iterator[Sequence]:
         """Each in its turn, by the counters as they are when it is asked for. Between two, the caller may let
@@ -155,15 +155,15 @@ class FairQueue:
         """The same of the tokens that those which wait may have, for one that may have `num_max_tokens`."""
         return self._num_ahead(client, priority, num_max_tokens, attrgetter("num_max_tokens"))
 
-    def _num_ahead(self, client: str, priority: int, num_own: int, amount: Callable[[Line], int]) -> int:
-        line = self.line(client, priority)
-        own = amount(line) if line is not None else 0
+    def _num_ahead(self, client: str, priority: int, num_own: int, amount: Callable[[Backlog], int]) -> int:
+        backlog = self.backlog(client, priority)
+        own = amount(backlog) if backlog is not None else 0
         ahead = 0
-        for (other, other_priority), line in self._lines.items():
+        for (other, other_priority), backlog in self._backlogs.items():
             if other_priority < priority or (other == client and other_priority == priority):
-                ahead += amount(line)
+                ahead += amount(backlog)
             elif other_priority == priority:
-                ahead += min(amount(line), own + num_own)
+                ahead += min(amount(backlog), own + num_own)
         return ahead
 
     def num_clients_with(self, client: str) -> int:
@@ -172,7 +172,7 @@ class FairQueue:
 
     def num_waiting_of(self, client: str) -> tuple[int, int]:
         """Sequences of `client`, and their prompt tokens."""
-        num_tokens = sum(line.num_tokens for (other, _), line in self._lines.items() if other == client)
+        num_tokens = sum(backlog.num_tokens for (other, _), backlog in self._backlogs.items() if other == client)
         return len(self._by_client.get(client, ())), num_tokens
 
     def check(self) -> None:
@@ -185,6 +185,6 @@ class FairQueue:
         for sequence in self:
             key = sequence.client, sequence.priority
             counted[key] = counted.get(key, 0) + sequence.num_prompt_tokens
-        assert counted == {key: line.num_tokens for key, line in self._lines.items()}, (
+        assert counted == {key: backlog.num_tokens for key, backlog in self._backlogs.items()}, (
             "the count of waiting tokens is wrong"
         )

@@ -84,7 +84,7 @@ class PrefixCache:
             if self._announced.get(block_hash) is sequence:
                 del self._announced[block_hash]
 
-    def distrust(self, sequence: Sequence) -> None:
+    def invalidate(self, sequence: Sequence) -> None:
         """KV of the prefixes of `sequence` is not to be used again, whoever has it."""
         for block_hash in sequence.block_hashes or ():
             if block_hash in self._published:

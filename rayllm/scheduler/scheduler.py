@@ -5,7 +5,7 @@ them, and each step lets it *catch up* as far as one budget of tokens allows. A 
 one, the token sampled last, a prefix found in the cache, recomputing after preemption and replay after a
 fault are this one rule.
 
-**Two plans may be out.** Step n+1 is planned while n runs. A sequence that n samples for has then one token
+**Two steps may be in flight.** Step n+1 is planned while n runs. A sequence that n samples for has then one token
 more than the driver has seen; the worker holds it, so n+1 can compute it. Known lengths are never planned
 past; a stop token is seen only at commit, and what n+1 sampled after it is dropped at its own commit.
 """
@@ -18,8 +18,8 @@ from rayllm.errors import ConfigError
 from rayllm.messages import Finish, StepPlan, StepResult
 from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
-from rayllm.scheduler.flight import Draft, Flights
-from rayllm.scheduler.places import Places
+from rayllm.scheduler.in_flight import InFlightSteps, PlanBuilder
+from rayllm.scheduler.kv_allocator import KVAllocator
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
 from rayllm.scheduler.totals import SchedulerTotals
@@ -65,18 +65,18 @@ class Scheduler:
 
         self.totals = SchedulerTotals()
         self._num_arrivals = 0
-        self._suspects: frozenset[str] = frozenset()
+        self._quarantined: frozenset[str] = frozenset()
         self._requests: dict[str, list[Sequence]] = {}  # with their unfinished sequences
         self._running = ServiceQueue()
         self._counters = ServiceCounters()
         self.waiting = FairQueue(self._counters)
         """Read-only for others."""
         self._started: list[Sequence] = []
-        self._flights = Flights()
-        self._places = self._free_places()
+        self._in_flight = InFlightSteps()
+        self._allocator = self._new_allocator()
 
-    def _free_places(self) -> Places:
-        return Places(
+    def _new_allocator(self) -> KVAllocator:
+        return KVAllocator(
             num_rows=self._max_num_seqs,
             num_blocks=self._num_blocks,
             block_size=self._block_size,
@@ -105,26 +105,26 @@ class Scheduler:
     @property
     def num_plans(self) -> int:
         """All that were ever made."""
-        return self._flights.num_plans
+        return self._in_flight.num_plans
 
     @property
     def num_free_rows(self) -> int:
         """Sequences that could begin at once, as far as rows go."""
-        return self._places.num_free_rows
+        return self._allocator.num_free_rows
 
     @property
     def num_free_slots(self) -> int:
         """Tokens for which KV could be computed at once."""
-        return self._places.num_free_blocks * self._block_size
+        return self._allocator.num_free_blocks * self._block_size
 
     @property
     def num_uncommitted(self) -> int:
         """Plans whose result has not come."""
-        return len(self._flights)
+        return len(self._in_flight)
 
     def planned_requests(self) -> set[str]:
         """Ids of the unfinished requests that the plans still out compute: what workers may have failed over."""
-        return self._flights.request_ids()
+        return self._in_flight.request_ids()
 
     @property
     def num_blocks(self) -> int:
@@ -133,13 +133,13 @@ class Scheduler:
     @property
     def num_blocks_used(self) -> int:
         """Blocks that running sequences own; cached ones without an owner are not counted."""
-        return self._places.num_used_blocks
+        return self._allocator.num_used_blocks
 
     @property
     def num_slots_filled(self) -> int:
         """Slots with KV (planned or computed) in the used blocks. Takes time proportional to the running
         sequences."""
-        return self._places.num_slots_filled(self._running)
+        return self._allocator.num_slots_filled(self._running)
 
     # ----------------------------------------------------------------------------------- requests come and go
 
@@ -182,7 +182,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Requests that come after share nothing with those that came before."""
-        self._places.reset_prefix_cache()
+        self._allocator.reset_prefix_cache()
 
     def abort_sequence(self, sequence: Sequence) -> None:
         """Ends this choice alone, its siblings go on. Nothing happens where it has finished."""
@@ -192,7 +192,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
-            self._places.leave(sequence)
+            self._allocator.free(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
@@ -208,24 +208,24 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step; None where nothing can run now: no work, two plans out, or all waits for a plan that
         is out."""
-        if len(self._flights) == MAX_UNCOMMITTED:
+        if len(self._in_flight) == MAX_UNCOMMITTED:
             return None
-        draft = Draft(self._max_num_batched_tokens)
-        self._plan_running(draft)
-        self._plan_waiting(draft)
+        builder = PlanBuilder(self._max_num_batched_tokens)
+        self._plan_running(builder)
+        self._plan_waiting(builder)
         self.totals.num_slack_plans += not len(self.waiting)
-        if not draft.counts:
+        if not builder.counts:
             return None
-        return self._flights.send(draft, self._places.take_left_rows(), self._block_size)
+        return self._in_flight.launch(builder, self._allocator.take_freed_rows(), self._block_size)
 
     def take_started(self) -> list[Sequence]:
         """Those that came into a plan for the first time, since this was last asked."""
         started, self._started = self._started, []
         return started
 
-    def _plan_running(self, draft: Draft) -> None:
+    def _plan_running(self, builder: PlanBuilder) -> None:
         """In order of service. However long a prompt, one token is left for each sequence behind it."""
-        counts, budget, block_size = draft.counts, draft.budget, self._block_size
+        counts, budget, block_size = builder.counts, builder.budget, self._block_size
         spare = max(0, budget - len(self._running))
         for sequence in self._running:  # the preempted leave from the end, so the walk stays sound
             num_tokens = len(sequence.tokens) + sequence.num_pending
@@ -237,86 +237,87 @@ class Scheduler:
                 count = min(count, 1 + spare)
                 spare -= count - 1
             end = num_computed + count
-            if end > len(sequence.blocks) * block_size and not self._grow(sequence, end, draft):
+            if end > len(sequence.blocks) * block_size and not self._grow(sequence, end, builder):
                 break
             counts[sequence] = count
             budget -= count
             if not budget:
                 break
-        draft.budget = budget
+        builder.budget = budget
 
-    def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, builder: PlanBuilder) -> bool:
         """Gives `sequence` blocks for its first `num_tokens`; the last in order are preempted where none is
         free. False where that came to be `sequence` itself."""
-        while (blocks := self._places.grow(sequence, num_tokens)) is None:
-            if self._preempt_last(draft) is sequence:
+        while (blocks := self._allocator.grow(sequence, num_tokens)) is None:
+            if self._preempt_last(builder) is sequence:
                 return False
-        draft.grown[sequence] = blocks
+        builder.grown[sequence] = blocks
         return True
 
-    def _preempt_last(self, draft: Draft) -> Sequence:
+    def _preempt_last(self, builder: PlanBuilder) -> Sequence:
         """The last running sequence waits again, in its place of order; what it had planned is taken back."""
         sequence = self._running.pop()
-        draft.take_back(sequence)
-        self._places.leave(sequence)
-        sequence.resume_after = self._flights.num_plans
+        builder.take_back(sequence)
+        self._allocator.free(sequence)
+        sequence.resume_after = self._in_flight.num_plans
         self.waiting.add(sequence)
         self.totals.num_preemptions += 1
         return sequence
 
-    def _plan_waiting(self, draft: Draft) -> None:
+    def _plan_waiting(self, builder: PlanBuilder) -> None:
         """Admits in strict order. Only those that wait for a prefix being computed are passed over, and only
         so many: a long queue must not make a plan slow."""
         num_deferred = 0
         for sequence in self.waiting.walk():
-            if not draft.budget or num_deferred == self._max_num_seqs or not self._may_run(sequence):
+            if not builder.budget or num_deferred == self._max_num_seqs or not self._may_run(sequence):
                 return
-            hits = None if self._is_held_back(sequence) else self._places.find(sequence)
+            hits = None if self._is_held_back(sequence) else self._allocator.find_cached(sequence)
             if hits is None:
                 num_deferred += 1
-            elif not self._admit(sequence, hits, draft):
+            elif not self._admit(sequence, hits, builder):
                 return
 
     def _is_held_back(self, sequence: Sequence) -> bool:
-        """Suspects run one request at a time, so that the next fault tells which of them it was."""
+        """Whether another quarantined request is running: they run one at a time, so that the next fault shows which of
+        them caused it."""
         request_id = sequence.request.request_id
-        return request_id in self._suspects and any(
-            other.request.request_id in self._suspects and other.request.request_id != request_id
+        return request_id in self._quarantined and any(
+            other.request.request_id in self._quarantined and other.request.request_id != request_id
             for other in self._running
         )
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Whether to try at all: quick, so that a full engine spends no time on those that wait."""
-        if self._flights.is_out(sequence.resume_after):
+        if self._in_flight.is_in_flight(sequence.resume_after):
             return False  # its tokens are not all known yet
         if not self._running or self._running[-1].priority > sequence.priority:
             return True
-        return self._places.has_room(sequence.num_blocks_missing + _num_blocks_to_grow(len(self._running)))
+        return self._allocator.can_allocate(sequence.num_blocks_missing + _num_blocks_to_grow(len(self._running)))
 
-    def _admit(self, sequence: Sequence, hits: list[int], draft: Draft) -> bool:
+    def _admit(self, sequence: Sequence, hits: list[int], builder: PlanBuilder) -> bool:
         """Starts it where there is room for all its tokens, so that it is not cut off half-way."""
-        self._places.hold(hits)
-        if not self._make_room(sequence, self._places.num_blocks_for(len(sequence.tokens)) - len(hits), draft):
-            self._places.let_go(hits)
+        self._allocator.pin(hits)
+        if not self._make_room(sequence, self._allocator.num_blocks_for(len(sequence.tokens)) - len(hits), builder):
+            self._allocator.unpin(hits)
             return False
-        self._places.take(sequence, hits)
+        self._allocator.allocate(sequence, hits)
         self._note_start(sequence)
         self.waiting.remove(sequence)
         self._running.add(sequence)
-        draft.start(sequence)
+        builder.start(sequence)
         return True
 
-    def _make_room(self, sequence: Sequence, num_blocks: int, draft: Draft) -> bool:
+    def _make_room(self, sequence: Sequence, num_blocks: int, builder: PlanBuilder) -> bool:
         """Whether there is a row for it, and `num_blocks` besides those the running ones will soon grow into.
         Sequences of lower priority are preempted for it, but only if that is enough."""
         lower = self._running.lower_than(sequence.priority)
         num_staying = len(self._running) - len(lower)
         sequence.num_blocks_missing = num_blocks
         wanted = num_blocks + _num_blocks_to_grow(num_staying)
-        if not self._places.would_have_room(wanted, without=lower):
+        if not self._allocator.can_allocate_without(wanted, without=lower):
             return False
-        while not self._places.has_room(wanted):
-            self._preempt_last(draft)
+        while not self._allocator.can_allocate(wanted):
+            self._preempt_last(builder)
         return True
 
     def _note_start(self, sequence: Sequence) -> None:
@@ -341,24 +342,24 @@ class Scheduler:
         Nothing is said of sequences that ended after the plan was made. `EngineError` where the result is not
         the answer to that plan.
         """
-        flight, rows = self._flights.land(result)
-        updates = self._give_up(flight.by_row[row] for row in unpack_ids(result.invalid_rows))
+        step, rows = self._in_flight.complete(result)
+        updates = self._end_invalid(step.by_row[row] for row in unpack_ids(result.invalid_rows))
         if self._enable_prefix_caching:
-            for sequence, end in flight.filled:
+            for sequence, end in step.filled:
                 if sequence.status is Status.RUNNING:  # since that plan: see `resume_after`
-                    self._places.publish(sequence, end)
+                    self._allocator.publish(sequence, end)
         for row, prompt_logprobs in result.prompt_logprobs.items():
-            sequence = flight.by_row[row]
+            sequence = step.by_row[row]
             if sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += prompt_logprobs
         for row, token_id in zip(rows, unpack_ids(result.token_ids)):
-            sequence = flight.by_row[row]
+            sequence = step.by_row[row]
             if sequence.finish is not None:
                 continue
-            told = result.ends.get(row) if result.ends else None
-            if told is not None and told.reason == "error":
-                updates.append(SequenceUpdate(sequence, [], told))
-                self._end(sequence, told)
+            reported = result.ends.get(row) if result.ends else None
+            if reported is not None and reported.reason == "error":
+                updates.append(SequenceUpdate(sequence, [], reported))
+                self._end(sequence, reported)
                 continue
             update = SequenceUpdate(sequence, [token_id])
             if result.logprobs and row in result.logprobs:
@@ -369,22 +370,22 @@ class Scheduler:
             tokens.append(token_id)
             self._counters.charge(sequence.client, OUTPUT_WEIGHT)
             sequence.num_pending -= 1
-            if told is not None or token_id in sequence.stop_ids or len(tokens) >= sequence.max_length:
+            if reported is not None or token_id in sequence.stop_ids or len(tokens) >= sequence.max_length:
                 update.finish = sequence.finish_reason()
-                if told is not None and (update.finish is None or update.finish.reason == "length"):
-                    update.finish = told
+                if reported is not None and (update.finish is None or update.finish.reason == "length"):
+                    update.finish = reported
                 if update.finish:
                     self.totals.note_end(sequence)
                     self._end(sequence, update.finish)
             updates.append(update)
         return updates
 
-    def _give_up(self, sequences: Iterable[Sequence]) -> list[SequenceUpdate]:
-        """Ends sequences for which the model computed no numbers."""
+    def _end_invalid(self, sequences: Iterable[Sequence]) -> list[SequenceUpdate]:
+        """Ends sequences whose logits are not finite."""
         finish = Finish("error", code="invalid_logits", message=_INVALID_LOGITS)
         updates = [SequenceUpdate(sequence, [], finish) for sequence in sequences if sequence.finish is None]
         for update in updates:
-            self._places.distrust(update.sequence)
+            self._allocator.invalidate(update.sequence)
             self._end(update.sequence, finish)
         return updates
 
@@ -396,24 +397,24 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ after a fault
 
-    def rewind(self, epoch: int, suspects: Collection[str] = ()) -> None:
+    def rewind(self, epoch: int, quarantined: Collection[str] = ()) -> None:
         """Forgets the plans that are out, all KV and the prefix cache. Every unfinished sequence waits, in
         its old order, with its prompt and the tokens committed. Workers begin the new epoch with no rows.
 
-        Of the requests with ids in `suspects` only one runs at a time from now on, beside all others."""
-        self._suspects = frozenset(suspects)
+        Of the requests with ids in `quarantined` only one runs at a time from now on, beside all other requests."""
+        self._quarantined = frozenset(quarantined)
         for sequence in self._running:
-            sequence.leave()
+            sequence.release()
             self.waiting.add(sequence)
         self._running.clear()
         for sequence in self.waiting:
             sequence.num_pending = 0
-        self._flights.forget(epoch)
-        self._places = self._free_places()
+        self._in_flight.forget(epoch)
+        self._allocator = self._new_allocator()
 
-    def acquit(self, request_id: str) -> None:
-        """It is no suspect any more, where it was one."""
-        self._suspects -= {request_id}
+    def release_from_quarantine(self, request_id: str) -> None:
+        """The request may run beside quarantined ones again; no effect if it is not in quarantine."""
+        self._quarantined -= {request_id}
 
     # -------------------------------------------------------------------------------------------------- check
 
@@ -421,14 +422,14 @@ class Scheduler:
         """`AssertionError` if an invariant is broken. Slow: for tests."""
         self._running.check()
         self.waiting.check()
-        self._places.check(self._running)
+        self._allocator.check(self._running)
         sequences = [*self._running, *self.waiting]
         self._counters.check(sequences)
         live = [sequence for siblings in self._requests.values() for sequence in siblings]
         assert sorted(map(id, live)) == sorted(map(id, sequences)), "requests and queues differ"
         for sequence in sequences:
             assert sequence.finish is None, f"{sequence} has finished and is queued"
-            assert 0 <= sequence.num_pending <= len(self._flights), f"{sequence} has too many pending tokens"
+            assert 0 <= sequence.num_pending <= len(self._in_flight), f"{sequence} has too many pending tokens"
             assert sequence.num_tokens <= sequence.max_length, f"{sequence} is planned past its length"
         for sequence in self._running:
             assert sequence.num_computed <= sequence.num_tokens, f"{sequence} has KV for unknown tokens"

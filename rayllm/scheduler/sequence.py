@@ -125,8 +125,8 @@ class Sequence:
                 return Finish("stop", None if last in self.eos_token_ids else last)
         return Finish("length") if len(self.tokens) >= self.max_length else None
 
-    def leave(self) -> None:
-        """Forgets its row and KV: it waits, and will be computed again from its tokens."""
+    def release(self) -> None:
+        """Drops its row and KV: it waits, and will be computed again from its tokens."""
         self.status = Status.WAITING
         self.row = None
         self.blocks = []

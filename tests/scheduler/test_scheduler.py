@@ -30,9 +30,9 @@ def test_a_result_that_answers_another_plan_is_refused():
     with pytest.raises(EngineError, match="expected none"):
         engine.scheduler.commit(empty)
     engine.plan()
-    with pytest.raises(EngineError, match="samples 1 tokens, but 0 came"):
+    with pytest.raises(EngineError, match="samples 1 tokens, but its result has 0"):
         engine.scheduler.commit(empty)
-    with pytest.raises(EngineError, match="step 1 of epoch 3 came, expected step 1 of epoch 0"):
+    with pytest.raises(EngineError, match="step 1 of epoch 3, expected step 1 of epoch 0"):
         engine.scheduler.commit(StepResult(1, 3, b"", b"", {}, {}, 0.0))
     engine.commit()
 
@@ -444,7 +444,7 @@ def test_a_result_from_before_a_rewind_is_refused():
     stale = engine.results[0]
     engine.rewind()
     engine.plan()
-    with pytest.raises(EngineError, match="epoch 0 came, expected step 2 of epoch 1"):
+    with pytest.raises(EngineError, match="epoch 0, expected step 2 of epoch 1"):
         engine.scheduler.commit(stale)
     engine.drain()
 

@@ -1,4 +1,4 @@
-"""What a driver checks of a request before it queues it: the last line, for callers that did not check."""
+"""What a driver checks of a request before it queues it: the last backlog, for callers that did not check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from rayllm.config import ResolvedConfig
 from rayllm.errors import ContextLengthError, OverloadedError, RequestError
 from rayllm.request import Request, SamplingParams
-from rayllm.scheduler.fairness import Line
+from rayllm.scheduler.fairness import Backlog
 from rayllm.scheduler.scheduler import Scheduler
 
 MAX_RETRY_AFTER_S = 600.0
@@ -17,7 +17,7 @@ _MIN_RETRY_AFTER_S = 1.0
 ASSUMED_STEP_S = {"cpu": 0.05, "cuda": 0.02}
 """What a step is taken to last before any was measured."""
 _MEMORY_S = 10.0
-_LINE_WATCH_S = 2.0
+_BACKLOG_WATCH_S = 2.0
 _NUM_KNOWN_STEPS = 8
 _WAIT_SHARE = 0.8
 """Of the time that a deadline leaves: as both wait and run are estimates, a queue filled to the brim with requests that
@@ -132,7 +132,7 @@ class Pace:
         self._num_batched_tokens = num_batched_tokens
         self._num_slack_plans = scheduler.totals.num_slack_plans
         self._all = Recent(clock(), self._read())
-        self._lines: WeakKeyDictionary[Line, Recent] = WeakKeyDictionary()
+        self._backlogs: WeakKeyDictionary[Backlog, Recent] = WeakKeyDictionary()
 
     def _read(self) -> Sequence[int]:
         totals = self._scheduler.totals
@@ -143,26 +143,26 @@ class Pace:
             totals.num_ended_max_tokens,
         )
 
-    def look(self, line: Line | None = None) -> None:
-        """Takes what happened since the last look into account, in `line` too."""
+    def look(self, backlog: Backlog | None = None) -> None:
+        """Takes what happened since the last look into account, in `backlog` too."""
         scheduler, now = self._scheduler, self._clock()
         always_some = len(scheduler.waiting) > 0 and scheduler.totals.num_slack_plans == self._num_slack_plans
         self._all.look(now, self._read(), counts=always_some)
         self._num_slack_plans = scheduler.totals.num_slack_plans
-        if line is not None:
-            started = (line.num_started_tokens,)
-            self._lines.setdefault(line, Recent(now, started)).look(now, started)
+        if backlog is not None:
+            started = (backlog.num_started_tokens,)
+            self._backlogs.setdefault(backlog, Recent(now, started)).look(now, started)
 
-    def wait_s(self, line: Line | None, num_tokens_ahead: int) -> float | None:
-        """Seconds until one that joins `line` comes to run; None before anything was measured.
+    def wait_s(self, backlog: Backlog | None, num_tokens_ahead: int) -> float | None:
+        """Seconds until one that joins `backlog` comes to run; None before anything was measured.
 
-        A line that was watched for a while says itself how fast it moves: those who come later may be served before
+        A backlog that was watched for a while says itself how fast it moves: those who come later may be served before
         it. Else it is the time for `num_tokens_ahead`.
         """
-        if line is not None:
-            recent = self._lines[line]
-            if recent.seconds >= _LINE_WATCH_S and recent.growth[0]:
-                return line.num_tokens * recent.seconds / recent.growth[0]
+        if backlog is not None:
+            recent = self._backlogs[backlog]
+            if recent.seconds >= _BACKLOG_WATCH_S and recent.growth[0]:
+                return backlog.num_tokens * recent.seconds / recent.growth[0]
         started_tokens = self._all.growth[0]
         return num_tokens_ahead * self._all.seconds / started_tokens if started_tokens else None
 
@@ -229,8 +229,8 @@ class Admission:
 
     def check(self, request: Request) -> None:
         """Raises `OverloadedError` for what is too much now. A request that is continued was let in before."""
-        line = self._scheduler.waiting.line(request.client_key, request.priority)
-        self._pace.look(line)
+        backlog = self._scheduler.waiting.backlog(request.client_key, request.priority)
+        self._pace.look(backlog)
         if request.emitted:
             return
         num_sequences, num_tokens = request.params.n, len(request.prompt) // 4 * request.params.n
@@ -239,20 +239,20 @@ class Admission:
         num_queued_tokens = queue.num_prompt_tokens + num_tokens - scheduler.num_free_slots
         if not len(queue) or (num_queued <= 0 and num_queued_tokens <= 0):
             return
-        measured_s, wait_s = self._waits_s(request, line, num_tokens)
+        measured_s, wait_s = self._waits_s(request, backlog, num_tokens)
         own, own_tokens = queue.num_waiting_of(client)
         self._check_bound("max_queued_requests", num_queued, own + num_sequences, client, wait_s)
         self._check_bound("max_queued_tokens", num_queued_tokens, own_tokens + num_tokens, client, wait_s)
         self._check_deadline(request, None if measured_s is None else wait_s)
 
-    def _waits_s(self, request: Request, line: Line | None, num_tokens: int) -> tuple[float | None, float]:
+    def _waits_s(self, request: Request, backlog: Backlog | None, num_tokens: int) -> tuple[float | None, float]:
         """Seconds until the request would come to run: as measured, None before there was anything to measure; and the
         best estimate, which there always is."""
         queue, pace = self._scheduler.waiting, self._pace
         of_whom = request.client_key, request.priority
         num_max_tokens = request.max_tokens * request.params.n
         num_tokens_ahead = queue.num_tokens_ahead(*of_whom, num_tokens)
-        measured_s = pace.wait_s(line, num_tokens_ahead)
+        measured_s = pace.wait_s(backlog, num_tokens_ahead)
         work_s = pace.work_s(num_tokens_ahead, queue.num_max_tokens_ahead(*of_whom, num_max_tokens))
         if measured_s is None:
             return None, work_s

@@ -50,10 +50,10 @@ log = logging.getLogger(__name__)
 
 MAX_FAULTS_OF_REQUEST = 3
 """A request in the plans at so many faults is refused: it may be what kills the workers."""
-ACQUITTED_AFTER = 32
+QUARANTINE_TOKENS = 32
 """Tokens of a request since its second fault, after which it need not run by itself any more: the next fault is its
-second again. What was computed at the faults has been computed again by then, and the other suspects wait for it."""
-MAX_ACQUITTALS = 2
+second again. What was computed at the faults has been computed again by then, and the other quarantined wait for it."""
+MAX_QUARANTINE_RELEASES = 2
 """Of one request: it may be what kills the workers now and then."""
 _MAX_SLEEP_S = 3600.0  # `select` does not take any number
 
@@ -342,7 +342,7 @@ class EngineLoop:
             )
         self.figures.note_rewind()
         blamed = [request for request in self._open if request.num_faults > 1]
-        scheduler.rewind(self._supervisor.epoch, suspects=[request.request_id for request in blamed])
+        scheduler.rewind(self._supervisor.epoch, quarantined=[request.request_id for request in blamed])
         for request in blamed:
             if request.num_faults >= MAX_FAULTS_OF_REQUEST:
                 message = f"workers failed {request.num_faults} times while this request ran: it is not tried again"
@@ -353,10 +353,13 @@ class EngineLoop:
     def _note_survival(self, request: OpenRequest, num_tokens: int) -> None:
         """Of a request that was in the plans at two faults."""
         request.num_survived_tokens += num_tokens
-        if request.num_survived_tokens >= ACQUITTED_AFTER and request.num_acquittals < MAX_ACQUITTALS:
-            request.num_acquittals += 1
+        if (
+            request.num_survived_tokens >= QUARANTINE_TOKENS
+            and request.num_quarantine_releases < MAX_QUARANTINE_RELEASES
+        ):
+            request.num_quarantine_releases += 1
             request.num_faults = 1
-            self._scheduler.acquit(request.request_id)
+            self._scheduler.release_from_quarantine(request.request_id)
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         open_requests, now, num_tokens = self._open, self.figures.progress_at, 0

@@ -38,7 +38,7 @@ class OpenRequest:
     """Faults at which it was in a plan that was out."""
     num_survived_tokens: int = 0
     """Of all choices, since the last fault."""
-    num_acquittals: int = 0
+    num_quarantine_releases: int = 0
     """Times that it was no longer suspected."""
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class _Queue:
         self.scheduler.totals.num_started_tokens += num_started_tokens
         self.scheduler.totals.num_ended_tokens += 5
         self.scheduler.totals.num_ended_max_tokens += 10
-        self.scheduler._flights.num_plans += num_plans
+        self.scheduler._in_flight.num_plans += num_plans
         self.admission._pace.look()
 
     def request(self, prompt: list[int], n: int = 1, **changes: Any) -> Request:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_request
 
-from rayllm.engine.driver.loop import ACQUITTED_AFTER, MAX_ACQUITTALS, MAX_FAULTS_OF_REQUEST, EngineLoop
+from rayllm.engine.driver.loop import MAX_FAULTS_OF_REQUEST, MAX_QUARANTINE_RELEASES, QUARANTINE_TOKENS, EngineLoop
 from rayllm.engine.driver.supervisor import MIN_LIMIT_S, PARDON_LIMIT_S
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import WorkerDiedError
@@ -333,7 +333,7 @@ def test_those_that_ran_at_two_faults_run_together_again_once_each_has_run_by_it
     sizes = [len(unpack_ids(plan.rows)) for plan in executor.sent]
     assert sizes[20] == 1
     assert max(sizes[20:]) == 3, "the third begins before the first has ended"
-    assert len(sizes) < 10 + 8 * ACQUITTED_AFTER + 100
+    assert len(sizes) < 10 + 8 * QUARANTINE_TOKENS + 100
 
 
 def test_a_request_that_kills_its_worker_now_and_then_is_refused_in_the_end() -> None:
@@ -353,7 +353,7 @@ def test_a_request_that_kills_its_worker_now_and_then_is_refused_in_the_end() ->
     loop.submit("a", Submit(0, make_request([1], max_tokens=1000)))
     _run(loop)
     assert clients.finishes["a", 0].code == "poison_request"
-    assert loop.stats().num_faults == MAX_FAULTS_OF_REQUEST + MAX_ACQUITTALS
+    assert loop.stats().num_faults == MAX_FAULTS_OF_REQUEST + MAX_QUARANTINE_RELEASES
 
 
 def test_a_machine_that_fails_at_every_step_is_given_up_with_rank_and_log() -> None:

@@ -1,9 +1,9 @@
-"""What running sequences hold at the workers: a row each, and blocks of KV.
+"""Allocates rows and KV blocks of the workers to running sequences.
 
-**Why what is left may be given away at once.** Plans still out may write to the blocks of a sequence that has ended
-or was preempted. All workers run all plans in order, so those writes come before anything that a plan made later does
-with the block, and a new owner writes each slot before it attends to it. The prefix cache is safe too: such a write
-goes to a slot after the last one that was committed, and a block is published only when all its slots are.
+**Why freed rows and blocks can be reused at once.** Steps still in flight may write to the blocks of a sequence
+that has ended or was preempted. All workers run all plans in order, so those writes come before anything that a plan
+made later does with the block, and a new owner writes each slot before it attends to it. The prefix cache is safe too:
+such a write goes to a slot after the last one that was committed, and a block is published only when all its slots are.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from rayllm.scheduler.prefix_cache import PrefixCache
 from rayllm.scheduler.sequence import Sequence, Status
 
 
-class Places:
-    """`num_rows` rows, and `num_blocks` blocks of `block_size` tokens: none taken at first, and nothing computed, as it
-    is at the workers when an epoch begins.
+class KVAllocator:
+    """`num_rows` rows, and `num_blocks` blocks of `block_size` tokens. All are free and empty at first, as they are at
+    the workers when an epoch begins.
 
-    A sequence takes its place, grows by blocks, and leaves. What it computed meanwhile others find, until the blocks
-    are needed.
+    A sequence is allocated a row and blocks, grows by blocks, and is freed. Other sequences find the blocks that it
+    computed in the prefix cache until those are evicted.
     """
 
     def __init__(self, *, num_rows: int, num_blocks: int, block_size: int, enable_prefix_caching: bool):
@@ -29,7 +29,7 @@ class Places:
         self._pool = BlockPool(num_blocks)
         self._cache = PrefixCache(self._pool, block_size, enabled=enable_prefix_caching)
         self._free_rows = list(range(num_rows - 1, -1, -1))
-        self._left_rows: list[int] = []
+        self._freed_rows: list[int] = []
 
     @property
     def num_free_rows(self) -> int:
@@ -53,12 +53,12 @@ class Places:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def has_room(self, num_blocks: int) -> bool:
+    def can_allocate(self, num_blocks: int) -> bool:
         """Whether a row is free, and so many blocks."""
         return bool(self._free_rows) and self._pool.num_free >= num_blocks
 
-    def would_have_room(self, num_blocks: int, without: list[Sequence]) -> bool:
-        """`has_room`, had these left."""
+    def can_allocate_without(self, num_blocks: int, without: list[Sequence]) -> bool:
+        """`can_allocate`, if these sequences were preempted first."""
         num_missing = num_blocks - self._pool.num_free
         tables = [sequence.blocks for sequence in without]
         return (
@@ -69,29 +69,29 @@ class Places:
 
     # ------------------------------------------------------------------------------------------- coming and going
 
-    def find(self, sequence: Sequence) -> list[int] | None:
+    def find_cached(self, sequence: Sequence) -> list[int] | None:
         """Computed blocks that `sequence` can start with; None while one that it needs next is being computed. Valid
-        until blocks are given to anyone, or as long as they are held."""
+        until the next allocation, or while they are pinned."""
         return self._cache.lookup(sequence)
 
-    def hold(self, blocks: list[int]) -> None:
-        """Found blocks are not free from now on: they have one more owner."""
+    def pin(self, blocks: list[int]) -> None:
+        """Keeps found blocks from being evicted: they have one more owner."""
         self._pool.share(blocks)
 
-    def let_go(self, blocks: list[int]) -> None:
-        """The inverse."""
+    def unpin(self, blocks: list[int]) -> None:
+        """Undoes `pin`."""
         self._pool.release(blocks)
 
-    def take(self, sequence: Sequence, held: list[int]) -> None:
-        """Gives it a row, the blocks that were found and `held` for it, and new ones for the rest of its tokens.
-        There must be room."""
-        new_blocks = self._pool.allocate(self.num_blocks_for(len(sequence.tokens)) - len(held))
-        assert new_blocks is not None, f"there is no room for {sequence}"
+    def allocate(self, sequence: Sequence, pinned: list[int]) -> None:
+        """Gives it a row, the cached blocks that were `pinned` for it, and new ones for the rest of its tokens.
+        `can_allocate` must hold."""
+        new_blocks = self._pool.allocate(self.num_blocks_for(len(sequence.tokens)) - len(pinned))
+        assert new_blocks is not None, f"no free KV blocks for {sequence}"
         sequence.status = Status.RUNNING
         sequence.row = self._free_rows.pop()
-        sequence.blocks = held + new_blocks
-        sequence.num_published = len(held)
-        sequence.num_computed = len(held) * self.block_size
+        sequence.blocks = pinned + new_blocks
+        sequence.num_published = len(pinned)
+        sequence.num_computed = len(pinned) * self.block_size
         self._cache.announce(sequence)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> list[int] | None:
@@ -101,18 +101,18 @@ class Places:
             sequence.blocks += blocks
         return blocks
 
-    def leave(self, sequence: Sequence) -> None:
-        """Takes back row and blocks; why at once, see the top of this file."""
-        assert sequence.row is not None, f"{sequence} has no place to leave"
-        self._left_rows.append(sequence.row)
+    def free(self, sequence: Sequence) -> None:
+        """Frees its row and blocks; the top of this file says why they can be reused at once."""
+        assert sequence.row is not None, f"{sequence} has no row to free"
+        self._freed_rows.append(sequence.row)
         self._free_rows.append(sequence.row)
         self._cache.withdraw(sequence)
         self._pool.release(sequence.blocks)
-        sequence.leave()
+        sequence.release()
 
-    def take_left_rows(self) -> list[int]:
-        """Rows that were left since this was last asked: workers are to forget them."""
-        rows, self._left_rows = self._left_rows, []
+    def take_freed_rows(self) -> list[int]:
+        """Rows freed since the last call, for workers to clear."""
+        rows, self._freed_rows = self._freed_rows, []
         return rows
 
     # --------------------------------------------------------------------------------------------- what is computed
@@ -122,19 +122,19 @@ class Places:
         self._cache.publish(sequence, num_tokens // self.block_size)
 
     def reset_prefix_cache(self) -> None:
-        """No block that is published so far is found any more; those who hold some keep them."""
+        """Empties the prefix cache; running sequences keep their blocks."""
         self._cache.reset()
 
-    def distrust(self, sequence: Sequence) -> None:
-        """Nobody shall find what it has computed, whether it still has its place or not."""
-        self._cache.distrust(sequence)
+    def invalidate(self, sequence: Sequence) -> None:
+        """Removes what it has computed from the prefix cache, whether it is still running or not."""
+        self._cache.invalidate(sequence)
 
     def check(self, running: list[Sequence]) -> None:
         """`AssertionError` unless rows and blocks are those of `running`, or free."""
         self._pool.check(sequence.blocks for sequence in running)
         self._cache.check(running)
         rows = [sequence.row for sequence in running if sequence.row is not None]
-        assert sorted([*rows, *self._free_rows]) == list(range(self._num_rows)), "a row is lost or taken twice"
+        assert sorted([*rows, *self._free_rows]) == list(range(self._num_rows)), "a row is lost or allocated twice"
         for sequence in running:
             assert sequence.status is Status.RUNNING
             assert sequence.num_computed <= len(sequence.blocks) * self.block_size, f"{sequence} lacks a block"

@@ -1,4 +1,4 @@
-"""Plans on their way: in the making, and out at the workers."""
+"""Step plans: under construction, and in flight at the workers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _row = attrgetter("row")
 
 
 @dataclass(slots=True)
-class Draft:
-    """A plan in the making: how many tokens of which sequence it computes, out of a `budget` of tokens."""
+class PlanBuilder:
+    """A plan under construction: how many tokens of which sequence it computes, out of a `budget` of tokens."""
 
     budget: int
     counts: dict[Sequence, int] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Draft:
     starts: list[RowStart] = field(default_factory=list)
 
     def start(self, sequence: Sequence) -> None:
-        """It has just taken its place; as much of it is computed as the budget still allows."""
+        """Adds a sequence that was just given its row and blocks: as much of it as the budget allows."""
         assert sequence.row is not None
         self.starts.append(
             RowStart(
@@ -45,14 +45,14 @@ class Draft:
         self.budget -= count
 
     def take_back(self, sequence: Sequence) -> None:
-        """It is preempted: the budget has its tokens again."""
+        """Removes a preempted sequence; its tokens return to the budget."""
         self.budget += self.counts.pop(sequence, 0)
         self.grown.pop(sequence, None)
 
 
 @dataclass(slots=True)
-class Flight:
-    """A plan that is out: what its result will be matched with."""
+class InFlightStep:
+    """A plan without a result yet, and what its result is matched with."""
 
     step: int
     by_row: dict[int, Sequence]
@@ -61,31 +61,31 @@ class Flight:
     """Sequences for which the step may fill blocks, and how many tokens then have KV."""
 
 
-class Flights(deque[Flight]):
-    """The plans that are out, in the order in which they were made and are answered, all of one epoch."""
+class InFlightSteps(deque[InFlightStep]):
+    """The steps without a result yet, oldest first, all of one epoch. Workers finish them in this order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.epoch = 0
         self.num_plans = 0
-        """All that were ever made; the last one's number."""
+        """Plans made so far, which is the number of the last one."""
 
-    def is_out(self, step: int) -> bool:
-        """Whether that plan's result has not come."""
+    def is_in_flight(self, step: int) -> bool:
+        """Whether that step, or an earlier one, has no result yet."""
         return bool(self) and self[0].step <= step
 
     def request_ids(self) -> set[str]:
-        """Of the unfinished requests that they compute."""
-        sequences = (sequence for flight in self for sequence in flight.by_row.values())
+        """Ids of the unfinished requests that these steps compute."""
+        sequences = (sequence for step in self for sequence in step.by_row.values())
         return {sequence.request.request_id for sequence in sequences if sequence.finish is None}
 
-    def send(self, draft: Draft, left_rows: list[int], block_size: int) -> StepPlan:
-        """Turns the draft into a plan and moves its sequences forward, to where it brings them. Workers forget the rows
-        that were left before they begin with it."""
+    def launch(self, builder: PlanBuilder, freed_rows: list[int], block_size: int) -> StepPlan:
+        """Finishes the plan, advances its sequences to where it brings them, and adds it to the steps in flight.
+        Workers clear `freed_rows` before they start it."""
         self.num_plans += 1
-        sequences = [sequence for sequence, count in draft.counts.items() if count == 1]
-        sequences += [sequence for sequence, count in draft.counts.items() if count > 1]
-        counts = [draft.counts[sequence] for sequence in sequences]
+        sequences = [sequence for sequence, count in builder.counts.items() if count == 1]
+        sequences += [sequence for sequence, count in builder.counts.items() if count > 1]
+        counts = [builder.counts[sequence] for sequence in sequences]
         num_samples = 0
         filled = []
         for sequence, count in zip(sequences, counts):
@@ -96,31 +96,31 @@ class Flights(deque[Flight]):
             if count > 1 or end % block_size == 0:
                 filled.append((sequence, end))
         rows = list(map(_row, sequences))
-        self.append(Flight(self.num_plans, dict(zip(rows, sequences)), num_samples, filled))
+        self.append(InFlightStep(self.num_plans, dict(zip(rows, sequences)), num_samples, filled))
         return StepPlan(
             step=self.num_plans,
             epoch=self.epoch,
-            finished_rows=pack_ids(left_rows),
-            new_rows=draft.starts,
-            grown_rows=pack_ids(_row(sequence) for sequence, blocks in draft.grown.items() for _ in blocks),
-            grown_blocks=pack_ids(block for blocks in draft.grown.values() for block in blocks),
+            finished_rows=pack_ids(freed_rows),
+            new_rows=builder.starts,
+            grown_rows=pack_ids(_row(sequence) for sequence, blocks in builder.grown.items() for _ in blocks),
+            grown_blocks=pack_ids(block for blocks in builder.grown.values() for block in blocks),
             rows=pack_ids(rows),
             counts=pack_ids(counts),
         )
 
-    def land(self, result: StepResult) -> tuple[Flight, array[int]]:
-        """The oldest plan, which `result` answers and which is out no longer, and the rows that tokens came for.
-        `EngineError`, and nothing changed, where the result is not the answer to that plan."""
+    def complete(self, result: StepResult) -> tuple[InFlightStep, array[int]]:
+        """Removes and returns the oldest step, which `result` belongs to, and the rows that have new tokens. Raises
+        `EngineError`, and changes nothing, if the result belongs to another step."""
         if not self or (self[0].step, self.epoch) != (result.step, result.epoch):
             expected = f"step {self[0].step} of epoch {self.epoch}" if self else "none"
-            raise EngineError(f"result of step {result.step} of epoch {result.epoch} came, expected {expected}")
-        flight, rows = self[0], unpack_ids(result.rows)
-        if len(rows) != flight.num_samples:
-            raise EngineError(f"step {flight.step} samples {flight.num_samples} tokens, but {len(rows)} came")
+            raise EngineError(f"received the result of step {result.step} of epoch {result.epoch}, expected {expected}")
+        step, rows = self[0], unpack_ids(result.rows)
+        if len(rows) != step.num_samples:
+            raise EngineError(f"step {step.step} samples {step.num_samples} tokens, but its result has {len(rows)}")
         self.popleft()
-        return flight, rows
+        return step, rows
 
     def forget(self, epoch: int) -> None:
-        """No result will come; the plans to come are of another epoch."""
+        """Discards the steps in flight; later plans belong to `epoch`."""
         self.clear()
         self.epoch = epoch

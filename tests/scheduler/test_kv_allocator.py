@@ -1,0 +1,113 @@
+import pytest
+from scheduler.simulated_worker import make_sequence
+
+from rayllm.scheduler.kv_allocator import KVAllocator
+from rayllm.scheduler.sequence import Sequence, Status
+
+PROMPT = list(range(1, 11))  # two blocks and a half
+
+
+def make_allocator(*, num_rows: int = 2, num_blocks: int = 6, **changes) -> KVAllocator:
+    settings = {"block_size": 4, "enable_prefix_caching": True} | changes
+    return KVAllocator(num_rows=num_rows, num_blocks=num_blocks, **settings)
+
+
+def allocate(allocator: KVAllocator, sequence: Sequence) -> None:
+    found = allocator.find_cached(sequence)
+    allocator.pin(found)
+    allocator.allocate(sequence, found)
+
+
+def test_a_sequence_is_given_a_row_and_blocks_for_all_its_tokens_and_frees_them():
+    allocator, sequence = make_allocator(), make_sequence(PROMPT)
+    allocate(allocator, sequence)
+    assert (sequence.status, len(sequence.blocks), sequence.num_computed) == (Status.RUNNING, 3, 0)
+    assert (allocator.num_free_rows, allocator.num_free_blocks, allocator.num_used_blocks) == (1, 3, 3)
+    allocator.check([sequence])
+    row = sequence.row
+    allocator.free(sequence)
+    assert (sequence.status, sequence.row, sequence.blocks) == (Status.WAITING, None, [])
+    assert (allocator.num_free_rows, allocator.num_free_blocks) == (2, 6)
+    assert allocator.take_freed_rows() == [row]
+    assert allocator.take_freed_rows() == [], "said once"
+    allocator.check([])
+
+
+def test_room_is_a_row_and_blocks():
+    allocator = make_allocator(num_rows=1)
+    assert allocator.can_allocate(6)
+    assert not allocator.can_allocate(7)
+    allocate(allocator, make_sequence([1]))
+    assert not allocator.can_allocate(0), "five blocks are free, and no row"
+
+
+def test_growing_gives_what_is_missing_or_changes_nothing():
+    allocator, sequence = make_allocator(num_blocks=5), make_sequence(PROMPT)
+    allocate(allocator, sequence)
+    assert allocator.grow(sequence, 12) == []
+    added = allocator.grow(sequence, 13)
+    assert (len(added), sequence.blocks[3:]) == (1, added)
+    assert allocator.grow(sequence, 21) is None
+    assert len(sequence.blocks) == 4
+    allocator.check([sequence])
+
+
+def test_what_was_published_is_found_after_its_owner_has_left():
+    allocator, first = make_allocator(), make_sequence(PROMPT)
+    allocate(allocator, first)
+    assert allocator.find_cached(make_sequence([*PROMPT, 50], arrival=1)) is None, "it is being computed"
+    first.num_computed = 10
+    allocator.publish(first, 10)
+    blocks = first.blocks[:2]
+    allocator.free(first)
+    second = make_sequence([*PROMPT, 50], arrival=1)
+    assert allocator.find_cached(second) == blocks
+    allocate(allocator, second)
+    assert (second.blocks[:2], second.num_published, second.num_computed) == (blocks, 2, 8)
+    assert allocator.num_slots_filled([second]) == 8
+    allocator.check([second])
+
+
+def test_pinned_blocks_are_not_given_away():
+    allocator, first = make_allocator(num_blocks=3), make_sequence(PROMPT)
+    allocate(allocator, first)
+    first.num_computed = 10
+    allocator.publish(first, 10)
+    allocator.free(first)
+    found = allocator.find_cached(make_sequence(PROMPT, arrival=1))
+    allocator.pin(found)
+    assert (allocator.num_free_blocks, allocator.can_allocate(2)) == (1, False)
+    allocator.unpin(found)
+    assert allocator.can_allocate(3)
+
+
+def test_can_allocate_without_counts_what_preempted_sequences_would_free():
+    allocator, first, second = make_allocator(), make_sequence(PROMPT), make_sequence([9], arrival=1)
+    allocate(allocator, first)
+    allocate(allocator, second)
+    assert not allocator.can_allocate_without(1, without=[]), "no row"
+    assert allocator.can_allocate_without(5, without=[first])
+    assert not allocator.can_allocate_without(6, without=[first])
+    assert allocator.can_allocate_without(6, without=[first, second])
+
+
+@pytest.mark.parametrize("freed_before", [True, False])
+def test_invalidated_blocks_are_not_found(freed_before):
+    allocator, first = make_allocator(), make_sequence(PROMPT)
+    allocate(allocator, first)
+    first.num_computed = 10
+    allocator.publish(first, 10)
+    if freed_before:
+        allocator.free(first)
+    allocator.invalidate(first)
+    if not freed_before:
+        allocator.free(first)
+    assert allocator.find_cached(make_sequence(PROMPT, arrival=1)) == []
+    allocator.check([])
+
+
+def test_check_sees_a_lost_row():
+    allocator = make_allocator()
+    allocator._free_rows.pop()
+    with pytest.raises(AssertionError, match="a row is lost"):
+        allocator.check([])
