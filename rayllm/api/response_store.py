@@ -76,8 +76,8 @@ class ResponseStore:
         stored = self._stored.get((client_key, response_id))
         if stored is None:
             raise RequestError(
-                f"no response {response_id[:100]!r} is stored here: the server process that made it keeps it for "
-                f"{self._max_age_s / 3600:g} h at most, among the last {self._max_responses} and within "
+                f"Response with id {response_id[:100]!r} not found. The server process that made it keeps it "
+                f"for {self._max_age_s / 3600:g} h at most, among the last {self._max_responses} and within "
                 f"{self._max_bytes / 2**20:g} MiB, unless store=false; other replicas do not see it",
                 param="response_id",
                 code="response_not_found",

@@ -220,7 +220,9 @@ def _check(body: ResponsesBody) -> None:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream=true", param="stream_options")
     if body.background and body.store is False:
-        raise RequestError("background=true needs store=true: its answer is fetched later", param="background")
+        raise RequestError(
+            "background can only be used when `store` is true: its answer is fetched later", param="background"
+        )
     if body.truncation not in (None, "auto", "disabled"):
         raise RequestError(f"truncation must be auto or disabled, got {shorten(body.truncation)}", param="truncation")
     for name in body.include or ():
@@ -411,7 +413,8 @@ def cancelled(store: ResponseStore, client_key: str, response_id: str) -> dict[s
     stored = store.get(client_key, response_id)
     if not stored.response["background"]:
         raise RequestError(
-            f"the response {response_id!r} does not work in the background: close its connection to end it",
+            f"Cannot cancel a synchronous response. {response_id!r} was not made with background=true: close its "
+            "connection to end it",
             param="response_id",
         )
     if stored.cancel is not None:

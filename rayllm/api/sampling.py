@@ -128,7 +128,9 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int, limit: int) -> No
         raise RequestError(f"{name} holds {len(ids)} ids, at most {limit} are allowed", param=name)
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
-            raise RequestError(f"{name}: {shorten(token_id)} is outside the vocabulary of {vocab_size}", param=name)
+            raise RequestError(
+                f"{name}: {shorten(token_id)} is out of vocabulary: ids are 0 to {vocab_size - 1}", param=name
+            )
 
 
 def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> dict[int, float]:
@@ -142,9 +144,8 @@ def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> dict[int, float
     if texts:
         faults.append(f"{_listed(texts)} {'is not a token id' if len(texts) == 1 else 'are not token ids'}")
     if outside:
-        faults.append(
-            f"{_listed(outside)} {'is' if len(outside) == 1 else 'are'} outside the vocabulary of {vocab_size}"
-        )
+        is_or_are = "is" if len(outside) == 1 else "are"
+        faults.append(f"{_listed(outside)} {is_or_are} out of vocabulary: ids are 0 to {vocab_size - 1}")
     if faults:
         raise RequestError(f"logit_bias: {'; '.join(faults)}", param="logit_bias")
     return {int(key): bias for key, bias in biases.items()}

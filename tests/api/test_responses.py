@@ -144,7 +144,7 @@ async def test_a_response_goes_on_from_the_one_before(
         await open_response(body(previous_response_id=first["id"]), service, store, "another key")
     assert caught.value.code == "previous_response_not_found"
     assert deleted(store, "", first["id"])["deleted"] is True
-    with pytest.raises(RequestError, match="is stored here"):
+    with pytest.raises(RequestError, match=r"Response with id 'resp_.*' not found\."):
         store.get("", first["id"])
 
 
@@ -180,7 +180,7 @@ async def test_a_response_in_the_background_can_be_cancelled(
 
 async def test_only_background_responses_can_be_cancelled(service: ModelService, store: ResponseStore) -> None:
     whole = await whole_of(await open_response(body(), service, store))
-    with pytest.raises(RequestError, match="background"):
+    with pytest.raises(RequestError, match="Cannot cancel a synchronous response"):
         cancelled(store, "", whole["id"])
 
 
@@ -219,7 +219,7 @@ async def test_truncation_leaves_out_the_oldest_turns(
         ({"tool_choice": {"type": "file_search"}}, "tool_choice", "file_search"),
         ({"include": ["x"]}, "include", "unknown"),
         ({"truncation": "some"}, "truncation", "auto or disabled"),
-        ({"background": True, "store": False}, "background", "store"),
+        ({"background": True, "store": False}, "background", "background can only be used when `store` is true"),
         ({"conversation": "c"}, "conversation", "previous_response_id"),
         ({"metadata": {"a": "x" * 513}}, "metadata", "512"),
         ({"text": {"format": {"type": "x"}}}, "text.format", "text.format: type must be"),
@@ -229,7 +229,7 @@ async def test_truncation_leaves_out_the_oldest_turns(
         ({"reasoning": {"efort": "low"}}, "reasoning", "'effort'"),
         ({"stream_options": {}}, "stream_options", "stream=true"),
         ({"top_logprobs": 21}, "top_logprobs", "20"),
-        ({"previous_response_id": "x"}, "previous_response_id", "is stored here"),
+        ({"previous_response_id": "x"}, "previous_response_id", "Response with id 'x' not found."),
     ],
 )
 async def test_what_cannot_be_served_names_its_field(

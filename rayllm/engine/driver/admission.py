@@ -31,17 +31,22 @@ def check_request(request: Request, config: ResolvedConfig) -> None:
         raise RequestError("the prompt is empty: give at least one token", param="prompt")
     for token_id in (min(prompt), max(prompt)):
         if not 0 <= token_id < vocab_size:
-            raise RequestError(f"prompt token id {token_id} is outside the vocabulary of {vocab_size}", param="prompt")
+            raise RequestError(
+                f"prompt token id {token_id} is out of vocabulary: ids are 0 to {vocab_size - 1}", param="prompt"
+            )
     params = request.params
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
         for token_id in getattr(params, name) or ():
             if token_id >= vocab_size:
-                raise RequestError(f"{name} holds {token_id}, outside the vocabulary of {vocab_size}", param=name)
+                raise RequestError(
+                    f"{name} holds {token_id}, which is out of vocabulary: ids are 0 to {vocab_size - 1}", param=name
+                )
     if params.bad_words:
         raise RequestError("bad_words must have become bad_words_token_ids where the tokenizer is", param="bad_words")
     if any(token_id >= vocab_size for word in params.bad_words_token_ids for token_id in word):
         raise RequestError(
-            f"bad_words_token_ids holds an id outside the vocabulary of {vocab_size}", param="bad_words_token_ids"
+            f"bad_words_token_ids holds an id that is out of vocabulary: ids are 0 to {vocab_size - 1}",
+            param="bad_words_token_ids",
         )
     if request.max_tokens < 1:
         raise RequestError(f"max_tokens={request.max_tokens} leaves no answer: give at least 1", param="max_tokens")
