@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from docs import fenced
 
 import rayllm
 from rayllm import SamplingParams, remote
@@ -22,7 +22,6 @@ from rayllm.machine import registry
 from rayllm.machine.registry import Entry, listed
 from rayllm.remote import _Found, get_engine
 
-README = Path(__file__).parents[1] / "README.md"
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
@@ -202,16 +201,13 @@ def test_a_process_that_is_connected_to_another_ray_is_told_so(
         rayllm.get_engine()
 
 
-# ------------------------------------------------------------------------------------------------ the README
+# -------------------------------------------------------------------------------------------- the documents
 
 
-_BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-
-
-@pytest.mark.parametrize("block", [block for block in _BLOCKS if "get_engine" in block])
-def test_a_snippet_of_readme_that_uses_a_running_engine_runs(
-    block: str, released: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("document", "block"), [(d, block) for d, block in fenced("python") if "get_engine" in block])
+def test_a_snippet_of_the_documents_that_uses_a_running_engine_runs(
+    document: str, block: str, released: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(block, document, "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
     assert released == ["default"]
