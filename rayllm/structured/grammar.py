@@ -27,6 +27,21 @@ _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _PATTERN = re.compile(r'"pattern"\s*:\s*("(?:[^"\\]|\\.)*")')
 _NO_BRACKET = re.compile(r"[^\[\]{}()]+")
 _REPETITION = re.compile(r"(?<!\\)\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+_CLEARER_REASONS = (
+    (re.compile(r"Unimplemented keys: \[(.*?)\]"), r"unsupported JSON schema keywords: \1"),
+    (
+        re.compile(r"oneOf constraints are not supported\..*"),
+        "oneOf is supported only where its alternatives exclude each other (by type, or by a required property with "
+        "different constants): use anyOf",
+    ),
+    (
+        re.compile(r"Resource '(.*?)' is not present in a registry.*"),
+        r"$ref '\1' is outside of the schema, and nothing is fetched: put it under $defs",
+    ),
+    (re.compile(r"lookarounds not supported yet; \w+ in regex"), r"\\b, and ^ or $ inside, are not supported in regex"),
+    (re.compile(r"^Pointer '(.*?)' does not exist"), r"$ref '#\1' points at nothing"),
+)
+"""What llguidance says, in the words of the schema's author."""
 _NO_PLAIN_CHARACTER = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
 
 
@@ -55,9 +70,12 @@ def check_grammar(params: StructuredOutputsParams) -> None:
 
 
 def first_line(text: str) -> str:
-    """llguidance's reason in one line, without what it says of its own state."""
+    """llguidance's reason in one line, without what it says of its own state and settings."""
     lines = [line.strip() for line in text.replace("<state>", "\n").splitlines()]
-    return " ".join(line for line in lines[:4] if line and not line.startswith(("<non-verbose", "Tokens:")))[:300]
+    reason = " ".join(line for line in lines[:4] if line and not line.startswith(("<non-verbose", "Tokens:")))
+    for pattern, clearer in _CLEARER_REASONS:
+        reason = pattern.sub(clearer, reason)
+    return reason[:300]
 
 
 def grammar_of(params: StructuredOutputsParams) -> str:

@@ -14,6 +14,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rayllm.structured.decimals import decimal_pattern
+from rayllm.structured.exclusive import exclude_each_other
+
 _Schema = dict[str, Any]
 
 _ANNOTATIONS = frozenset(
@@ -40,13 +43,11 @@ _FORMATS = frozenset(
 """Those that llguidance follows."""
 _KNOWN_DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[4-7]/schema#?|draft/20(19-09|20-12)/schema#?)")
 _LOOKAROUND = re.compile(r"(?<!\\)\(\?<?[=!]")
-_EQUIVALENT_PATTERNS = {
-    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$",  # Pydantic's decimals
-}
 _MAX_INTEGER = 10**18
 _MAX_NUMBER = 1e15
 """Bounds beyond these are more than llguidance can write as a regex; less is allowed then."""
 _MAX_DEPTH = 200
+_MAX_REFERENCES = 8
 _MAX_COPIED_CHARACTERS = 64 * 1024
 
 
@@ -66,8 +67,7 @@ class _Reader:
             return schema
         found = {name: value for name, value in schema.items() if name not in _ANNOTATIONS and name[:2] != "x-"}
         self._settle_references(found)
-        if "discriminator" in schema and "oneOf" in found and "anyOf" not in found:
-            found["anyOf"] = found.pop("oneOf")  # which of them it is, is said by one property
+        self._settle_alternatives(found, has_discriminator="discriminator" in schema)
         _settle_text(found)
         _settle_bounds(found)
         self._settle_names(found)
@@ -85,6 +85,24 @@ class _Reader:
         if never is True or never == {}:  # zod's way to say "nothing"
             return False
         return _with_null(found)
+
+    def _settle_alternatives(self, schema: _Schema, *, has_discriminator: bool) -> None:
+        """`oneOf` whose alternatives exclude each other is `anyOf`."""
+        if "oneOf" not in schema or "anyOf" in schema:
+            return
+        if has_discriminator or exclude_each_other(schema["oneOf"], self._target):
+            schema["anyOf"] = schema.pop("oneOf")
+
+    def _target(self, schema: _Schema) -> _Schema:
+        """What a schema that is only a reference points at; itself where that is no object."""
+        for _ in range(_MAX_REFERENCES):
+            if schema.keys() - _ANNOTATIONS != {"$ref"} or not isinstance(schema["$ref"], str):
+                break
+            found = _pointed_at(self._root, schema["$ref"])
+            if not isinstance(found, dict):
+                break
+            schema = found
+        return schema
 
     def _components(self, components: _Schema, depth: int) -> _Schema:
         schemas = components.get("schemas")
@@ -131,7 +149,7 @@ class _Reader:
     def _resolved(self, rule: Any) -> _Schema | None:
         """A rule for names without what says nothing of a text; None where it is no object or its reference leads
         nowhere."""
-        for _ in range(8):
+        for _ in range(_MAX_REFERENCES):
             if rule is True:
                 return {}
             if not isinstance(rule, dict):
@@ -185,8 +203,8 @@ def _settle_text(schema: _Schema) -> None:
         del schema["format"]
     elif isinstance(form, str) and isinstance(pattern, str) and _LOOKAROUND.search(pattern):
         del schema["pattern"]  # zod writes both, and the format says the same in words that can be followed
-    if isinstance(pattern, str) and pattern in _EQUIVALENT_PATTERNS:
-        schema["pattern"] = _EQUIVALENT_PATTERNS[pattern]
+    if isinstance(pattern, str) and (decimal := decimal_pattern(pattern)) is not None:
+        schema["pattern"] = decimal
     if schema.get("type") == "any":  # draft 3
         del schema["type"]
     if isinstance(schema.get("required"), bool):  # draft 3: its object's business

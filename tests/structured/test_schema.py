@@ -230,6 +230,48 @@ FOLLOWED: dict[str, tuple[Any, list[Any], list[Any]]] = {
         ["x"],
         [""],
     ),
+    "alternatives told apart by an enum": (
+        {
+            "oneOf": [{"$ref": "#/$defs/C"}, {"$ref": "#/$defs/D"}],
+            "$defs": {"C": _object(k={"enum": ["c"]}), "D": _object(k={"enum": ["d", "e"]}, x={"type": "integer"})},
+        },
+        [{"k": "c"}, {"k": "e", "x": 1}],
+        [{"k": "d"}, {"k": "c", "x": 1}],
+    ),
+    "alternatives told apart by a property's type": (
+        {"oneOf": [_object(v={"type": "string"}), _object(v={"type": ["integer", "null"]})]},
+        [{"v": "x"}, {"v": 1}, {"v": None}],
+        [{"v": True}],
+    ),
+    "alternatives told apart by format": (
+        {"oneOf": [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv6"}]},
+        ["1.2.3.4", "::1"],
+        ["x"],
+    ),
+    "lists of other values": ({"oneOf": [{"enum": ["a", 1]}, {"enum": ["b", None]}]}, ["a", 1, None], [2]),
+    "Pydantic's decimal of 5 digits": (
+        {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,5}|(?=[\d.]{1,6}0*$)\d*\.\d*0*$)"},
+        ["1.2345", "12345", "-123.4"],
+        ["123456", "123.456", ".", "-"],
+    ),
+    "Pydantic's decimal of 2 places": (
+        {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d{0,2}0*$"},
+        ["1.25", "12345", "-3.4"],
+        ["1.256", "", "+"],
+    ),
+    "Pydantic's decimal of 10 digits and 2 places": (
+        {
+            "type": "string",
+            "pattern": r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,8}|(?=[\d.]{1,11}0*$)\d{0,8}\.\d{0,2}0*$)",
+        },
+        ["12345678.91", "0"],
+        ["123456789", "1.234"],
+    ),
+    "Pydantic's decimal below one": (
+        {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,0}|(?=[\d.]{1,3}0*$)\d{0,0}\.\d{0,2}0*$)"},
+        ["0.25"],
+        ["1.2"],
+    ),
     "TypeBox's union": ({"anyOf": [{"const": "x", "type": "string"}, {"const": "y", "type": "string"}]}, ["y"], ["z"]),
     "OpenAI's strict form": (
         _object(a={"type": ["string", "null"], "description": "d"}, b={"type": "string", "enum": ["x"]}),
@@ -259,7 +301,7 @@ def test_a_schema_is_followed(name: str) -> None:
     assert json.dumps(schema) == before
 
 
-_NOT_OF_2020 = re.compile(r"nullable|draft [34]|discriminated|tuple of draft 7|\$schema")
+_NOT_OF_2020 = re.compile(r"apart by format|nullable|draft [34]|discriminated|tuple of draft 7|\$schema")
 
 
 @pytest.mark.parametrize("name", [name for name in FOLLOWED if not _NOT_OF_2020.search(name)])
@@ -278,6 +320,14 @@ REFUSED: dict[str, Any] = {
     "contains": {"type": "array", "contains": {"type": "string"}},
     "unevaluatedProperties": {"allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False},
     "oneOf": {"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 1}]},
+    "use anyOf": {
+        "oneOf": [_object(a={"type": "string"}), {**_object(a={"enum": ["x"]}), "additionalProperties": True}]
+    },
+    "oneOf is supported only": {"oneOf": [{"enum": [1]}, {"enum": [1.0]}]},
+    "exclude each other": {"oneOf": [{"required": ["x"], "type": "object"}, {"required": ["y"], "type": "object"}]},
+    "unsupported JSON schema keywords": {"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}},
+    "nothing is fetched": {"$ref": "https://example.com/schema.json"},
+    "points at nothing": {"$ref": "#/$defs/none"},
     "look-around": {"type": "string", "pattern": "^(?=a)b"},
     "type": {"type": "Date"},
     "anyOf is empty": {"enum": []},
