@@ -45,7 +45,7 @@ class _IdleRunner:
 
 
 def _work(rank: int, address: Address, token: str) -> None:
-    serve_plans(_IdleRunner(), rank, connect(address, token, str(rank), "the driver"))
+    serve_plans(_IdleRunner(), rank, connect(address, token, str(rank), "the driver"), answers=rank == 0)
 
 
 def _start(ranks: int, transport: str) -> tuple[WorkerLinks, list[Any]]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rayllm.compatibility import CompatibilitySettings
 from rayllm.errors import ConfigError, did_you_mean
+from rayllm.layout import ParallelLayout
 from rayllm.request import DEFAULT_MAX_LOGPROBS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -224,6 +225,11 @@ class EngineConfig(_Config, CompatibilitySettings):
         if len(set(names)) < len(names):
             raise ValueError("the served model has a name twice")
         return value
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """How ranks share the model."""
+        return ParallelLayout(tp=self.tensor_parallel_size, pp=self.pipeline_parallel_size)
 
     @property
     def served_model_names(self) -> tuple[str, ...]:

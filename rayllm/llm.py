@@ -253,7 +253,7 @@ def _open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> Engin
         thread = EngineThread(LocalEngine(config, InprocExecutor.load(config)))
         cleanup.callback(thread.join)
     else:
-        cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
+        cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.layout.num_ranks))
         joined = cleanup.enter_context(contextlib.ExitStack())
         watched = _start_watched(config, cleanup)
         thread = EngineThread(ContinuedEngine(watched.connect(), watched.reconnect))
@@ -462,7 +462,7 @@ class AsyncLLM(AsyncEngine):
         config = _resolve(_engine_config(model, settings))
         with contextlib.ExitStack() as cleanup:
             if config.backend == "ray":
-                cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.tensor_parallel_size))
+                cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.layout.num_ranks))
                 owned = _start_watched(config, cleanup).owned
                 super().__init__(config, while_ray_lives(lambda engine: _OwnedDrivers(owned).keep_attached(engine)))
             else:

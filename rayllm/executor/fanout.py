@@ -1,6 +1,4 @@
-"""The driver's end of the sockets to its workers: one plan to all of them, rank 0's result back. No Ray in
-here.
-"""
+"""The driver's end of the sockets to its workers: one plan to all of them, one rank's result back. No Ray in here."""
 
 from __future__ import annotations
 
@@ -38,14 +36,15 @@ class _Loss:
 
 
 class WorkerLinks:
-    """Channels to all ranks, in order of rank. Never blocks on a worker that does not read: what does not fit
-    its socket is kept, and goes out while results are awaited.
+    """Channels to all ranks, in order of rank, of which one answers. Never blocks on a worker that does not
+    read: what does not fit its socket is kept, and goes out while results are awaited.
 
     One thread uses it; `report_loss` alone may be called from any thread.
     """
 
-    def __init__(self, channels: Sequence[Channel]):
+    def __init__(self, channels: Sequence[Channel], answering_rank: int = 0):
         self._channels = list(channels)
+        self._answering_rank = answering_rank
         self._writer = FrameWriter()
         self._result_decoder = msgspec.msgpack.Decoder(StepResult)
         self._failure_decoder = msgspec.msgpack.Decoder(WorkerFailure)
@@ -87,7 +86,7 @@ class WorkerLinks:
                 self._selector.modify(channel, selectors.EVENT_READ | selectors.EVENT_WRITE, rank)
 
     def receive(self, timeout_s: float | None) -> StepResult:
-        """Rank 0's next result. Raises `WorkerDiedError`, the same one ever after, and `TimeoutError`."""
+        """The next result. Raises `WorkerDiedError`, the same one ever after, and `TimeoutError`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             if self._losses:
@@ -156,14 +155,14 @@ class WorkerLinks:
             self._lose(rank, str(error), died=True)
 
     def _take(self, rank: int, frame: memoryview) -> None:
-        if rank == 0:
+        if rank == self._answering_rank:
             with contextlib.suppress(msgspec.DecodeError):
                 self._results.append(self._result_decoder.decode(frame))
                 return
         try:
             self._lose(rank, self._failure_decoder.decode(frame).reason, died=False)
         except msgspec.MsgspecError as error:
-            self._lose(rank, f"it sent a frame that is no result: {error}", died=True)
+            self._lose(rank, f"it sent a frame that is neither a result nor a failure: {error}", died=True)
 
     def _flush(self, rank: int) -> None:
         backlog = self._backlogs[rank]

@@ -62,7 +62,7 @@ def plan_placement(
     GPUs, or its CPUs when they compute there. All go on one node where one has room (STRICT_PACK), else on as
     few as possible (PACK).
     """
-    ranks = config.engine.tensor_parallel_size
+    ranks = config.engine.layout.num_ranks
     kind = "GPU" if config.device == "cuda" else "CPU"
     total = _sum(nodes, "total", kind)
     if ranks > total:

@@ -1,4 +1,4 @@
-"""A rank's side of the step channel: plans in, rank 0's results out."""
+"""A rank's side of the step channel: plans in, results out where it is the rank that answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from rayllm.observability.trace import Tracer
 log = logging.getLogger(__name__)
 
 
-def serve_plans(runner: StepRunner, rank: int, channel: Channel, tracer: Tracer | None = None) -> str | None:
-    """Does plans until the driver hangs up (None) or a step fails (the reason, which the driver is told too)."""
+def serve_plans(
+    runner: StepRunner, rank: int, channel: Channel, tracer: Tracer | None = None, *, answers: bool
+) -> str | None:
+    """Computes plans until the driver closes the channel (None) or a step fails (the reason, which the driver gets
+    too). A rank that `answers` sends each step's result."""
     decoder = msgspec.msgpack.Decoder(StepPlan)
     gc.collect()
     gc.freeze()  # weights and modules are not garbage: the collector need not look at them during a step
@@ -36,13 +39,13 @@ def serve_plans(runner: StepRunner, rank: int, channel: Channel, tracer: Tracer 
             result = runner.execute(plan)
             if tracer is not None:
                 trace_starts(tracer, plan, rank, started_at)
-            if rank == 0:
+            if answers:
                 channel.send(msgspec.structs.replace(result, waited_s=waited_s))
         except PeerGoneError:
             return None
         except Exception as error:
             reason = one_line(error)
-            log.exception("a step failed")
+            log.exception("step failed on rank %d", rank)
             with contextlib.suppress(PeerGoneError):
                 channel.send(WorkerFailure(rank, epoch, reason))
             return reason

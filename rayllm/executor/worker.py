@@ -1,4 +1,4 @@
-"""A worker process: loads its shard, joins its peers, then does what plans say until the driver hangs up or a peer
+"""A worker process: loads its shard, joins its peers, then computes plans until the driver closes the channel or a peer
 is lost. Then it waits, weights in hand, to be joined to new peers.
 
 torch is imported inside functions: the driver imports this module to make the actors and never needs torch.
@@ -40,7 +40,7 @@ class WorkerLoop:
         self._config = config
         self.rank = rank
         self._runner_factory = runner_factory or load_runner
-        self._group = ProcessGroup(config.device, config.engine.tensor_parallel_size)
+        self._group = ProcessGroup(config.device, config.engine.layout.num_ranks)
         self._runner: StepRunner | None = None
         self._spare: dict[int, StepRunner] = {}
         self._tracer = open_tracer(config.engine.otlp_traces_endpoint, "worker")
@@ -55,9 +55,8 @@ class WorkerLoop:
     def _prepare(self) -> None:
         import rayllm.runner.runner  # noqa: F401
 
-        size = self._config.engine.tensor_parallel_size
         if self._config.engine.standby == "weights":
-            self._spare = {rank: self._make_runner(rank) for rank in range(size)}
+            self._spare = {rank: self._make_runner(rank) for rank in self._config.engine.layout.ranks}
 
     def take(self, rank: int, devices: Sequence[str]) -> None:
         """Becomes `rank`, on the devices of the one it replaces; CUDA was not touched before."""
@@ -85,7 +84,8 @@ class WorkerLoop:
         if self._config.device == "cuda":
             torch.cuda.set_device(0)  # Ray shows each worker its own GPU only
         # No group: collectives use the process's default one, which is another one after a peer was replaced.
-        return self._runner_factory(self._config, TensorParallel(rank, self._config.engine.tensor_parallel_size))
+        layout = self._config.engine.layout
+        return self._runner_factory(self._config, TensorParallel(layout.tp_rank(rank), layout.tp))
 
     def open_store(self, host: str) -> tuple[str, int]:
         """See `ProcessGroup`."""
@@ -111,10 +111,12 @@ class WorkerLoop:
         runner.warm_up()
 
     def serve(self, channel: Channel) -> str | None:
-        """Does plans until the driver hangs up (None) or a step fails (the reason, which the driver is told too)."""
+        """Computes plans until the driver closes the channel (None) or a step fails (the reason, which the driver gets
+        too)."""
         assert self.rank is not None
         try:
-            return serve_plans(self._loaded(), self.rank, channel, self._tracer)
+            answers = self.rank == self._config.engine.layout.answering_rank
+            return serve_plans(self._loaded(), self.rank, channel, self._tracer, answers=answers)
         finally:
             self.leave()
 

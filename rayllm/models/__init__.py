@@ -77,12 +77,10 @@ def load_model(
 def build_model(
     spec: DecoderSpec, weights: WeightSource, tp: TensorParallel, dtype: torch.dtype, device: torch.device
 ) -> Model:
-    """A rank's model with parameters from `weights`. `ConfigError` where it cannot be split over the ranks."""
+    """A rank's model with parameters from `weights`. The spec can be split over the ranks: see `models.split`."""
     from rayllm.layers.attention import choose_backend
     from rayllm.models.decoder import Decoder, attention_groups, kv_specs
-    from rayllm.models.split import check_split
 
-    check_split(spec, tp.size)
     backend = choose_backend(attention_groups(spec, tp.rank, tp.size), dtype, device)
     decoder = Decoder(spec, weights, tp, backend, dtype, device)
     return Model(decoder, backend, kv_specs(spec, tp.size), dtype, device)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from rayllm.errors import ConfigError
+from rayllm.layout import ParallelLayout
 from rayllm.models.spec import DecoderSpec
 
 
-def check_split(spec: DecoderSpec, tp_size: int) -> None:
-    """`ConfigError` where the model's heads or feed-forward width cannot be split over `tp_size` ranks."""
+def check_split(spec: DecoderSpec, layout: ParallelLayout) -> None:
+    """`ConfigError` where the model's heads or feed-forward width cannot be split over the ranks of a stage."""
+    tp_size = layout.tp
     for layer in spec.layers:
         heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
         inner = layer.feed_forward.intermediate_size

@@ -31,7 +31,7 @@ def plan_num_blocks(config: ResolvedConfig, bytes_per_block: int, device: torch.
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * engine.gpu_memory_utilization) - (total - free) - activation_bytes
     else:
-        budget = int(available_host_bytes() * _CPU_SHARE) // engine.tensor_parallel_size
+        budget = int(available_host_bytes() * _CPU_SHARE) // engine.layout.num_ranks
     num_blocks = min(budget // bytes_per_block, blocks_per_sequence * config.max_num_seqs)
     if num_blocks < blocks_per_sequence:
         fits = max(0, num_blocks) * config.block_size

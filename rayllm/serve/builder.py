@@ -85,7 +85,7 @@ def check_model(engine: EngineConfig) -> None:
     is_here = Path(engine.model).expanduser().exists() if hub is None else hub.folder() is not None
     if not is_here and _num_nodes() > 1:
         return
-    size = engine.tensor_parallel_size
+    size = engine.layout.num_ranks
     resolved = resolve(engine, num_gpus=size, num_cores=size, backend="ray")
     Tokenizer.from_config(resolved)
     if engine.load_format != "dummy":

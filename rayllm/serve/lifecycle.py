@@ -321,7 +321,7 @@ def _import_serve() -> None:
 
 def num_logical_cpus(engine: EngineConfig, server: ServerConfig) -> int:
     """CPUs to tell our own Ray of: the real ones, or as many as the driver, workers and ingresses are counted for."""
-    return max(count_cores(), 1 + engine.tensor_parallel_size + server.num_ingress_replicas)
+    return max(count_cores(), 1 + engine.layout.num_ranks + server.num_ingress_replicas)
 
 
 # ----------------------------------------------------------------------------------------------------------- Serve

@@ -32,7 +32,7 @@ def add_routes(app: FastAPI, endpoints: Endpoints, kill_worker: KillWorker | Non
 
     async def kill(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
         assert kill_worker is not None
-        killed = await kill_worker(_rank(fields, service.model().config.engine.tensor_parallel_size))
+        killed = await kill_worker(_rank(fields, service.model().config.engine.layout.num_ranks))
         return {"object": "worker.killed", "rank": killed.rank, "pid": killed.place.pid, "host": killed.place.host}
 
     @app.post("/admin/kill_worker", include_in_schema=False)

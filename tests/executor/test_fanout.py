@@ -160,7 +160,7 @@ def test_a_loss_reported_from_another_thread_wakes_the_wait(workers: _Workers) -
 
 def test_a_frame_that_is_no_result_is_a_failure_of_its_sender(workers: _Workers) -> None:
     workers.ends[0].send(Abort(1))
-    with pytest.raises(WorkerDiedError, match="rank 0 failed: it sent a frame that is no result"):
+    with pytest.raises(WorkerDiedError, match="rank 0 failed: it sent a frame that is neither a result nor a failure"):
         workers.links.receive(5.0)
 
 

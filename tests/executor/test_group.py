@@ -239,7 +239,6 @@ def _standby_place(group: WorkerGroup) -> WorkerPlace:
     """Where the standby lives, once it is ready."""
     while not group.standby_is_ready:
         time.sleep(0.05)
-    assert group._standby is not None
     place = group._standby.place(60.0)
     assert place is not None
     return place

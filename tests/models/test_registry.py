@@ -14,6 +14,7 @@ import torch
 from tiny import ARCHITECTURES, make_config
 
 from rayllm.errors import ConfigError
+from rayllm.layout import ParallelLayout
 from rayllm.models.decoder import kv_bytes_per_block
 from rayllm.models.registry import known_architectures, read_spec
 from rayllm.models.split import check_split
@@ -140,7 +141,7 @@ def test_kv_bytes_count_replicated_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tp_size", [3, 8])
 def test_heads_that_cannot_be_split_are_refused(tp_size: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"tensor_parallel_size={tp_size} cannot split .*num_attention_heads=4"):
-        check_split(read_spec(_folder(tmp_path)), tp_size)
+        check_split(read_spec(_folder(tmp_path)), ParallelLayout(tp=tp_size))
 
 
 def test_reading_a_spec_imports_no_torch(tmp_path: Path) -> None:

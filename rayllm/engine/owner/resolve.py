@@ -36,14 +36,14 @@ def resolve(
     path = hub_folder or _model_folder(config.model)
     spec = read_spec(str(path))
     device = _device(config, num_gpus)
-    size = config.tensor_parallel_size
+    size = config.layout.num_ranks
     available, kind = (num_gpus, "GPUs") if device == "cuda" else (num_cores, "CPU cores")
     if size > available:
         raise ConfigError(
             f"tensor_parallel_size={size} needs {size} {kind}, this machine has {available}: "
             f"use at most {available}, or start Ray on more nodes and set RAY_ADDRESS"
         )
-    check_split(spec, size)
+    check_split(spec, config.layout)
     backend = config.distributed_executor_backend or backend or ("ray" if size > 1 else "inproc")
     if backend == "inproc" and size > 1:
         raise ConfigError(f"tensor_parallel_size={size} needs worker processes: distributed_executor_backend='ray'")
