@@ -19,24 +19,24 @@ from rayllm.api.service import READY, Health, ModelService
 from rayllm.errors import RequestError, without_paths
 from rayllm.observability.metrics import CONTENT_TYPE
 from rayllm.observability.trace import Tracer
-from rayllm.serve import (
-    openapi,
-    routes_faults,
-    routes_generate,
-    routes_invocations,
-    routes_markup,
-    routes_messages,
-    routes_models,
-    routes_pooling,
-    routes_responses,
-)
+from rayllm.serve import openapi
 from rayllm.serve.browser_guard import BrowserGuard, Cors
-from rayllm.serve.endpoints import Endpoints
-from rayllm.serve.http_answers import READ_TIMEOUT_S, error_response, json_response
 from rayllm.serve.http_guard import Guard
+from rayllm.serve.http_responses import READ_TIMEOUT_S, error_response, json_response
 from rayllm.serve.markup.markup import Markup
-from rayllm.serve.routes_faults import KillWorker
-from rayllm.serve.routes_pages import Describe, add_page_routes
+from rayllm.serve.routes import (
+    faults,
+    generate,
+    invocations,
+    markup,
+    messages,
+    models,
+    pooling,
+    responses,
+)
+from rayllm.serve.routes.endpoints import Endpoints
+from rayllm.serve.routes.faults import KillWorker
+from rayllm.serve.routes.pages import Describe, add_page_routes
 
 MAX_BODY_BYTES = 32 * 2**20
 """Whatever the model."""
@@ -87,18 +87,18 @@ def create_app(
     app.state.held = endpoints.held
     _add_answer_routes(app, endpoints)
     for add_routes in (
-        routes_generate.add_routes,
-        routes_invocations.add_routes,
-        routes_messages.add_routes,
-        routes_models.add_routes,
-        routes_pooling.add_routes,
-        routes_responses.add_routes,
+        generate.add_routes,
+        invocations.add_routes,
+        messages.add_routes,
+        models.add_routes,
+        pooling.add_routes,
+        responses.add_routes,
     ):
         add_routes(app, endpoints)
     _add_state_routes(app, service)
-    routes_faults.add_routes(app, endpoints, kill_worker)
+    faults.add_routes(app, endpoints, kill_worker)
     app.state.markup = Markup()
-    routes_markup.add_routes(app, endpoints, app.state.markup)
+    markup.add_routes(app, endpoints, app.state.markup)
     add_page_routes(app, service, describe, can_kill_workers=kill_worker is not None)
     openapi.add_routes(app)
     return app

@@ -16,7 +16,7 @@ from rayllm.api.body import LARGE_BODY_BYTES, parse_object
 from rayllm.api.errors import shorten
 from rayllm.api.service import ModelService
 from rayllm.errors import RequestError
-from rayllm.serve.http_answers import ClientGoneError
+from rayllm.serve.http_responses import ClientGoneError
 
 BODY_TIMEOUT_S = 60.0
 FIRST_CHUNK_TIMEOUT_S = 4.0

@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from rayllm.api.errors import ErrorAnswer, answer, shorten
-from rayllm.serve.http_answers import error_response
-from rayllm.serve.routes_pages import PAGE_PATHS
+from rayllm.serve.http_responses import error_response
+from rayllm.serve.routes.pages import PAGE_PATHS
 
 ANY = "*"
 _READING = ("GET", "HEAD")

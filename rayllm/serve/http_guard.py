@@ -20,8 +20,8 @@ from rayllm.observability.request_context import RequestContext, current_request
 from rayllm.observability.trace import RequestSpan, Tracer
 from rayllm.serve.body_reader import too_large
 from rayllm.serve.browser_guard import BrowserGuard
-from rayllm.serve.http_answers import error_response
-from rayllm.serve.routes_pages import PAGE_PATHS
+from rayllm.serve.http_responses import error_response
+from rayllm.serve.routes.pages import PAGE_PATHS
 
 _QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/load", "/dashboard/state"})
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"}) | PAGE_PATHS

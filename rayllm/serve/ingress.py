@@ -28,7 +28,7 @@ from rayllm.executor.ray_connection import is_own_ray, ray_watch
 from rayllm.executor.ray_watch import RayWatch
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.trace import open_tracer
-from rayllm.serve.replica_sockets import prepare_replica_sockets
+from rayllm.serve.proxy.replica_sockets import prepare_replica_sockets
 from rayllm.structured.trial import GrammarTrials
 from rayllm.text.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from rayllm.executor.worker_process import WorkerPlace
-    from rayllm.serve.routes_pages import Deployment
+    from rayllm.serve.routes.pages import Deployment
 
 _CALL_TIMEOUT_S = 5.0
 _STAGE_TIMEOUT_S = 1.0
@@ -224,7 +224,7 @@ async def describe_deployment(engine_name: str) -> Deployment:
     import ray
 
     from rayllm.executor.worker_process import worker_place
-    from rayllm.serve.routes_pages import Deployment
+    from rayllm.serve.routes.pages import Deployment
 
     try:
         return Deployment(worker_place(), await find_driver(engine_name).describe.remote())

@@ -30,8 +30,8 @@ from rayllm.executor.ray_connection import ray_is_initialized, ray_watch
 from rayllm.executor.ray_join import cluster_address, ray_token_in_use
 from rayllm.executor.ray_watch import RayWatch
 from rayllm.machine.ports import port_holder
-from rayllm.serve.early_port import EarlyPort
-from rayllm.serve.haproxy import proxy_environment
+from rayllm.serve.proxy.early_port import EarlyPort
+from rayllm.serve.proxy.haproxy import proxy_environment
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview

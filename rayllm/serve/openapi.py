@@ -18,7 +18,7 @@ from rayllm.api.pooling import ClassifyBody, EmbeddingsBody, PoolingBody, Rerank
 from rayllm.api.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
 from rayllm.api.responses import ResponsesBody
 from rayllm.observability.metrics import CONTENT_TYPE
-from rayllm.serve.http_answers import json_response
+from rayllm.serve.http_responses import json_response
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionBody,

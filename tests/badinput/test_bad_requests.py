@@ -29,7 +29,7 @@ from badinput.wire import Answer, Exchange, exchange, parse
 from served_process import ServedProcess, running_serve
 
 import rayllm
-from rayllm.serve.haproxy import haproxy_binary
+from rayllm.serve.proxy.haproxy import haproxy_binary
 
 pytestmark = [
     pytest.mark.skipif(not CASES, reason=ABSENT),

@@ -11,7 +11,7 @@ from serve.served import ANSWER, Served, chat, completion, tokenizer
 import rayllm
 from rayllm.errors import EngineError, OverloadedError
 from rayllm.messages import Finish
-from rayllm.serve.routes_pages import PAGE_PATHS
+from rayllm.serve.routes.pages import PAGE_PATHS
 
 FIELDS = {"message", "type", "param", "code"}
 

@@ -20,7 +20,7 @@ from rayllm.executor.worker_process import WorkerPlace
 from rayllm.messages import EngineStats
 from rayllm.observability.declared import LATENCY_EDGES_S
 from rayllm.observability.histogram import Histogram
-from rayllm.serve.routes_pages import Deployment
+from rayllm.serve.routes.pages import Deployment
 
 
 def moved(served: ScriptedServer, **figures: object) -> None:

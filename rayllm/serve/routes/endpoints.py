@@ -18,7 +18,7 @@ from rayllm.api.resume import LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldS
 from rayllm.api.service import ModelService
 from rayllm.errors import RayLLMError, RequestError
 from rayllm.serve.body_reader import UNREAD, BodyReader
-from rayllm.serve.http_answers import (
+from rayllm.serve.http_responses import (
     ClientGoneError,
     EventStream,
     error_response,

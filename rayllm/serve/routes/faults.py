@@ -18,7 +18,7 @@ from starlette.responses import Response
 from rayllm.api.errors import shorten
 from rayllm.api.service import ModelService
 from rayllm.errors import RequestError, did_you_mean
-from rayllm.serve.endpoints import Endpoints
+from rayllm.serve.routes.endpoints import Endpoints
 
 if TYPE_CHECKING:
     from rayllm.engine.driver.fault_injection import KilledWorker

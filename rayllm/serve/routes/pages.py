@@ -23,13 +23,13 @@ from starlette.responses import Response
 import rayllm
 from rayllm.api.service import ModelService
 from rayllm.errors import RayLLMError
-from rayllm.serve.http_answers import json_response
+from rayllm.serve.http_responses import json_response
 
 if TYPE_CHECKING:
     from rayllm.engine.driver.actor import EngineDescription
     from rayllm.executor.worker_process import WorkerPlace
 
-FOLDER = Path(__file__).parent / "pages"
+FOLDER = Path(__file__).parents[1] / "pages"
 DESCRIBE_TIMEOUT_S = 2.0
 _LOG = logging.getLogger("rayllm.serve")
 

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rayllm.api.anthropic import count_tokens, open_message
-from rayllm.serve.endpoints import Endpoints
+from rayllm.serve.routes.endpoints import Endpoints
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:

@@ -16,7 +16,7 @@ from rayllm.api.errors import envelope
 from rayllm.config import Environment, ServerConfig, count_cores
 from rayllm.errors import ConfigError
 from rayllm.executor.ray_cluster import free_port
-from rayllm.serve import haproxy_config
+from rayllm.serve.proxy import haproxy_config
 
 _LONGEST_STREAM_S = 86_400
 _BUFFER_BYTES = 48 * 1024

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from rayllm.api.models import anthropic_card, anthropic_list, model_card, model_list
 from rayllm.api.service import ServedModel
 from rayllm.errors import RayLLMError
-from rayllm.serve.endpoints import Endpoints
-from rayllm.serve.http_answers import json_response
+from rayllm.serve.http_responses import json_response
+from rayllm.serve.routes.endpoints import Endpoints
 
 _ANTHROPIC_HEADER = "anthropic-version"
 

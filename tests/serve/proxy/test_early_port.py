@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from rayllm.executor.ray_cluster import free_port
-from rayllm.serve.early_port import EarlyPort
+from rayllm.serve.proxy.early_port import EarlyPort
 
 
 class _Late(http.server.BaseHTTPRequestHandler):

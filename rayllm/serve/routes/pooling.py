@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rayllm.api import pooling
-from rayllm.serve.endpoints import Endpoints, PlainWork
+from rayllm.serve.routes.endpoints import Endpoints, PlainWork
 
 ROUTES: dict[str, PlainWork] = {
     "/v1/embeddings": pooling.embeddings,

@@ -18,8 +18,8 @@ from serve.served import Served
 from rayllm.config import ServerConfig
 from rayllm.errors import ConfigError
 from rayllm.executor.ray_cluster import free_port
-from rayllm.serve import haproxy
-from rayllm.serve.haproxy import haproxy_binary, proxy_environment
+from rayllm.serve.proxy import haproxy
+from rayllm.serve.proxy.haproxy import haproxy_binary, proxy_environment
 
 needs_haproxy = pytest.mark.skipif(haproxy_binary() is None, reason="Ray brings HAProxy on Linux alone")
 SERVER = ServerConfig(http_proxy="haproxy")

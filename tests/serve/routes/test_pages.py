@@ -10,7 +10,7 @@ from serve.served import KEY, Served
 from rayllm.engine.driver.actor import EngineDescription
 from rayllm.errors import EngineUnreachableError
 from rayllm.executor.worker_process import WorkerPlace
-from rayllm.serve.routes_pages import FOLDER, PAGE_PATHS, Deployment
+from rayllm.serve.routes.pages import FOLDER, PAGE_PATHS, Deployment
 
 
 async def test_pages_need_no_key_and_what_they_ask_for_does() -> None:

@@ -15,7 +15,7 @@ from rayllm.api.completions import open_completion
 from rayllm.api.invocations import Endpoint, endpoint_of
 from rayllm.api.resume import LAST_EVENT_HEADER
 from rayllm.api.service import ModelService
-from rayllm.serve.endpoints import Endpoints, PlainWork
+from rayllm.serve.routes.endpoints import Endpoints, PlainWork
 
 _PLAIN: dict[Endpoint, PlainWork] = {
     "embeddings": pooling.embeddings,

@@ -16,8 +16,8 @@ from starlette.responses import Response
 
 from rayllm.errors import RequestError
 from rayllm.serve.body_reader import BodyReader
-from rayllm.serve.endpoints import Endpoints
 from rayllm.serve.markup.markup import Markup
+from rayllm.serve.routes.endpoints import Endpoints
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_CODE_CHARACTERS = 64 * 1024

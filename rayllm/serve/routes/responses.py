@@ -17,8 +17,8 @@ from rayllm.api.response_store import ResponseStore, StoredResponse
 from rayllm.api.responses import OpenedResponse
 from rayllm.api.resume import HOLD_S, LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream
 from rayllm.errors import RequestError
-from rayllm.serve.endpoints import Endpoints, continuity_of, nothing
-from rayllm.serve.http_answers import EventStream, json_response
+from rayllm.serve.http_responses import EventStream, json_response
+from rayllm.serve.routes.endpoints import Endpoints, continuity_of, nothing
 
 _PATH = "/v1/responses"
 _MADE_AGAIN_S = 2.0

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from rayllm.api import tokens
 from rayllm.api.generate import open_generate, open_generate_stream
 from rayllm.api.tokenizer_info import tokenizer_info
-from rayllm.serve.endpoints import Endpoints
-from rayllm.serve.http_answers import json_response
+from rayllm.serve.http_responses import json_response
+from rayllm.serve.routes.endpoints import Endpoints
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:

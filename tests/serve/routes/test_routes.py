@@ -9,7 +9,7 @@ import pytest
 from serve.served import ANSWER, Served
 
 from rayllm.config import EngineConfig
-from rayllm.serve.routes_pooling import ROUTES
+from rayllm.serve.routes.pooling import ROUTES
 
 
 async def test_generate_answers_and_streams_lines() -> None:
