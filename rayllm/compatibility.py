@@ -6,6 +6,8 @@ error that says what RayLLM lacks. Plain Python, below everything else.
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
@@ -29,6 +31,21 @@ _LACKING: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenizer_mode": (("auto",), "RayLLM finds out how a tokenizer is read: give auto"),
 }
 """Setting: the values that can be served, and what is said of others."""
+
+
+_SIZES = ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])")
+_UNITS = {unit: 1000**power for power, unit in enumerate("kmgt", 1)}
+_UNITS |= {unit: 1024**power for power, unit in enumerate("KMGT", 1)}
+
+
+def _number_of(text: str) -> Any:
+    """vLLM's sizes: `2k` is 2000, `2K` is 2048, `1.5m` 1,500,000. Other text stays what it is."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        return text
+    number = Decimal(found[1]) * _UNITS[found[2]]
+    return int(number) if number == int(number) else text
 
 
 class CompatibilitySettings(BaseModel):
@@ -57,6 +74,21 @@ class CompatibilitySettings(BaseModel):
     task: str | None = Field(None, description="Only auto or generate.")
     pooler_config: Any = Field(None, description="Not supported yet.")
     tokenizer_mode: str = Field("auto", description="Only auto.")
+
+    @field_validator("max_model_len", mode="before", check_fields=False)
+    @classmethod
+    def _default_length_has_other_names(cls, value: Any) -> Any:
+        return None if value in ("auto", "-1", -1) else value
+
+    @field_validator(*_SIZES, mode="before", check_fields=False)
+    @classmethod
+    def _sizes_may_have_a_unit(cls, value: Any) -> Any:
+        return _number_of(value) if isinstance(value, str) else value
+
+    @field_validator("hf_overrides", "speculative_config", "pooler_config", mode="before")
+    @classmethod
+    def _an_empty_object_may_be_text(cls, value: Any) -> Any:
+        return {} if isinstance(value, str) and value.strip() == "{}" else value
 
     @field_validator(*_LACKING)
     @classmethod

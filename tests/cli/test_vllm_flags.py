@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+from rayllm.cli.dotted_flags import join_dotted
 from rayllm.cli.flags import UsageError
 from rayllm.cli.serve import parse_serve, parser
 from rayllm.cli.vllm_flags import _ONE_VALUE, _REFUSED, _WITH_VALUE, _WITHOUT_VALUE, translate
-from rayllm.config import EngineConfig, ServerConfig
+from rayllm.config import EngineConfig, ServerConfig, parse_settings
+from rayllm.errors import ConfigError
 
 
 def _parsed(line: str) -> tuple[EngineConfig, ServerConfig]:
@@ -82,8 +85,18 @@ def test_origins_come_as_a_json_list_or_one_by_one() -> None:
     ("line", "message"),
     [
         ("--ssl-keyfile k.pem", "--ssl-keyfile is not supported: this server speaks plain HTTP"),
-        ("--rope-scaling {}", "--rope-scaling is not supported: set rope_scaling in the model's config.json"),
+        ("--rope-scaling {}", "--rope-scaling is not supported: set it in the model's config.json"),
         ("--response-role tool", "--response-role tool is not supported: answers are always the assistant's"),
+        (
+            "--logprobs-mode processed_logits",
+            "--logprobs-mode processed_logits is not supported: .*; give raw_logprobs",
+        ),
+        ("--tool-server demo", "--tool-server is not supported: tools are called by the client"),
+        ('--structured-outputs-config {"reasoning_parser":"x"}', "'reasoning_parser' is not supported"),
+        ("--structured-outputs-config x", "give a JSON object"),
+        ("--override-generation-config.temperature", "argument --override-generation-config.temperature: expected one"),
+        ("--override-generation-config.a 1 --override-generation-config.a.b 2", "'a' has a value of its own already"),
+        ("--hf-overrides x --hf-overrides.a 1", "argument --hf-overrides: 'x' is no JSON object"),
         ("--max-log-len", "argument --max-log-len: expected one argument"),
         ("--allowed-origins [1]", r"--allowed-origins \[1\]: give an origin, or a JSON list"),
     ],
@@ -91,6 +104,83 @@ def test_origins_come_as_a_json_list_or_one_by_one() -> None:
 def test_what_cannot_be_served_is_refused_with_the_reason(line: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         translate(line.split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-O3",
+        "-O 3",
+        "-O.mode 3",
+        "--compilation-config.mode 3",
+        '--compilation-config {"level":3}',
+        "--cuda-graph-sizes 1 2 4",
+        "--no-enable-eplb",
+        "--no-async-scheduling",
+        '--limit-mm-per-prompt {"image":0}',
+        "--limit-mm-per-prompt.image 0",
+        '--structured-outputs-config.backend "xgrammar"',
+        "--distributed-executor-backend mp",
+        "--scheduling-policy=priority",
+    ],
+)
+def test_what_changes_nothing_is_noted_once(line: str) -> None:
+    argv, notes = translate(["MODEL", *line.split(), "--seed", "1"])
+    assert argv == ["MODEL", "--seed", "1"]
+    [note] = notes
+    assert " has no effect: " in note
+
+
+def test_flags_that_have_another_name_here_are_translated() -> None:
+    engine, server = _parsed("--num-gpu-blocks-override 100 --kv-cache-memory=1G -asc 2")
+    assert (engine.num_kv_blocks, engine.kv_cache_memory_bytes, server.num_ingress_replicas) == (100, 2**30, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides"),
+    [
+        ("--override-generation-config.temperature 0.5", {"temperature": 0.5}),
+        (
+            "--override-generation-config.top_k=5 --override_generation_config.temperature 1",
+            {"top_k": 5, "temperature": 1},
+        ),
+        (
+            '--override-generation-config {"top_p":0.5,"top_k":1} --override-generation-config.top_k 9',
+            {"top_p": 0.5, "top_k": 9},
+        ),
+    ],
+)
+def test_entries_of_json_values_may_be_flags(line: str, overrides: dict[str, float]) -> None:
+    engine, _ = _parsed(line)
+    assert json.loads(engine.override_generation_config or "") == overrides
+
+
+def test_only_names_with_dots_are_entries() -> None:
+    words = ["model.v1", "--chat-template", "./a.jinja", "--config=a.b", "-tp", "2", "--a.b.c", "x", "--a.b.d", "[1]"]
+    assert join_dotted(words) == [*words[:6], "--a", '{"b": {"c": "x", "d": [1]}}']
+
+
+def test_a_misspelt_flag_with_dots_names_the_near_one() -> None:
+    with pytest.raises(UsageError, match="unknown option --override-generation-confg; did you mean"):
+        _parsed("--override-generation-confg.top_k 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("2k", 2000), ("2K", 2048), ("1.5k", 1500), ("4096", 4096), ("auto", None), ("-1", None)]
+)
+def test_sizes_may_have_a_unit(text: str, number: int | None) -> None:
+    assert EngineConfig(max_model_len=text).max_model_len == number  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["2x", "k", "-2k", "1.0001k", "0k", "1e3"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens="):
+        parse_settings({"max_num_batched_tokens": text})
+
+
+def test_empty_objects_of_what_is_not_supported_ask_for_nothing() -> None:
+    engine, _ = _parsed("--hf-overrides {} --speculative-config={} --pooler-config {}")
+    assert (engine.hf_overrides, engine.speculative_config, engine.pooler_config) == ({}, {}, {})
 
 
 @pytest.mark.parametrize("module", ["rayllm.entrypoints.openai.api_server", "rayllm.entrypoints.api_server"])
