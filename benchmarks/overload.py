@@ -29,9 +29,9 @@ from typing import Any, Protocol
 
 from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.demo import model_path
+from rayllm.engine.address import DriverAddress
 from rayllm.engine.client.connection import BlockingConnection
 from rayllm.engine.driver.actor import create_driver
-from rayllm.engine.driver.link import DriverAddress
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.engine.owner.resolve import resolve

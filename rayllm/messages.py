@@ -120,7 +120,8 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 
 
 class Adopt(msgspec.Struct, frozen=True, array_like=True, tag="adopt"):
-    """Asks for a kept request (`Request.keep`): its choices get the numbers from `stream` on. Answered by `Adopted`."""
+    """Asks for a retained request (`Request.retention`): its choices get the numbers from `stream` on. Answered by
+    `Adopted`."""
 
     stream: int
     client_key: str

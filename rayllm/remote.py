@@ -15,7 +15,7 @@ from rayllm.engine.client.connection import EngineConnection, connect_by_name
 from rayllm.engine.client.journal import JournaledEngine
 from rayllm.engine.client.outputs import Conversation, Prompt
 from rayllm.engine.client.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
-from rayllm.engine.driver.actor import find_driver, known_engines
+from rayllm.engine.discovery import find_driver, known_engines
 from rayllm.engine.owner.generation_config import default_sampling_params
 from rayllm.engine.owner.watched import KeepAttached, while_ray_lives
 from rayllm.errors import ConfigError, EngineUnreachableError

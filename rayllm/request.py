@@ -268,17 +268,17 @@ class SamplingParams:
         return replace(self, **changes)
 
 
-class Keep(msgspec.Struct, frozen=True, array_like=True):
-    """Has the driver keep a request for whoever comes after its client (`engine.mirror`)."""
+class Retention(msgspec.Struct, frozen=True, array_like=True):
+    """Has the driver retain a request that outlives its client (`engine.driver.retained_requests`)."""
 
     answer_id: str
-    """What it is asked for by, together with the request's `client_key`."""
-    recipe: bytes
-    """How an ingress makes the answer from the request's tokens; the driver does not read it."""
+    """The name by which a client adopts it, together with the request's `client_key`."""
+    response_context: bytes
+    """What an ingress needs to rebuild the response from the tokens; opaque to the driver."""
     in_background: bool = False
-    """Nobody reads it as it comes: whoever asks for it may have it."""
+    """No client reads it while it runs: any client may adopt it."""
     history: bytes = b""
-    """What was sent on when a former driver was lost: an encoded `engine.mirror.History`."""
+    """The deltas that a previous, lost driver had sent: an encoded `engine.delta_history.DeltaHistory`."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -309,8 +309,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What log lines call it in every process: the client's `x-request-id`."""
     traceparent: str = ""
     """W3C trace context of the span that it belongs to; empty where nothing is traced."""
-    keep: Keep | None = None
-    """Where it shall outlive its client."""
+    retention: Retention | None = None
+    """Set where it outlives its client."""
 
     @property
     def prompt_token_ids(self) -> array[int]:

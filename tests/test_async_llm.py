@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from rayllm import LLM, AsyncLLM, SamplingParams, get_engine
-from rayllm.engine.driver.actor import find_driver
+from rayllm.engine.discovery import find_driver
 from rayllm.errors import EngineError, EngineUnreachableError, RequestError
 from rayllm.llm import AsyncEngine
 from rayllm.remote import RemoteEngine

@@ -160,7 +160,7 @@ class BeamSearchStream:
             params=self.step,
             seed=self.request.seed ^ self._num_steps,
             max_tokens=1,
-            keep=None,
+            retention=None,
         )
 
     async def _token(self, stream: RequestStream) -> CompletionOutput:

@@ -21,7 +21,7 @@ import msgspec
 import orjson
 
 from rayllm.api.engine import AdoptedStream
-from rayllm.request import Keep
+from rayllm.request import Retention
 
 MAX_BODY_BYTES = 8 * 2**20
 """The answer of a larger body ends with its ingress."""
@@ -46,13 +46,13 @@ class Continuity:
     answer_id: str | None = None
     adopted: AdoptedStream | None = None
 
-    def keep(self, answer_id: str) -> Keep | None:
+    def keep(self, answer_id: str) -> Retention | None:
         """What the driver is asked to keep; None where the body is too large for that."""
         body = orjson.dumps(self.fields)
         if len(body) > MAX_BODY_BYTES:
             return None
         recipe = msgspec.msgpack.encode(_Recipe(body, self.created_s))
-        return Keep(kept_name(self.path, answer_id), recipe, self.in_background)
+        return Retention(kept_name(self.path, answer_id), recipe, self.in_background)
 
 
 def kept_name(path: str, answer_id: str) -> str:
@@ -62,9 +62,9 @@ def kept_name(path: str, answer_id: str) -> str:
 
 def adopted(path: str, answer_id: str, stream: AdoptedStream) -> Continuity:
     """Of an answer that is made again from a kept request."""
-    keep = stream.request.keep
+    keep = stream.request.retention
     assert keep is not None
-    recipe = _DECODER.decode(keep.recipe)
+    recipe = _DECODER.decode(keep.response_context)
     return Continuity(path, orjson.loads(recipe.body), keep.in_background, recipe.created_s, answer_id, stream)
 
 

@@ -39,8 +39,9 @@ class EngineClient(Protocol):
         too."""
 
     async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> AdoptedStream | None:
-        """The stream of a request that the engine keeps for that client (`Request.keep`), which is this process's from
-        now on; None where it keeps none of that name, or, unless it `takes_over`, serves it to another process."""
+        """The stream of a request that the engine retains for that client (`Request.retention`), which is this
+        process's from now on; None where it keeps none of that name, or, unless it `takes_over`, serves it to another
+        process."""
 
     def forget(self, client_key: str, answer_id: str) -> None:
         """Nobody will adopt that request any more."""

@@ -162,7 +162,7 @@ class Generation:
         continued = continuity.current() if len(requests) == 1 else None
         if continued is not None:
             requests = [_continued(requests[0], answer_id, continued)]
-        self._goes_by_tokens = requests[0].keep is not None
+        self._goes_by_tokens = requests[0].retention is not None
         self._metrics = metrics
         self._started_s = time.perf_counter()
         self._first: tuple[int, list[TokenDelta]] | None = None
@@ -359,7 +359,7 @@ def _continued(request: Request, answer_id: str, continued: continuity.Continuit
     """The request as it is kept: the one that is kept already, of an answer that is made again."""
     if continued.adopted is not None:
         return continued.adopted.request
-    return msgspec.structs.replace(request, keep=continued.keep(answer_id))
+    return msgspec.structs.replace(request, retention=continued.keep(answer_id))
 
 
 def _span_attributes(model_name: str, requests: Sequence[Request]) -> dict[str, str | int | float]:

@@ -29,7 +29,7 @@ from rayllm.api.responses_answer import ResponseAnswer
 from rayllm.api.responses_items import chat_messages, chat_tool_choice, chat_tools, read_input, read_tools
 from rayllm.api.sampling import named_as
 from rayllm.api.service import ModelService, ServedModel
-from rayllm.engine.driver.admission import resolve_logprobs
+from rayllm.engine.request_checks import resolve_logprobs
 from rayllm.errors import ContextLengthError, RequestError
 from rayllm.request import SamplingParams
 

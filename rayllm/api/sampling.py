@@ -20,7 +20,7 @@ from rayllm.api.protocol import (
 )
 from rayllm.api.structured import structured_outputs
 from rayllm.config import ResolvedConfig
-from rayllm.engine.driver.admission import check_request, resolve_logprobs, resolve_max_tokens
+from rayllm.engine.request_checks import check_request, resolve_logprobs, resolve_max_tokens
 from rayllm.errors import RequestError
 from rayllm.request import MAX_SEED, Request, SamplingParams, pack_ids
 from rayllm.text.bad_words import with_bad_word_ids

@@ -128,7 +128,7 @@ class Metrics:
         return IngressReport(self.ingress, counters, histograms)
 
     def render(self, stats: EngineStats | None = None, others: Iterable[IngressReport] = ()) -> bytes:
-        """The text of `/metrics`. `stats`: the driver's figures; the last ones stay while it does not answer."""
+        """The text of `/metrics`. `stats`: the driver's stats; the last ones stay while it does not answer."""
         if stats is not None:
             self._stats = stats
         reports = [self.report(), *(other for other in others if other.ingress != self.ingress)]

@@ -8,7 +8,7 @@ PERIOD_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class StatisticsSample:
     """An engine at one moment; totals only grow."""
 
     num_prompt_tokens: int
@@ -29,24 +29,24 @@ class Figures:
 class StatisticsLine:
     """Says what was done between two looks; nothing where nothing was."""
 
-    def __init__(self, now: float, figures: Figures, *, is_gpu: bool):
-        self._looked_at, self._before = now, figures
+    def __init__(self, now: float, sample: StatisticsSample, *, is_gpu: bool):
+        self._looked_at, self._before = now, sample
         self._device = "GPU " if is_gpu else ""
 
-    def look(self, now: float, figures: Figures) -> str | None:
+    def look(self, now: float, sample: StatisticsSample) -> str | None:
         elapsed_s, before = now - self._looked_at, self._before
-        self._looked_at, self._before = now, figures
-        num_prompt = figures.num_prompt_tokens - before.num_prompt_tokens
-        num_generated = figures.num_generation_tokens - before.num_generation_tokens
-        if elapsed_s <= 0 or (figures.is_idle and not num_prompt and not num_generated):
+        self._looked_at, self._before = now, sample
+        num_prompt = sample.num_prompt_tokens - before.num_prompt_tokens
+        num_generated = sample.num_generation_tokens - before.num_generation_tokens
+        if elapsed_s <= 0 or (sample.is_idle and not num_prompt and not num_generated):
             return None
-        hits, queries = figures.prefix_hits - before.prefix_hits, figures.prefix_queries - before.prefix_queries
+        hits, queries = sample.prefix_hits - before.prefix_hits, sample.prefix_queries - before.prefix_queries
         if not queries:
-            hits, queries = figures.prefix_hits, figures.prefix_queries
+            hits, queries = sample.prefix_hits, sample.prefix_queries
         return (
             f"Engine 000: Avg prompt throughput: {num_prompt / elapsed_s:.1f} tokens/s, "
             f"Avg generation throughput: {num_generated / elapsed_s:.1f} tokens/s, "
-            f"Running: {figures.num_running} reqs, Waiting: {figures.num_waiting} reqs, "
-            f"{self._device}KV cache usage: {100 * figures.num_blocks_used / max(1, figures.num_blocks):.1f}%, "
+            f"Running: {sample.num_running} reqs, Waiting: {sample.num_waiting} reqs, "
+            f"{self._device}KV cache usage: {100 * sample.num_blocks_used / max(1, sample.num_blocks):.1f}%, "
             f"Prefix cache hit rate: {100 * hits / max(1, queries):.1f}%"
         )

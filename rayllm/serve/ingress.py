@@ -20,7 +20,7 @@ from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
 from rayllm.engine.client.connection import EngineConnection, connect_by_name
 from rayllm.engine.client.journal import JournaledEngine
-from rayllm.engine.driver.actor import find_driver
+from rayllm.engine.discovery import find_driver
 from rayllm.engine.driver.fault_injection import kill_worker
 from rayllm.engine.owner.stage_board import published_stage
 from rayllm.errors import EngineError, EngineUnreachableError

@@ -150,7 +150,7 @@ class RunningServer:
         """The engine's resolved config, blocks and processes, as its driver tells them."""
         import ray
 
-        from rayllm.engine.driver.actor import find_driver
+        from rayllm.engine.discovery import find_driver
 
         def ask() -> EngineDescription:
             description: EngineDescription = ray.get(find_driver(self.engine.name).describe.remote(), timeout=10)

@@ -35,7 +35,7 @@ from tiny import make_checkpoint
 from rayllm.engine.owner.owner import RestartBudget
 from rayllm.executor.ray_cluster import connected_ray
 
-KINDS = ("kill a rank", "stop a rank", "stop and continue", "kill the driver", "two ranks", "driver while mending")
+KINDS = ("kill a rank", "stop a rank", "stop and continue", "kill the driver", "two ranks", "driver while recovering")
 
 
 def fault_of(kind: str, engine: Engine, rng: random.Random, waiting: list[threading.Thread]) -> Callable[[], None]:
@@ -54,7 +54,7 @@ def fault_of(kind: str, engine: Engine, rng: random.Random, waiting: list[thread
         "stop and continue": lambda: waiting.append(stop_for_a_while(victim, delay_s)),
         "kill the driver": partial(kill, driver),
         "two ranks": partial(later, other),
-        "driver while mending": partial(later, driver),
+        "driver while recovering": partial(later, driver),
     }[kind]
 
 

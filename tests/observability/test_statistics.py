@@ -2,14 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rayllm.observability.statistics import Figures, StatisticsLine
+from rayllm.observability.statistics import StatisticsLine, StatisticsSample
 
-IDLE = Figures(0, 0, 0, 0, num_blocks=200, num_blocks_used=0, prefix_queries=0, prefix_hits=0)
+IDLE = StatisticsSample(0, 0, 0, 0, num_blocks=200, num_blocks_used=0, prefix_queries=0, prefix_hits=0)
 
 
 def test_the_line_has_vllms_form() -> None:
     line = StatisticsLine(0.0, IDLE, is_gpu=False)
-    busy = Figures(500, 1234, 3, 2, num_blocks=200, num_blocks_used=50, prefix_queries=400, prefix_hits=100)
+    busy = StatisticsSample(500, 1234, 3, 2, num_blocks=200, num_blocks_used=50, prefix_queries=400, prefix_hits=100)
 
     assert line.look(10.0, busy) == (
         "Engine 000: Avg prompt throughput: 50.0 tokens/s, Avg generation throughput: 123.4 tokens/s, "

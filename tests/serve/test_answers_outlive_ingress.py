@@ -240,8 +240,8 @@ async def test_a_stream_outlives_one_ingress_after_the_other(config: ResolvedCon
 async def test_driver_and_ingress_may_die_in_turn(name: str, config: ResolvedConfig, driver: Driver) -> None:
     path, body = STREAMS[name]
     expected = await _undisturbed(config, driver, path, body)
-    first, second, former = _Ingress(config), _Ingress(config), _start_driver(config)
-    await first.attach(former)
+    first, second, previous = _Ingress(config), _Ingress(config), _start_driver(config)
+    await first.attach(previous)
     reading = _streamed(first.app, path, body, _RESUMABLE)
     seen = b""
     async for piece in reading:
@@ -249,7 +249,7 @@ async def test_driver_and_ingress_may_die_in_turn(name: str, config: ResolvedCon
         if seen.count(b"\n\n") >= 9:
             break
     first.lose_driver()
-    former.close()
+    previous.close()
     successor = _start_driver(config)
     try:
         await first.attach(successor)

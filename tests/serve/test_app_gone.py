@@ -15,9 +15,10 @@ from fakes import FakeExecutor
 from serve.served import completion, tokenizer
 
 from rayllm.api.service import ModelService
+from rayllm.engine.address import DriverAddress
 from rayllm.engine.client.connection import connect
 from rayllm.engine.client.journal import JournaledEngine
-from rayllm.engine.driver.link import ClientGone, ClientLink, DriverAddress
+from rayllm.engine.driver.link import ClientGone, ClientLink
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.messages import Abort, Submit

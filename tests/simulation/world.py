@@ -26,7 +26,7 @@ from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import EngineError
 from rayllm.executor.channel import FrameReader, FrameWriter
 from rayllm.messages import Abort, Adopted, ClientMessage, Deltas, DriverMessage, TokenDelta
-from rayllm.request import Keep, Request, SamplingParams, StructuredOutputsParams, pack_ids, unpack_ids
+from rayllm.request import Request, Retention, SamplingParams, StructuredOutputsParams, pack_ids, unpack_ids
 
 START_S = 4e9  # Unix time of the fake clock: after any real one, which the journal looks at
 MAX_MODEL_LEN = 24
@@ -186,7 +186,7 @@ class World:
         self.deadline_share = rng.choice([0.0, 0.0, 0.3])
         self.num_client_keys = rng.choice([1, 1, 3])
         self.readers: list[Reader] = []
-        self.former_tasks: list[asyncio.Task[None]] = []
+        self.previous_tasks: list[asyncio.Task[None]] = []
         """Of readers that went on to another ingress."""
         self.driver: Driver | None = None
         self.num_drivers_lost = 0
@@ -266,7 +266,9 @@ class World:
     def _drive(self, driver: Driver) -> None:
         """One turn of `engine.driver.run_loop`."""
         loop = driver.loop
-        lost_first = self.rng.random() < 0.5  # an ingress may be back before its former connection is known to be lost
+        lost_first = (
+            self.rng.random() < 0.5
+        )  # an ingress may be back before its previous connection is known to be lost
         if lost_first:
             self._read_lost(driver)
         for socket in driver.sockets:
@@ -304,7 +306,7 @@ class World:
             stream = open_.first_stream + sequence.choice
             assert (open_.client, stream) not in driver.unwanted, f"{sequence} goes on for no one"
             if open_.client in driver.gone:
-                kept = open_.kept is not None and driver.loop._mirror.holds(open_.kept)
+                kept = open_.retained is not None and driver.loop._retained.holds(open_.retained)
                 assert kept, f"{sequence} goes on without its ingress"
 
     def _settle(self) -> None:
@@ -323,12 +325,12 @@ class World:
                 break
         scheduler = driver.loop._scheduler
         scheduler.check()
-        figures = scheduler.num_running, scheduler.num_waiting, scheduler.num_uncommitted, scheduler.num_blocks_used
-        assert figures == (0, 0, 0, 0), f"running, waiting, uncommitted, blocks used: {figures}"
+        counts = scheduler.num_running, scheduler.num_waiting, scheduler.num_uncommitted, scheduler.num_blocks_used
+        assert counts == (0, 0, 0, 0), f"running, waiting, uncommitted, blocks used: {counts}"
         assert not driver.loop._open, "a request is open and no one reads it"
         self.now += 2 * HOLD_S
         driver.loop.step()
-        assert not driver.loop._mirror._kept, "a request is kept for ever"
+        assert not driver.loop._retained._by_name, "a request is kept for ever"
         assert scheduler.num_free_slots == self.num_blocks * self.block_size
 
     # ----------------------------------------------------------------------------------------------- drivers
@@ -420,7 +422,12 @@ class World:
         self.faults.log.append(f"ingress {number} lost")
         others = [other for other in range(len(self.engines)) if other not in self.lost_ingresses]
         for reader in self.readers:
-            if reader.ingress == number and reader.request.keep and others and not (reader.task and reader.task.done()):
+            if (
+                reader.ingress == number
+                and reader.request.retention
+                and others
+                and not (reader.task and reader.task.done())
+            ):
                 self._move(reader, self.rng.choice(others))
         self._end_readers()
         for socket in [socket for socket in driver.sockets if socket.ingress == number]:
@@ -430,13 +437,13 @@ class World:
         """Its ingress is lost: it asks another one for its answer."""
         assert reader.task is not None
         reader.task.cancel()
-        self.former_tasks.append(reader.task)
+        self.previous_tasks.append(reader.task)
         reader.ingress = ingress
         reader.task = asyncio.create_task(self._adopt(reader))
 
     def _end_readers(self) -> None:
         """Those of lost ingresses. Asked for again each turn: before Python 3.12 `asyncio.wait_for` may swallow it."""
-        for task in self.former_tasks:
+        for task in self.previous_tasks:
             task.cancel()
         for reader in self.readers:
             if reader.ingress in self.lost_ingresses and reader.task is not None:
@@ -470,7 +477,7 @@ class World:
             priority=rng.choice([0, 0, 0, 1, -1]),
             cache_salt=rng.choice(["", "", "salt"]),
             client_key=str(rng.randrange(self.num_client_keys)),
-            keep=Keep(f"answer {number}", b"") if rng.random() < 0.5 else None,
+            retention=Retention(f"answer {number}", b"") if rng.random() < 0.5 else None,
         )
         return Reader(
             request,
@@ -500,7 +507,7 @@ class World:
         await self._read_all(reader, self.engines[reader.ingress].submit(reader.request))
 
     async def _adopt(self, reader: Reader) -> None:
-        had_tokens, keep = reader.num_tokens > 0, reader.request.keep
+        had_tokens, keep = reader.num_tokens > 0, reader.request.retention
         assert keep is not None
         try:
             stream = await self.engines[reader.ingress].adopt(reader.request.client_key, keep.answer_id)

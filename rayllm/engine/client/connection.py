@@ -17,7 +17,7 @@ from typing import Any, cast
 import msgspec
 
 from rayllm.config import RAY_NAMESPACE
-from rayllm.engine.driver.link import MAX_CLIENT_FRAME_BYTES, DriverAddress
+from rayllm.engine.address import MAX_CLIENT_FRAME_BYTES, DriverAddress
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.channel import (
     Address,
@@ -145,7 +145,7 @@ class RequestStream:
         if self._max_held_bytes is not None and not self._begins_late:
             self._num_held_bytes += _num_bytes(delta)
             if self._num_held_bytes > self._max_held_bytes and self._open:
-                self._fail(EngineError("the reader does not read", code=READER_PAUSED))
+                self._fail(EngineError("the client reads more slowly than the engine writes", code=READER_PAUSED))
                 for open_choice in sorted(self._open):
                     self.abort_choice(open_choice, pauses=True)
         self._wake()
@@ -180,7 +180,7 @@ class _Wire(asyncio.BufferedProtocol):
             while (frame := self._reader.next_frame()) is not None:
                 self._on_frame(frame)
         except (FrameTooLargeError, msgspec.MsgspecError) as error:
-            self._on_lost(f"it sent what cannot be read: {error}")
+            self._on_lost(f"it sent a frame that cannot be decoded: {error}")
             assert self.transport is not None
             self.transport.abort()
 
@@ -229,9 +229,9 @@ class EngineConnection:
     async def adopt(
         self, client_key: str, answer_id: str, takes_over: bool = True, max_held_bytes: int | None = None
     ) -> RequestStream | None:
-        """The stream, from its first token on, of a request that the driver keeps for that client (`Request.keep`);
-        None where it keeps none of that name, or, unless it `takes_over`, serves it to another process. Raises
-        `EngineError` when the driver is gone or does not answer in time.
+        """The stream, from its first token on, of a request that the driver retains for that client
+        (`Request.retention`); None where it retains none of that name, or, unless it `takes_over`, serves it to another
+        process. Raises `EngineError` when the driver is gone or does not answer in time.
         """
         self._check_alive()
         first = self._next_stream
@@ -250,7 +250,7 @@ class EngineConnection:
             raise
 
     def forget(self, client_key: str, answer_id: str) -> None:
-        """Says that nobody will adopt that request any more. Raises `EngineError` when the driver is gone."""
+        """Releases a retained request that nobody will adopt. Raises `EngineError` when the driver is gone."""
         self._check_alive()
         self._send(Forget(client_key, answer_id))
 
@@ -259,7 +259,7 @@ class EngineConnection:
             self._streams[first + choice] = stream, choice
 
     async def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> EngineStats:
-        """The driver's figures. Raises `EngineError` when it is gone or does not answer in time."""
+        """The driver's stats. Raises `EngineError` when it is gone or does not answer in time."""
         return await self._ask(StatsQuery(next(self._tickets)), timeout_s)
 
     async def reset_prefix_cache(self) -> None:
@@ -279,7 +279,7 @@ class EngineConnection:
             self._asked.pop(ticket, None)
 
     def report(self, report: IngressReport) -> None:
-        """Leaves this client's figures with the driver, for others' `stats`. Raises `EngineError` when it is gone."""
+        """Leaves this client's stats with the driver, for others' `stats`. Raises `EngineError` when it is gone."""
         self._check_alive()
         self._send(report)
 
@@ -398,7 +398,7 @@ async def connect_by_name(engine: str, *, name: str | None = None, namespace: st
     import ray
 
     from rayllm.engine.client.follow import leave_when_replaced
-    from rayllm.engine.driver.actor import find_address
+    from rayllm.engine.discovery import find_address
 
     address = await find_address(engine, namespace)
     connection = await connect(address, name=name)
@@ -448,7 +448,7 @@ class BlockingConnection:
         return deltas
 
     def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> EngineStats:
-        """The driver's figures. Raises `EngineError` when it is gone or does not answer in time."""
+        """The driver's stats. Raises `EngineError` when it is gone or does not answer in time."""
         return self._ask(StatsQuery(next(self._tickets)), timeout_s)
 
     def reset_prefix_cache(self) -> None:

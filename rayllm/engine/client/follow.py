@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from rayllm.engine.client.connection import EngineConnection
-from rayllm.engine.driver.actor import find_address
+from rayllm.engine.discovery import find_address
 from rayllm.errors import EngineError, EngineUnreachableError
 
 _LOOK_PERIOD_S = 1.0

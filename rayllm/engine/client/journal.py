@@ -1,8 +1,8 @@
-"""The journal of open requests, and the client of an engine whose driver may die.
+"""The journal of open requests, and a client that survives the death of the engine's driver.
 
-A request's journal holds what was asked and what was sent on; everything else about it is recomputed from that.
-When a driver is lost, each open request is submitted to the next one with the ids that were sent, and its stream goes
-on where it was: nothing is lost, doubled or changed.
+A request's journal holds what was asked and what was delivered; everything else about it is recomputed from that.
+When a driver is lost, each open request is submitted to the next one with the ids that were delivered, and its stream
+continues where it was: no token is lost, repeated or changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 import anyio
 import msgspec
 
-from rayllm.engine.driver.retained_requests import History
+from rayllm.engine.delta_history import DeltaHistory
 from rayllm.errors import EngineError, RayLLMError
 from rayllm.messages import READER_PAUSED, EngineStats, Finish, IngressReport, TokenDelta
 from rayllm.request import Request
@@ -60,7 +60,7 @@ class Journal:
     def __init__(self, request: Request):
         self.request = request
         self.choices = [ChoiceLine() for _ in range(request.params.n)]
-        self.history = History() if request.keep is not None else None
+        self.history = DeltaHistory() if request.retention is not None else None
         self.has_prompt_logprobs = False
         self.num_faults = 0
         """Drivers that were lost while the request may have been running there."""
@@ -92,11 +92,11 @@ class Journal:
         if not self._may_run and error.code != "engine_error":
             return
         self.num_faults += 1
-        log.warning("its driver is lost: %s", error, extra={"request_id": self.request.log_id})
+        log.warning("lost the connection to the driver: %s", error, extra={"request_id": self.request.log_id})
         if self.num_faults >= MAX_FAULTS:
             raise EngineError(
-                f"the request was running at {MAX_FAULTS} faults of the engine and is not tried again; "
-                f"the last: {error}",
+                f"the engine failed {MAX_FAULTS} times while this request was running, so it is not retried; "
+                f"last failure: {error}",
                 code="poison_request",
             )
 
@@ -107,13 +107,13 @@ class Journal:
         if self.has_prompt_logprobs:
             params = params.with_(prompt_logprobs=None)
         emitted = tuple(choice.token_ids.tobytes() for choice in self.choices)
-        keep = self.request.keep
-        if keep is not None and self.history is not None:
+        retention = self.request.retention
+        if retention is not None and self.history is not None:
             if self.history.is_too_long:
-                keep = None
+                retention = None
             else:
-                keep = msgspec.structs.replace(keep, history=self.history.encode())
-        return msgspec.structs.replace(self.request, params=params, emitted=emitted, keep=keep)
+                retention = msgspec.structs.replace(retention, history=self.history.encode())
+        return msgspec.structs.replace(self.request, params=params, emitted=emitted, retention=retention)
 
 
 class DeltaStream(Protocol):
@@ -174,7 +174,7 @@ class JournaledEngine:
         self._driver_wait_s = driver_wait_s
         self.on_replay = on_replay
         self.driver: DriverConnection | None = None
-        self._lost_reason = "it has not come up yet"
+        self._lost_reason = "no driver has started yet"
         self._attached = asyncio.Event()
         self._ended: EngineError | None = None
 
@@ -202,30 +202,30 @@ class JournaledEngine:
         return JournaledStream(self, Journal(request))
 
     async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> JournaledStream | None:
-        """The stream, from its first token on, of a request that this driver keeps for that client (`Request.keep`);
-        None where it keeps none of that name, or, unless it `takes_over`, serves it to another process. Raises
-        `EngineError` where there is no driver."""
+        """The stream, from its first token on, of a request that this driver retains for that client
+        (`Request.retention`); None where it retains none of that name, or, unless it `takes_over`, serves it to another
+        process. Raises `EngineError` where there is no driver."""
         driver = self._driver()
         stream = await driver.adopt(client_key, answer_id, takes_over, MAX_HELD_BYTES)
         return None if stream is None else JournaledStream(self, Journal(stream.request), (driver, stream))
 
     def forget(self, client_key: str, answer_id: str) -> None:
-        """Nobody will adopt that request any more."""
+        """Releases a retained request that nobody will adopt."""
         if self.driver is not None:
             with contextlib.suppress(EngineError):
                 self.driver.forget(client_key, answer_id)
 
     async def stats(self) -> EngineStats:
-        """The driver's figures. Raises `EngineError` where there is none."""
+        """The driver's stats. Raises `EngineError` where there is none."""
         return await self._driver().stats()
 
     def _driver(self) -> DriverConnection:
         if self.driver is None:
-            raise EngineError(f"the engine's driver is gone: {self._lost_reason}", code="engine_gone")
+            raise EngineError(f"the engine has no driver: {self._lost_reason}", code="engine_gone")
         return self.driver
 
     def report(self, report: IngressReport) -> None:
-        """Leaves this process's figures with the driver, where there is one."""
+        """Leaves this process's stats with the driver, where there is one."""
         if self.driver is not None:
             with contextlib.suppress(EngineError):
                 self.driver.report(report)
@@ -243,7 +243,7 @@ class JournaledEngine:
                 message = "the request's deadline passed before it was finished"
                 raise EngineError(message, code="deadline_exceeded") from None
             message = (
-                f"the engine did not come back within {wait_s:g} s (driver_wait_s={self._driver_wait_s:g}): "
+                f"the engine has no driver after waiting {wait_s:g} s (driver_wait_s={self._driver_wait_s:g}): "
                 f"{self._lost_reason}"
             )
             raise EngineError(message, code="engine_gone") from None
@@ -276,7 +276,7 @@ class JournaledEngine:
                 self.detach(reason)
             finally:
                 connection.close()
-            log.warning("the connection to the engine's driver is lost: %s", reason)
+            log.warning("lost the connection to the engine's driver: %s", reason)
             on_lost(reason)
 
     async def _other_than(self, lost: DriverConnection | None) -> DriverConnection:
@@ -384,7 +384,7 @@ class JournaledStream:
             self._lost_s = None
             self._engine.on_replay(gap_s, self._num_replayed)
             log.warning(
-                "goes on with another driver after %.2f s; %d tokens are computed again",
+                "resumed on another driver after %.2f s; recomputing %d tokens",
                 gap_s,
                 self._num_replayed,
                 extra={"request_id": self.journal.request.log_id},

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.driver.admission import check_request, resolve_logprobs, resolve_max_tokens
+from rayllm.engine.request_checks import check_request, resolve_logprobs, resolve_max_tokens
 from rayllm.errors import EngineError, RequestError
 from rayllm.messages import Finish, TokenDelta, TokenLogprobs
 from rayllm.request import (

@@ -17,14 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rayllm.config import RAY_NAMESPACE, ResolvedConfig
+from rayllm.config import ResolvedConfig
+from rayllm.engine.address import DriverAddress
 from rayllm.engine.driver.fault_injection import KilledWorker, kill_rank
-from rayllm.engine.driver.link import ClientGone, ClientLink, DriverAddress
+from rayllm.engine.driver.link import ClientGone, ClientLink
 from rayllm.engine.driver.loop import EngineLoop
-from rayllm.errors import EngineError, EngineUnreachableError
+from rayllm.errors import EngineError
 from rayllm.executor.executor import Executor, Selectable
 from rayllm.executor.worker import RunnerFactory
-from rayllm.executor.worker_process import WorkerPlace, death_reason, worker_place
+from rayllm.executor.worker_process import WorkerPlace, worker_place
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.statistics import PERIOD_S as STATISTICS_PERIOD_S
 from rayllm.observability.statistics import StatisticsLine
@@ -33,9 +34,6 @@ from rayllm.observability.trace import open_tracer
 log = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 10.0
-_CALL_TIMEOUT_S = 10.0
-"""For a driver to answer a call of its lifecycle; one on a node that was lost never does, as long as Ray takes it for
-alive."""
 
 
 # ------------------------------------------------------------------------------------------ the loop's thread
@@ -149,21 +147,21 @@ class Driver:
         self.config: ResolvedConfig | None = None
         self.link: ClientLink | None = None
 
-    def start(self, config: ResolvedConfig, num_restarts: int = 0, former_failure: str = "") -> None:
+    def start(self, config: ResolvedConfig, num_restarts: int = 0, previous_failure: str = "") -> None:
         """Brings workers and loop up; clients are served when it returns. Raises what the executor raises.
 
-        `num_restarts`: drivers of this engine that came before; `former_failure`: why the last one failed, which the
+        `num_restarts`: drivers of this engine that came before; `previous_failure`: why the last one failed, which the
         stages tell until this one is ready."""
         from rayllm.engine.owner.local import build_scheduler
 
         self.config = config
-        self._because = f" (the driver before it failed: {former_failure})" if former_failure else ""
+        self._because = f" (the driver before it failed: {previous_failure})" if previous_failure else ""
         try:
             self.executor = self._make_executor(config, self._set_stage)
             self.link = ClientLink()
             scheduler = build_scheduler(config, self.executor.num_blocks)
             loop = EngineLoop(config, scheduler, self.executor, self.link.send, wake=self.link.wake)
-            loop.figures.num_driver_restarts = num_restarts
+            loop.counters.num_driver_restarts = num_restarts
             loop.tracer = open_tracer(config.engine.otlp_traces_endpoint, "driver")
         except BaseException as error:
             self._set_stage(f"failed: {error}")
@@ -206,9 +204,9 @@ class Driver:
 
     def _say_statistics(self, loop: EngineLoop) -> None:
         assert self.config is not None
-        line = StatisticsLine(time.monotonic(), loop.figures.line(), is_gpu=self.config.device == "cuda")
+        line = StatisticsLine(time.monotonic(), loop.counters.sample(), is_gpu=self.config.device == "cuda")
         while not self._stop.wait(STATISTICS_PERIOD_S):
-            if (text := line.look(time.monotonic(), loop.figures.line())) is not None:
+            if (text := line.look(time.monotonic(), loop.counters.sample())) is not None:
                 log.info(text)
 
     def _fail(self, error: EngineError) -> None:
@@ -233,7 +231,7 @@ class DriverActor:
         self._driver = Driver(make_executor)
         self._failed = asyncio.Event()
 
-    async def start(self, resolved_config_json: str, num_restarts: int = 0, former_failure: str = "") -> None:
+    async def start(self, resolved_config_json: str, num_restarts: int = 0, previous_failure: str = "") -> None:
         """Returns when requests are served."""
         event_loop = asyncio.get_running_loop()
 
@@ -244,7 +242,7 @@ class DriverActor:
         config = ResolvedConfig.model_validate_json(resolved_config_json)
         setup_logging(config.engine.log_format, process="driver", file=config.engine.log_file)
         try:
-            await asyncio.to_thread(self._driver.start, config, num_restarts, former_failure)
+            await asyncio.to_thread(self._driver.start, config, num_restarts, previous_failure)
         except EngineError as error:
             raise EngineError(str(error), code=error.code) from None  # subclasses do not all survive a pickle
         gc.collect()
@@ -289,55 +287,3 @@ class DriverActor:
         """Ends the engine; says which process is left to be killed."""
         await asyncio.to_thread(self._driver.close)
         return worker_place()
-
-
-# ---------------------------------------------------------------------------------------------- finding one
-
-
-def driver_name(engine: str) -> str:
-    """The actor's name in `RAY_NAMESPACE`."""
-    return f"rayllm:{engine}:driver"
-
-
-def known_engines(namespace: str = RAY_NAMESPACE) -> list[str]:
-    """Names of the engines whose driver is alive in this Ray cluster, sorted."""
-    import ray
-
-    names = [
-        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == namespace
-    ]
-    prefix, suffix = driver_name("|").split("|")
-    return sorted(n[len(prefix) : -len(suffix)] for n in names if n.startswith(prefix) and n.endswith(suffix))
-
-
-def find_driver(engine: str, namespace: str = RAY_NAMESPACE) -> Any:
-    """The driver's actor handle. Raises `EngineUnreachableError`, which names the engines that do run."""
-    import ray
-
-    if not ray.is_initialized():
-        raise EngineUnreachableError(
-            f"cannot look for engine {engine!r}: not connected to Ray, call ray.init(address='auto')"
-        )
-    try:
-        return ray.get_actor(driver_name(engine), namespace=namespace)
-    except ValueError:
-        running = ", ".join(repr(name) for name in known_engines(namespace)) or "none"
-        raise EngineUnreachableError(f"no engine named {engine!r} in this Ray cluster; running: {running}") from None
-
-
-async def find_address(engine: str, namespace: str = RAY_NAMESPACE) -> DriverAddress:
-    """Where the engine of that name takes clients from this process's node. Raises `EngineUnreachableError`."""
-    import ray
-
-    driver = find_driver(engine, namespace)
-    try:
-        asked = driver.address.remote(ray.get_runtime_context().get_node_id())
-        address: DriverAddress = await asyncio.wait_for(asked, _CALL_TIMEOUT_S)
-    except asyncio.TimeoutError:
-        message = f"the driver of engine {engine!r} did not answer within {_CALL_TIMEOUT_S:g} s"
-        raise EngineUnreachableError(message) from None
-    except ray.exceptions.RayActorError as error:
-        raise EngineUnreachableError(f"the driver of engine {engine!r} is gone: {death_reason(error)}") from None
-    except ray.exceptions.RayTaskError as error:
-        raise EngineUnreachableError(f"engine {engine!r} cannot be used: {error.cause}") from None
-    return address

@@ -42,7 +42,7 @@ async def kill_worker(engine: str, rank: int) -> KilledWorker:
     """
     import ray
 
-    from rayllm.engine.driver.actor import find_driver
+    from rayllm.engine.discovery import find_driver
 
     try:
         killed: KilledWorker = await find_driver(engine).kill_worker.remote(rank)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from rayllm.engine.address import MAX_CLIENT_FRAME_BYTES
 from rayllm.executor.channel import (
     MAX_HELLO_BYTES,
     FrameReader,
@@ -34,21 +35,9 @@ from rayllm.messages import ClientMessage, Deltas, DriverMessage, Hello
 
 log = logging.getLogger(__name__)
 
-MAX_CLIENT_FRAME_BYTES = 64 * 2**20
 MAX_BUFFERED_BYTES = 64 * 2**20
 HELLO_TIMEOUT_S = 10.0
 _FLUSH_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True)
-class DriverAddress:
-    """Where a driver is met. `host` and `port` are None while it listens on its own node only."""
-
-    node_id: str
-    unix_path: str
-    token: str
-    host: str | None = None
-    port: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,7 @@ class ClientLink:
         self._dir = SocketDir()
         self.unix_path = self._dir.path
         self._clients: dict[Hashable, _Client] = {}
-        self._strangers: set[_Client] = set()
+        self._unauthenticated: set[_Client] = set()
         self._num_clients = 0
         self._inbox: deque[tuple[int, ClientMessage | ClientGone]] = deque()
         self._inbox_waker = _Waker()
@@ -144,7 +133,7 @@ class ClientLink:
         self._hello_decoder = msgspec.msgpack.Decoder(Hello)
         self._welcome = bytes(FrameWriter().frame(Deltas([])))
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._io_waker, selectors.EVENT_READ, self._obey)
+        self._selector.register(self._io_waker, selectors.EVENT_READ, self._run_commands)
         self._listeners = [listen_unix(self.unix_path)]
         self._watch_listener(self._listeners[0])
         self._running = True
@@ -179,7 +168,7 @@ class ClientLink:
         try:
             frame = self._writer.frame(message)
         except FrameTooLargeError as error:
-            self._give_up(client, str(error))
+            self._disconnect(client, str(error))
             return
         with client.lock:
             if client.closed:
@@ -191,9 +180,9 @@ class ClientLink:
             client.backlog += memoryview(frame)[sent:]
             num_bytes = len(client.backlog)
         if num_bytes > self._max_buffered_bytes:
-            self._give_up(client, f"it does not read: {num_bytes} bytes wait for it, {self._max_buffered_bytes} may")
+            self._disconnect(client, f"it does not read: {num_bytes} bytes wait for it, {self._max_buffered_bytes} may")
         elif not had_backlog:
-            self._command(lambda: self._watch_client(client))
+            self._post(lambda: self._watch_client(client))
 
     def buffered_bytes(self, client_id: Hashable) -> int:
         """Bytes that wait for this client beyond what its socket holds."""
@@ -208,7 +197,7 @@ class ClientLink:
             sock = listen_tcp(host)
             self.tcp_address = host, sock.getsockname()[1]
             self._listeners.append(sock)
-            self._command(lambda: self._watch_listener(sock))
+            self._post(lambda: self._watch_listener(sock))
         return self.tcp_address
 
     def close(self) -> None:
@@ -229,19 +218,19 @@ class ClientLink:
                     self._serve(key.data, events)
                 else:
                     key.data()
-            self._drop_silent_strangers()
-        for client in (*self._clients.values(), *self._strangers):
+            self._drop_unauthenticated()
+        for client in (*self._clients.values(), *self._unauthenticated):
             client.sock.close()
         for listener in self._listeners:
             listener.close()
         self._selector.close()
         self._io_waker.close()
 
-    def _command(self, command: Callable[[], None]) -> None:
+    def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
         self._io_waker.wake()
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         self._io_waker.clear()
         while self._commands:
             self._commands.popleft()()
@@ -263,7 +252,7 @@ class ClientLink:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._num_clients += 1
         client = _Client(self._num_clients, sock)
-        self._strangers.add(client)
+        self._unauthenticated.add(client)
         self._selector.register(sock, selectors.EVENT_READ, client)
 
     def _serve(self, client: _Client, events: int) -> None:
@@ -291,12 +280,12 @@ class ClientLink:
             if client.accepted:
                 self._inbox.append((client.id, self._decoder.decode(frame)))
             else:
-                self._greet(client, self._hello_decoder.decode(frame))
+                self._authenticate(client, self._hello_decoder.decode(frame))
         if self._inbox:
             self._inbox_waker.wake()
 
-    def _greet(self, client: _Client, hello: Hello) -> None:
-        self._strangers.discard(client)
+    def _authenticate(self, client: _Client, hello: Hello) -> None:
+        self._unauthenticated.discard(client)
         if not tokens_equal(hello.token, self.token):
             self._drop(client, "wrong token")
             return
@@ -320,12 +309,12 @@ class ClientLink:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.backlog else 0)
         self._selector.modify(client.sock, events, client)
 
-    def _give_up(self, client: _Client, reason: str) -> None:
+    def _disconnect(self, client: _Client, reason: str) -> None:
         """From the loop's thread: forgets what waits at once, and leaves the closing to the I/O thread."""
         with client.lock:
             client.closed = True
             client.backlog = bytearray()
-        self._command(lambda: self._drop(client, reason))
+        self._post(lambda: self._drop(client, reason))
 
     def _drop(self, client: _Client, reason: str, level: int = logging.WARNING) -> None:
         """`level`: of the line in the log for one that was never accepted."""
@@ -336,7 +325,7 @@ class ClientLink:
                 return
             self._selector.unregister(client.sock)
             client.sock.close()
-        self._strangers.discard(client)
+        self._unauthenticated.discard(client)
         if self._clients.pop(client.id, None) is None:
             log.log(level, "refused a client: %s", reason)
             return
@@ -345,13 +334,13 @@ class ClientLink:
         self._inbox_waker.wake()
 
     def _next_deadline_s(self) -> float | None:
-        if not self._strangers:
+        if not self._unauthenticated:
             return None
-        return max(0.0, min(client.hello_deadline for client in self._strangers) - time.monotonic())
+        return max(0.0, min(client.hello_deadline for client in self._unauthenticated) - time.monotonic())
 
-    def _drop_silent_strangers(self) -> None:
+    def _drop_unauthenticated(self) -> None:
         now = time.monotonic()
-        for client in [client for client in self._strangers if client.hello_deadline <= now]:
+        for client in [client for client in self._unauthenticated if client.hello_deadline <= now]:
             self._drop(client, f"no greeting within {HELLO_TIMEOUT_S:g} s")
 
 

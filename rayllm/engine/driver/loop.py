@@ -14,11 +14,12 @@ from collections.abc import Callable
 import msgspec
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.driver.admission import Admission, check_request
+from rayllm.engine.driver.admission import Admission
+from rayllm.engine.driver.counters import EngineCounters
 from rayllm.engine.driver.open_requests import Client, OpenRequest, OpenRequests, Outbox
-from rayllm.engine.driver.retained_requests import Kept, Mirror
-from rayllm.engine.driver.stats import EngineFigures
+from rayllm.engine.driver.retained_requests import RetainedRequest, RetainedRequests
 from rayllm.engine.driver.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
+from rayllm.engine.request_checks import check_request
 from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
@@ -86,10 +87,10 @@ class EngineLoop:
         self._supervisor = supervisor = Supervisor(executor, wake, clock, first_steps_s)
         self._admission = Admission(config, scheduler, wall_clock, clock, lambda: supervisor.typical_step_s)
         self._open = OpenRequests(outbox)
-        self._mirror = Mirror(self._let_go)
+        self._retained = RetainedRequests(self._drop)
         self._reports: dict[Client, IngressReport] = {}
         self._failure: EngineError | None = None
-        self.figures = EngineFigures(scheduler, self._supervisor, clock)
+        self.counters = EngineCounters(scheduler, self._supervisor, clock)
         self.meanwhile: Callable[[float], None] | None = None
         """Waits at most so long for a sign of the workers, and has messages taken that come meanwhile."""
         self.tracer: Tracer | None = None
@@ -106,7 +107,7 @@ class EngineLoop:
         elif isinstance(message, Adopt):
             self._adopt(client, message)
         elif isinstance(message, Forget):
-            self._mirror.forget(message.client_key, message.answer_id)
+            self._retained.forget(message.client_key, message.answer_id)
         elif isinstance(message, (StatsQuery, ResetPrefixCache)):
             if isinstance(message, ResetPrefixCache):
                 self._scheduler.reset_prefix_cache()
@@ -123,7 +124,7 @@ class EngineLoop:
             check_request(request, self._config)
             self._admission.check(request)
         except OverloadedError as error:
-            self.figures.note_refusal(error.limit)
+            self.counters.note_refusal(error.limit)
             finish = Finish("error", code="overloaded", message=str(error), retry_after_s=error.retry_after_s)
             self._refuse(client, message, finish)
         except (RequestError, EngineError) as error:
@@ -140,10 +141,10 @@ class EngineLoop:
     def _open_request(self, client: Client, message: Submit) -> None:
         # Clients choose their ids freely; the scheduler's must be unique among all of them.
         open_id = f"{client}/{message.stream}"
-        kept = self._mirror.add(message.request, open_id) if message.request.keep is not None else None
-        request = msgspec.structs.replace(message.request, request_id=open_id, keep=None)
+        retained = self._retained.add(message.request, open_id) if message.request.retention is not None else None
+        request = msgspec.structs.replace(message.request, request_id=open_id, retention=None)
         now = self._clock()
-        self.figures.note_arrival(len(request.prompt) // 4, now)
+        self.counters.note_arrival(len(request.prompt) // 4, now)
         opened = OpenRequest(
             request_id=open_id,
             client=client,
@@ -153,7 +154,7 @@ class EngineLoop:
             arrived_at=now,
             log_id=request.log_id,
             spans=DriverSpans(self.tracer, request.traceparent, now) if self.tracer and request.traceparent else None,
-            kept=kept,
+            retained=retained,
         )
         self._open.add(opened)
         for choice, sequence in opened.sequences.items():
@@ -167,27 +168,27 @@ class EngineLoop:
             return
         request, choice = found
         self._scheduler.abort_sequence(request.sequences[choice])
-        if request.kept is not None and not pauses:
-            request.kept.history.append(choice, TokenDelta(stream, b"", Finish("abort")))
+        if request.retained is not None and not pauses:
+            request.retained.history.append(choice, TokenDelta(stream, b"", Finish("abort")))
         self._open.close_choice(request, choice, self._clock())
 
     def _adopt(self, client: Client, message: Adopt) -> None:
-        """Gives a kept request to this client, from its first token on; who had it is told."""
-        kept = self._mirror.find(message.client_key, message.answer_id)
-        if kept is not None and not (message.takes_over or kept.is_free):
-            kept = None
-        self._outbox(client, Adopted(message.stream, None if kept is None else kept.request))
-        if kept is None:
+        """Gives a retained request to this client, from its first token on; who had it is told."""
+        retained = self._retained.find(message.client_key, message.answer_id)
+        if retained is not None and not (message.takes_over or retained.is_free):
+            retained = None
+        self._outbox(client, Adopted(message.stream, None if retained is None else retained.request))
+        if retained is None:
             return
-        deltas = kept.history.deltas(message.stream)
-        request = self._open.get(kept.open_id)
-        if request is None or request.kept is not kept:
-            kept.alone_since = self._clock()
+        deltas = retained.history.deltas(message.stream)
+        request = self._open.get(retained.open_id)
+        if request is None or request.retained is not retained:
+            retained.detached_since = self._clock()
             paused = Finish("error", code=READER_PAUSED, message="submit the request again")
-            choices = kept.history.unfinished(kept.request.params.n)
+            choices = retained.history.unfinished(retained.request.params.n)
             deltas += [TokenDelta(message.stream + choice, b"", paused) for choice in choices]
         else:
-            kept.alone_since = None
+            retained.detached_since = None
             moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the answer goes on at another connection")
             choices = sorted(request.unfinished)
             self._outbox(request.client, Deltas([TokenDelta(request.stream(c), b"", moved) for c in choices]))
@@ -197,20 +198,20 @@ class EngineLoop:
             self._outbox(client, Deltas(deltas))
 
     def client_gone(self, client: Client) -> None:
-        """A client left: everything of its is aborted and its KV freed at once, but for what is kept."""
+        """A client left: everything of its is aborted and its KV freed at once, but for what is retained."""
         for request in self._open.of_client(client):
-            if request.kept is not None and self._mirror.holds(request.kept):
-                request.kept.alone_since = self._clock()
+            if request.retained is not None and self._retained.holds(request.retained):
+                request.retained.detached_since = self._clock()
                 log.info("goes on without its client", extra=request.log_fields)
                 continue
             log.info("aborted: its client is gone", extra=request.log_fields)
             self._abort_all(request)
         self._reports.pop(client, None)
 
-    def _let_go(self, kept: Kept) -> None:
+    def _drop(self, retained: RetainedRequest) -> None:
         """Nobody can adopt it any more: where it has no client, it goes on for no one."""
-        request = self._open.get(kept.open_id)
-        if request is not None and request.kept is kept and kept.alone_since is not None:
+        request = self._open.get(retained.open_id)
+        if request is not None and request.retained is retained and retained.detached_since is not None:
             log.info("aborted: no client will come for it", extra=request.log_fields)
             self._abort_all(request)
 
@@ -220,7 +221,7 @@ class EngineLoop:
 
     def _close_choice(self, request: OpenRequest, choice: int, finish: Finish) -> None:
         """It has ended without another token, of which its client is told."""
-        self._open.tell(request, choice, TokenDelta(request.stream(choice), b"", finish))
+        self._open.send(request, choice, TokenDelta(request.stream(choice), b"", finish))
         self._open.close_choice(request, choice, self._clock())
 
     # ------------------------------------------------------------------------------------------------ steps
@@ -235,7 +236,7 @@ class EngineLoop:
             return False
         self._expire()
         try:
-            return self._is_mended() and self._turn()
+            return self._has_recovered() and self._turn()
         except EngineError as error:
             self.fail(error)
             raise
@@ -248,7 +249,7 @@ class EngineLoop:
     @property
     def is_interrupted(self) -> bool:
         """Whether the workers are lost, for good or until they are replaced: nothing comes from them."""
-        return self._failure is not None or self._supervisor.mending
+        return self._failure is not None or self._supervisor.recovering
 
     @property
     def deadline_in_s(self) -> float | None:
@@ -259,11 +260,11 @@ class EngineLoop:
 
     def check(self) -> None:
         """For a loop without work: looks for a lost worker, and has it replaced."""
-        if self._failure is None and not self._supervisor.mending:
+        if self._failure is None and not self._supervisor.recovering:
             try:
                 self._executor.check()
             except WorkerDiedError as fault:
-                self._supervisor.mend(fault)
+                self._supervisor.recover(fault)
 
     def _turn(self) -> bool:
         scheduler, executor = self._scheduler, self._executor
@@ -281,9 +282,9 @@ class EngineLoop:
             self._supervisor.investigate()
             return True
         except WorkerDiedError as fault:
-            self._supervisor.mend(fault)
+            self._supervisor.recover(fault)
             return True
-        self.figures.note_result(result)
+        self.counters.note_result(result)
         self._deliver(scheduler.commit(result))
         return True
 
@@ -306,7 +307,7 @@ class EngineLoop:
             self.meanwhile(min(left_s, LOOK_S))
 
     def _note_plan(self, plan: StepPlan) -> None:
-        self.figures.note_plan(plan)
+        self.counters.note_plan(plan)
         started = self._scheduler.take_started()
         if not started:
             return
@@ -316,15 +317,15 @@ class EngineLoop:
             if request is not None:
                 request.note_started(sequence.choice, now)
                 if sequence.request.emitted:
-                    self._open.tell_start(request, sequence.choice)
+                    self._open.send_start(request, sequence.choice)
         self._open.flush()  # before the step: should it be the driver's last, the client knows whom it may blame
 
-    def _is_mended(self) -> bool:
+    def _has_recovered(self) -> bool:
         """Whether steps may go on; after a fault, from the tokens committed and with nothing else."""
-        if not self._supervisor.mending:
+        if not self._supervisor.recovering:
             return True
         outcome = self._supervisor.outcome()
-        if outcome is Outcome.MENDED:
+        if outcome is Outcome.RECOVERED:
             self._rewind()
         return outcome is not None
 
@@ -340,7 +341,7 @@ class EngineLoop:
                 request.num_faults,
                 extra=request.log_fields,
             )
-        self.figures.note_rewind()
+        self.counters.note_rewind()
         blamed = [request for request in self._open if request.num_faults > 1]
         scheduler.rewind(self._supervisor.epoch, quarantined=[request.request_id for request in blamed])
         for request in blamed:
@@ -362,7 +363,7 @@ class EngineLoop:
             self._scheduler.release_from_quarantine(request.request_id)
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
-        open_requests, now, num_tokens = self._open, self.figures.progress_at, 0
+        open_requests, now, num_tokens = self._open, self.counters.progress_at, 0
         for update in updates:
             choice = update.sequence.choice
             request = open_requests.get(update.sequence.request.request_id)
@@ -372,18 +373,18 @@ class EngineLoop:
             if request.num_faults > 1:
                 self._note_survival(request, len(update.token_ids))
             times = request.take_times(choice, now) if request.started_at else None
-            open_requests.tell(request, choice, _delta(request.first_stream + choice, update, times))
+            open_requests.send(request, choice, _delta(request.first_stream + choice, update, times))
             if update.finish is not None:
                 open_requests.close_choice(request, choice, now)
                 if update.finish.reason == "error" and request.unfinished:
                     self._end(request, update.finish)
-        self.figures.note_tokens(num_tokens)
+        self.counters.note_tokens(num_tokens)
         open_requests.flush()
 
     # ------------------------------------------------------------------------------------------------ ends
 
     def _expire(self) -> None:
-        self._mirror.expire(self._clock())
+        self._retained.expire(self._clock())
         with_deadline = self._open.with_deadline()
         if not with_deadline:
             return
@@ -417,7 +418,7 @@ class EngineLoop:
 
     def stats(self, ticket: int = 0) -> EngineStats:
         """Counters and gauges as they stand."""
-        return self.figures.stats(ticket, str(self._failure or ""))
+        return self.counters.stats(ticket, str(self._failure or ""))
 
 
 def _delta(stream: int, update: SequenceUpdate, times: Times | None) -> TokenDelta:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
-from rayllm.engine.driver.retained_requests import Kept
+from rayllm.engine.driver.retained_requests import RetainedRequest
 from rayllm.messages import Deltas, DriverMessage, Times, TokenDelta
 from rayllm.observability.trace import DriverSpans
 from rayllm.scheduler.sequence import Sequence
@@ -28,7 +28,7 @@ class OpenRequest:
     arrived_at: float
     log_id: str
     spans: DriverSpans | None = None
-    kept: Kept | None = None
+    retained: RetainedRequest | None = None
     """Where it outlives its client."""
     unfinished: set[int] = field(default_factory=set)
     """The choices that its client waits for."""
@@ -87,7 +87,7 @@ class OpenRequests:
         self._by_id: dict[str, OpenRequest] = {}
         self._by_stream: dict[tuple[Client, int], tuple[OpenRequest, int]] = {}
         self._with_deadline: dict[str, OpenRequest] = {}
-        self._untold: dict[Client, list[TokenDelta]] = {}
+        self._unsent: dict[Client, list[TokenDelta]] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -134,26 +134,26 @@ class OpenRequests:
             return
         del self._by_id[request.request_id]
         self._with_deadline.pop(request.request_id, None)
-        if request.kept is not None:
-            request.kept.alone_since = now
+        if request.retained is not None:
+            request.retained.detached_since = now
         if request.spans is not None:
             request.spans.close(now)
 
     # ------------------------------------------------------------------------------------------------ what is told
 
-    def tell(self, request: OpenRequest, choice: int, delta: TokenDelta) -> None:
-        """Its client is told with the next `flush`; what is kept of it has it at once."""
-        if request.kept is not None:
-            request.kept.history.append(choice, delta)
-        self._untold.setdefault(request.client, []).append(delta)
+    def send(self, request: OpenRequest, choice: int, delta: TokenDelta) -> None:
+        """Its client is told with the next `flush`; what is retained of it has it at once."""
+        if request.retained is not None:
+            request.retained.history.append(choice, delta)
+        self._unsent.setdefault(request.client, []).append(delta)
 
-    def tell_start(self, request: OpenRequest, choice: int) -> None:
+    def send_start(self, request: OpenRequest, choice: int) -> None:
         """Its client is told with the next `flush` that the choice comes to run."""
-        self._untold.setdefault(request.client, []).append(TokenDelta(request.stream(choice), b""))
+        self._unsent.setdefault(request.client, []).append(TokenDelta(request.stream(choice), b""))
 
     def flush(self) -> None:
-        untold, self._untold = self._untold, {}
-        for client, deltas in untold.items():
+        unsent, self._unsent = self._unsent, {}
+        for client, deltas in unsent.items():
             self._outbox(client, Deltas(deltas))
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """What happens when a step does not come back: who is to blame, when to wait on, when to give up. No Ray in here.
 
 A crash is told by the executor. A hang is told by nobody: a step that takes far longer than such steps do is
-suspicious, and the ranks are asked whether they live. Mending runs beside the loop, which goes on answering clients.
+suspicious, and the ranks are asked whether they live. Recovery runs beside the loop, which goes on answering clients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOOK_S = 0.5
 """How often to look whether a rank that is waited for is stopped."""
 NEW_SIZE_LIMIT_S = 5.0
 """At least, for a plan larger than any before it."""
-PARDON_LIMIT_S = 30.0
+EXTENDED_LIMIT_S = 30.0
 """Where all ranks answer, a slow step (a kernel that is compiled, an overloaded machine) is likelier than a deadlock,
 which the collectives' own time limit ends.
 """
@@ -90,7 +90,7 @@ class StepTimes:
 
 
 @dataclass(slots=True)
-class FaultFigures:
+class FaultCounters:
     """For `EngineStats`; see there."""
 
     num_faults: int = 0
@@ -113,16 +113,16 @@ class FaultFigures:
 
 
 class Outcome(Enum):
-    MENDED = "mended"
+    RECOVERED = "recovered"
     """All ranks are ready for a new epoch and know no row."""
-    ALL_LIVE = "all live"
+    ALL_ALIVE = "all alive"
     """Nobody hangs: the step may yet come, and is given longer, once."""
 
 
 class Supervisor:
-    """Stands between the loop and its executor. Called on the loop's thread; mending has a thread of its own.
+    """Stands between the loop and its executor. Called on the loop's thread; recovering has a thread of its own.
 
-    `wake` is called from that thread when there is an outcome. Without `wake`, mending is done by the caller.
+    `wake` is called from that thread when there is an outcome. Without `wake`, recovering is done by the caller.
     """
 
     def __init__(
@@ -132,19 +132,19 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
         first_steps_s: float = FIRST_STEPS_S,
     ):
-        self.figures = FaultFigures()
+        self.fault_counters = FaultCounters()
         self.epoch = 0
-        self.trouble = ""
+        self.problem = ""
         """What is being looked into or mended; empty while all is well."""
         self._executor = executor
         self._wake = wake
         self._clock = clock
         self._times = StepTimes(first_steps_s)
         self._sizes: deque[int] = deque()
-        self._mending: threading.Thread | None = None
+        self._recovery: threading.Thread | None = None
         self._outcome: Outcome | EngineError | None = None
-        self._pardoned = False
-        self._num_fruitless = 0
+        self._limit_extended = False
+        self._num_consecutive_faults = 0
         self._fault_at = -_FORGET_AFTER_S
         self._sign_of_life_at = self._committed_at = clock()
         self._gap_began_at: float | None = None
@@ -168,15 +168,15 @@ class Supervisor:
             result = self._await_result(timeout_s)
         now = self._sign_of_life_at = self._committed_at = self._clock()
         self._times.note(self._sizes.popleft(), result.elapsed_s)
-        self._pardoned = False
-        self._num_fruitless = 0
+        self._limit_extended = False
+        self._num_consecutive_faults = 0
         if self._gap_began_at is not None:
-            self.figures.note_gap(now - self._gap_began_at)
+            self.fault_counters.note_gap(now - self._gap_began_at)
             self._gap_began_at = None
         if self._stopwatch is not None:
             self._stopwatch.lap("first step")
-            self.figures.recovery_s, self._stopwatch = self._stopwatch.laps, None
-            log.warning("steps go on; seconds: %s", in_words(self.figures.recovery_s))
+            self.fault_counters.recovery_s, self._stopwatch = self._stopwatch.laps, None
+            log.warning("steps go on; seconds: %s", in_words(self.fault_counters.recovery_s))
         return result
 
     def _await_result(self, timeout_s: float | None) -> StepResult:
@@ -210,25 +210,25 @@ class Supervisor:
     def limit_s(self) -> float:
         """How long the oldest plan that is out may take."""
         limit_s = self._times.limit_s(self._sizes[0] if self._sizes else 1)
-        if not self._pardoned:
+        if not self._limit_extended:
             return limit_s
-        return max(limit_s, PARDON_LIMIT_S if self._times.are_known else COMPILING_STEPS_S)
+        return max(limit_s, EXTENDED_LIMIT_S if self._times.are_known else COMPILING_STEPS_S)
 
     # ----------------------------------------------------------------------------------------------- faults
 
     @property
-    def mending(self) -> bool:
+    def recovering(self) -> bool:
         """Whether `outcome` is to be asked before the next step."""
-        return self._mending is not None or self._outcome is not None
+        return self._recovery is not None or self._outcome is not None
 
     def investigate(self) -> None:
         """The step did not come in time."""
-        self.trouble = f"a step was not finished within {self.limit_s():.1f} s; the ranks are asked whether they live"
+        self.problem = f"a step was not finished within {self.limit_s():.1f} s; the ranks are asked whether they live"
         self._begin(None)
 
-    def mend(self, fault: WorkerDiedError) -> None:
+    def recover(self, fault: WorkerDiedError) -> None:
         """A worker is lost."""
-        self.trouble = f"{fault}; it is being replaced"
+        self.problem = f"{fault}; it is being replaced"
         self._begin(fault)
 
     def outcome(self) -> Outcome | None:
@@ -236,14 +236,14 @@ class Supervisor:
         outcome = self._outcome
         if outcome is None:
             return None
-        self._mending = self._outcome = None
-        self.trouble = ""
+        self._recovery = self._outcome = None
+        self.problem = ""
         if isinstance(outcome, EngineError):
             raise outcome
-        if outcome is Outcome.MENDED:
+        if outcome is Outcome.RECOVERED:
             self.epoch += 1
             self._sizes.clear()
-            self._pardoned = False
+            self._limit_extended = False
             self._sign_of_life_at = self._clock()
         return outcome
 
@@ -251,8 +251,8 @@ class Supervisor:
         if self._wake is None:
             self._outcome = self._settle(fault)
             return
-        self._mending = threading.Thread(target=self._run, args=(fault, self._wake), name="mending", daemon=True)
-        self._mending.start()
+        self._recovery = threading.Thread(target=self._run, args=(fault, self._wake), name="recovering", daemon=True)
+        self._recovery.start()
 
     def _run(self, fault: WorkerDiedError | None, wake: Callable[[], None]) -> None:
         self._outcome = self._settle(fault)
@@ -261,9 +261,9 @@ class Supervisor:
     def _settle(self, fault: WorkerDiedError | None) -> Outcome | EngineError:
         try:
             lost = [fault.rank] if fault is not None else self._executor.silent_ranks()
-            if not lost and not self._pardoned:
-                self._pardoned = True
-                return Outcome.ALL_LIVE
+            if not lost and not self._limit_extended:
+                self._limit_extended = True
+                return Outcome.ALL_ALIVE
             self._note("hang" if fault is None else "crash", fault := fault or _hang(lost))
             stopwatch = self._stopwatch = Stopwatch(self._clock)
             laps = self._executor.recover(lost or self._executor.ranks)
@@ -274,24 +274,24 @@ class Supervisor:
         except Exception as error:
             log.exception("a worker could not be replaced")
             return EngineError(f"a worker could not be replaced: {type(error).__name__}: {error}", code="worker_died")
-        return Outcome.MENDED
+        return Outcome.RECOVERED
 
     def _note(self, kind: str, fault: WorkerDiedError) -> None:
         """Counts the fault. Raises the last word of a rank that keeps failing."""
         now = self._clock()
-        self.figures.note_fault(kind, now - self._sign_of_life_at)
+        self.fault_counters.note_fault(kind, now - self._sign_of_life_at)
         if self._sizes and self._gap_began_at is None:
             self._gap_began_at = self._committed_at
         if now - self._fault_at > _FORGET_AFTER_S:
-            self._num_fruitless = 0
+            self._num_consecutive_faults = 0
         self._fault_at = now
-        self._num_fruitless += 1
-        self.trouble = f"{fault}; it is being replaced"
+        self._num_consecutive_faults += 1
+        self.problem = f"{fault}; it is being replaced"
         log.warning("%s; replacing it", fault)
-        if self._num_fruitless > (MAX_BUSY_FAULTS if self._sizes else MAX_IDLE_FAULTS):
+        if self._num_consecutive_faults > (MAX_BUSY_FAULTS if self._sizes else MAX_IDLE_FAULTS):
             raise WorkerDiedError(
                 fault.rank,
-                f"{fault.reason}; {self._num_fruitless} faults in a row without a finished step; "
+                f"{fault.reason}; {self._num_consecutive_faults} faults in a row without a finished step; "
                 f"{self._executor.describe_rank(fault.rank)}",
             )
 

@@ -29,7 +29,7 @@ class DriverWatch:
     async def wait_failed(self) -> str:
         """Returns once the driver has failed, died or fallen silent, or its node is lost, with the reason. One that is
         silent is killed: it would not hear Ray."""
-        signs = (self._told(), self._stopped(), self._silent(), self._node_lost())
+        signs = (self._reported(), self._stopped(), self._silent(), self._node_lost())
         watches = [asyncio.ensure_future(sign) for sign in signs]
         try:
             await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
@@ -38,7 +38,7 @@ class DriverWatch:
             for watch in watches:
                 watch.cancel()
 
-    async def _told(self) -> str:
+    async def _reported(self) -> str:
         import ray
 
         try:

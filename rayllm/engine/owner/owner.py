@@ -14,7 +14,7 @@ from typing import Any
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client.connection import BlockingConnection
-from rayllm.engine.driver.actor import known_engines
+from rayllm.engine.discovery import known_engines
 from rayllm.engine.owner.driver_watch import DriverWatch
 from rayllm.engine.owner.running_engine import RunningEngine, create_driver
 from rayllm.engine.owner.stage_board import publish_stage
@@ -173,7 +173,7 @@ class OwnedEngine:
                 self._make_next(self._end_driver(lost))
                 cleared_s = time.monotonic() - failed_s
                 self._num_restarts += 1
-                self._running.start(self.config, num_restarts=self._num_restarts, former_failure=reason)
+                self._running.start(self.config, num_restarts=self._num_restarts, previous_failure=reason)
                 break
             except EngineError as error:
                 if self._closed:
@@ -241,7 +241,7 @@ def _check_connected() -> None:
 
 
 def await_free(name: str, timeout_s: float = _NAME_WAIT_S) -> None:
-    """Waits for a former driver of this name to end, and for Ray to forget it."""
+    """Waits for a previous driver of this name to end, and for Ray to forget it."""
     deadline = time.monotonic() + timeout_s
     while name in known_engines() and time.monotonic() < deadline:
         time.sleep(0.02)

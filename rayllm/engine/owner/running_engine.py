@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayllm.config import RAY_NAMESPACE, ResolvedConfig
-from rayllm.engine.driver.actor import DriverActor, driver_name, known_engines
+from rayllm.engine.discovery import driver_name, known_engines
+from rayllm.engine.driver.actor import DriverActor
 from rayllm.errors import ConfigError, EngineError, NodeLostError
 from rayllm.executor.nodes import SILENCE_S, describe_lost, lost_nodes
 from rayllm.executor.placement import bundle_nodes, create_placement_group, is_whole
@@ -36,16 +37,16 @@ class RunningEngine:
         config: ResolvedConfig,
         on_stage: Callable[[str], None] | None = None,
         num_restarts: int = 0,
-        former_failure: str = "",
+        previous_failure: str = "",
     ) -> None:
-        """Brings the engine up and returns when it serves; `on_stage` is told each stage it comes to. The rest as for
+        """Brings the engine up and returns when it serves; `on_stage` is called with each stage. The rest as for
         `Driver.start`.
 
         Raises the engine's own error (`ConfigError`, `EngineError` ...), without Ray's traceback, and `NodeLostError`.
         """
         import ray
 
-        ready, told = self.driver.start.remote(config.model_dump_json(), num_restarts, former_failure), ""
+        ready, last_stage = self.driver.start.remote(config.model_dump_json(), num_restarts, previous_failure), ""
         looked_s = time.monotonic()
         try:
             while not ray.wait([ready], timeout=_STAGE_POLL_S if on_stage else _NODE_LOOK_S)[0]:
@@ -57,8 +58,8 @@ class RunningEngine:
                     continue
                 with contextlib.suppress(ray.exceptions.GetTimeoutError):
                     stage = ray.get(self.driver.stage.remote(), timeout=_NODE_LOOK_S)
-                    if stage != told:
-                        told = stage
+                    if stage != last_stage:
+                        last_stage = stage
                         on_stage(stage)
             ray.get(ready)
         except ray.exceptions.RayTaskError as error:
@@ -108,12 +109,12 @@ class RunningEngine:
 
 
 def create_driver(
-    config: ResolvedConfig, runner_factory: RunnerFactory | None = None, former_group: Any = None
+    config: ResolvedConfig, runner_factory: RunnerFactory | None = None, previous_group: Any = None
 ) -> RunningEngine:
     """Places an engine and makes its driver actor, not yet started: call `driver.start.remote(config_json)`
     and ask `driver.stage` meanwhile. Raises `ConfigError` where there is no room or the name is taken.
 
-    `former_group` is the placement group of a driver of the same config that has ended: it is used again where all
+    `previous_group` is the placement group of a driver of the same config that has ended: it is used again where all
     its places are still there, and removed where not.
     """
     import ray
@@ -123,10 +124,10 @@ def create_driver(
     name = config.engine.name
     if name in known_engines():
         raise ConfigError(f"an engine named {name!r} is already running: give this one another name, or stop that one")
-    if former_group is not None and not is_whole(former_group):
-        remove_placement_group(former_group)
-        former_group = None
-    group = former_group or create_placement_group(config)
+    if previous_group is not None and not is_whole(previous_group):
+        remove_placement_group(previous_group)
+        previous_group = None
+    group = previous_group or create_placement_group(config)
     options: dict[str, Any] = {
         "name": driver_name(name),
         "namespace": RAY_NAMESPACE,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from fakes import make_request
 
+from rayllm.engine.address import MAX_CLIENT_FRAME_BYTES, DriverAddress
 from rayllm.engine.client.connection import BlockingConnection, EngineConnection, connect
-from rayllm.engine.driver.link import MAX_CLIENT_FRAME_BYTES, ClientGone, ClientLink, DriverAddress
+from rayllm.engine.driver.link import ClientGone, ClientLink
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.channel import FrameTooLargeError
 from rayllm.messages import READER_PAUSED, Abort, Deltas, EngineStats, Finish, StatsQuery, Submit, TokenDelta

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from rayllm.engine.address import DriverAddress
 from rayllm.engine.client import follow
 from rayllm.engine.client.follow import leave_when_replaced
-from rayllm.engine.driver.link import DriverAddress
 from rayllm.errors import EngineError, EngineUnreachableError
 
 

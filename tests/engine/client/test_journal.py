@@ -11,11 +11,11 @@ from fakes import expected_tokens, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayllm.engine import delta_history
 from rayllm.engine.client.journal import MAX_FAULTS, JournaledEngine, JournaledStream
-from rayllm.engine.driver import retained_requests as mirror
 from rayllm.errors import EngineError
 from rayllm.messages import READER_PAUSED, EngineStats, Finish, TokenDelta, TokenLogprobs
-from rayllm.request import Keep, Request, pack_ids, unpack_ids
+from rayllm.request import Request, Retention, pack_ids, unpack_ids
 
 _GONE = EngineError("the engine's driver is gone", code="engine_gone")
 
@@ -200,7 +200,7 @@ async def test_a_request_that_ran_at_three_faults_is_refused_alone() -> None:
     poison, other = make_request([1], max_tokens=6), make_request([2], max_tokens=6)
     engine = JournaledEngine()
     drivers = [_Driver(1) for _ in range(MAX_FAULTS)]
-    with pytest.raises(EngineError, match="3 faults") as caught:
+    with pytest.raises(EngineError, match="failed 3 times") as caught:
         await _read(engine, poison, drivers)
     assert caught.value.code == "poison_request"
     assert await _read(engine, other, [_Driver()])
@@ -220,7 +220,7 @@ async def test_a_request_that_only_waited_when_drivers_were_lost_is_not_refused(
         while not driver.requests and not reading.done():
             await asyncio.sleep(0)
     if is_refused:
-        with pytest.raises(EngineError, match="3 faults"):
+        with pytest.raises(EngineError, match="failed 3 times"):
             await reading
     else:
         await reading
@@ -229,23 +229,23 @@ async def test_a_request_that_only_waited_when_drivers_were_lost_is_not_refused(
 
 @pytest.mark.parametrize("max_bytes", [150, 1500])
 async def test_a_history_too_long_to_be_sent_again_is_not(monkeypatch: pytest.MonkeyPatch, max_bytes: int) -> None:
-    monkeypatch.setattr(mirror, "MAX_HISTORY_BYTES", max_bytes)
-    engine, former, latter = JournaledEngine(), _Driver(num_batches=2), _Driver()
-    engine.attach(former)
-    request = msgspec.structs.replace(make_request([1, 2], max_tokens=5), keep=Keep("a", b""))
+    monkeypatch.setattr(delta_history, "MAX_HISTORY_BYTES", max_bytes)
+    engine, first, second = JournaledEngine(), _Driver(num_batches=2), _Driver()
+    engine.attach(first)
+    request = msgspec.structs.replace(make_request([1, 2], max_tokens=5), retention=Retention("a", b""))
     stream = engine.submit(request)
     reading = asyncio.create_task(_collect(stream))
     await asyncio.sleep(0.01)
-    engine.attach(latter)
+    engine.attach(second)
     await reading
     assert list(stream.journal.choices[0].token_ids) == expected_tokens(request)
-    assert former.requests[0].keep is not None
-    assert (latter.requests[0].keep is None) == (max_bytes == 150)
+    assert first.requests[0].retention is not None
+    assert (second.requests[0].retention is None) == (max_bytes == 150)
 
 
 async def test_a_request_waits_for_a_driver_only_so_long() -> None:
     engine = JournaledEngine(driver_wait_s=0.02)
-    with pytest.raises(EngineError, match=r"within 0.02 s \(driver_wait_s=0.02\): it has not come up yet"):
+    with pytest.raises(EngineError, match=r"after waiting 0.02 s \(driver_wait_s=0.02\): no driver has started yet"):
         await _collect(engine.submit(make_request([1])))
 
     patient = JournaledEngine(driver_wait_s=60)

@@ -18,7 +18,8 @@ from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client.connection import BlockingConnection, connect_by_name
-from rayllm.engine.driver.actor import Driver, find_address, find_driver, known_engines
+from rayllm.engine.discovery import find_address, find_driver, known_engines
+from rayllm.engine.driver.actor import Driver
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.driver.supervisor import FIRST_STEPS_S
 from rayllm.engine.owner.local import build_scheduler

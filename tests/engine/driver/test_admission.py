@@ -36,13 +36,13 @@ class _Queue:
 
     def pass_time(self, elapsed_s: float, num_started_tokens: int, num_plans: int = 100) -> None:
         """As if in that time sequences had come to run, others to half of their length, and some had always waited."""
-        self.admission._pace.look()
+        self.admission._throughput.look()
         self.now += elapsed_s
         self.scheduler.totals.num_started_tokens += num_started_tokens
         self.scheduler.totals.num_ended_tokens += 5
         self.scheduler.totals.num_ended_max_tokens += 10
         self.scheduler._in_flight.num_plans += num_plans
-        self.admission._pace.look()
+        self.admission._throughput.look()
 
     def request(self, prompt: list[int], n: int = 1, **changes: Any) -> Request:
         self.num_requests += 1

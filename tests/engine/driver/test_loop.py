@@ -9,7 +9,7 @@ import pytest
 from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_request
 
 from rayllm.engine.driver.loop import MAX_FAULTS_OF_REQUEST, MAX_QUARANTINE_RELEASES, QUARANTINE_TOKENS, EngineLoop
-from rayllm.engine.driver.supervisor import MIN_LIMIT_S, PARDON_LIMIT_S
+from rayllm.engine.driver.supervisor import EXTENDED_LIMIT_S, MIN_LIMIT_S
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import WorkerDiedError
 from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, StepPlan, StepResult, Submit
@@ -262,7 +262,7 @@ def test_where_all_ranks_live_the_step_is_waited_for_once_more_and_then_all_are_
     loop, clients = _run_mixed(slow)
     assert (slow.recovered, loop.stats().num_faults) == ([], 0)
     assert clients.tokens == expected.tokens
-    stuck = _Slow(MIN_LIMIT_S + PARDON_LIMIT_S)
+    stuck = _Slow(MIN_LIMIT_S + EXTENDED_LIMIT_S)
     loop, clients = _run_mixed(stuck)
     assert (stuck.recovered, loop.stats().num_faults) == ([[0, 1]], 1)
     assert clients.tokens == expected.tokens

@@ -3,18 +3,19 @@ from __future__ import annotations
 import pytest
 from scheduler.simulated_worker import make_sequence
 
+from rayllm.engine.delta_history import DeltaHistory
 from rayllm.engine.driver.open_requests import OpenRequest, OpenRequests
-from rayllm.engine.driver.retained_requests import History, Kept
+from rayllm.engine.driver.retained_requests import RetainedRequest
 from rayllm.messages import Deltas, DriverMessage, Finish, Times, TokenDelta
 from rayllm.request import pack_ids
 
 
 class _Open:
-    """Open requests, and what clients were told."""
+    """Open requests, and what clients were sent."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[object, DriverMessage]] = []
-        self.requests = OpenRequests(lambda client, message: self.told.append((client, message)))
+        self.sent: list[tuple[object, DriverMessage]] = []
+        self.requests = OpenRequests(lambda client, message: self.sent.append((client, message)))
 
     def add(self, client: str, first_stream: int, num_choices: int = 1, **fields: object) -> OpenRequest:
         sequences = {choice: make_sequence([1, 2]) for choice in range(num_choices)}
@@ -63,25 +64,25 @@ def test_one_message_a_client_carries_all_it_is_told() -> None:
     open_ = _Open()
     first, second, others = open_.add("a", 0), open_.add("a", 1), open_.add("b", 0)
     for number, request in enumerate([first, others, second, first]):
-        open_.requests.tell(request, 0, _delta(request.stream(0), number))
-    assert open_.told == []
+        open_.requests.send(request, 0, _delta(request.stream(0), number))
+    assert open_.sent == []
     open_.requests.flush()
-    assert open_.told == [("a", Deltas([_delta(0, 0), _delta(1, 2), _delta(0, 3)])), ("b", Deltas([_delta(0, 1)]))]
+    assert open_.sent == [("a", Deltas([_delta(0, 0), _delta(1, 2), _delta(0, 3)])), ("b", Deltas([_delta(0, 1)]))]
     open_.requests.flush()
-    assert len(open_.told) == 2, "told once"
+    assert len(open_.sent) == 2, "sent once"
 
 
 def test_what_is_kept_of_a_request_has_all_it_was_told_and_knows_when_it_was_over() -> None:
     open_ = _Open()
-    kept = Kept(make_sequence([1]).request, History(), "a/5")
-    request = open_.add("a", 5, num_choices=2, kept=kept)
-    open_.requests.tell(request, 1, _delta(6, 8))
-    open_.requests.tell(request, 1, TokenDelta(6, b"", Finish("length")))
-    assert kept.history.deltas() == [_delta(1, 8), TokenDelta(1, b"", Finish("length"))]
+    retained = RetainedRequest(make_sequence([1]).request, DeltaHistory(), "a/5")
+    request = open_.add("a", 5, num_choices=2, retained=retained)
+    open_.requests.send(request, 1, _delta(6, 8))
+    open_.requests.send(request, 1, TokenDelta(6, b"", Finish("length")))
+    assert retained.history.deltas() == [_delta(1, 8), TokenDelta(1, b"", Finish("length"))]
     open_.close(request, 1, now=20.0)
-    assert kept.alone_since is None
+    assert retained.detached_since is None
     open_.close(request, 0, now=30.0)
-    assert kept.alone_since == 30.0
+    assert retained.detached_since == 30.0
 
 
 def test_requests_with_a_deadline_are_known_until_they_are_over() -> None:

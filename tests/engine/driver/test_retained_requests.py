@@ -1,4 +1,4 @@
-"""Requests that outlive their client: the mirror by itself, and in the step loop."""
+"""Requests that outlive their client: the retained_requests by itself, and in the step loop."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayllm.engine.driver import retained_requests as mirror_module
+from rayllm.engine import delta_history
+from rayllm.engine.delta_history import DeltaHistory
 from rayllm.engine.driver.loop import EngineLoop
-from rayllm.engine.driver.retained_requests import HOLD_S, History, Kept, Mirror
+from rayllm.engine.driver.retained_requests import HOLD_S, RetainedRequest, RetainedRequests
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.messages import (
     ADOPTED_BY_ANOTHER,
@@ -29,12 +30,12 @@ from rayllm.messages import (
     TokenLogprobs,
     single_tokens,
 )
-from rayllm.request import Keep, Request, pack_ids, unpack_ids
+from rayllm.request import Request, Retention, pack_ids, unpack_ids
 
 
-def _kept(prompt: list[int], answer_id: str = "a", **fields: Any) -> Request:
+def _by_name(prompt: list[int], answer_id: str = "a", **fields: Any) -> Request:
     request = make_request(prompt, **fields)
-    return msgspec.structs.replace(request, client_key="me", keep=Keep(answer_id, b"how"))
+    return msgspec.structs.replace(request, client_key="me", retention=Retention(answer_id, b"how"))
 
 
 class _Engine:
@@ -72,7 +73,7 @@ class _Engine:
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 8, 30])
 def test_a_kept_request_goes_on_without_its_client_and_another_gets_all_of_it(num_steps: int) -> None:
     engine = _Engine()
-    request = _kept([5, 6, 7], max_tokens=12, n=2)
+    request = _by_name([5, 6, 7], max_tokens=12, n=2)
     engine.loop.submit("first", Submit(7, request))
     for _ in range(num_steps):
         engine.loop.step()
@@ -85,14 +86,14 @@ def test_a_kept_request_goes_on_without_its_client_and_another_gets_all_of_it(nu
         assert engine.tokens("second", 100 + choice) == expected_tokens(request, choice)
     adopted = engine.adopted("second")
     assert adopted is not None
-    assert (adopted.prompt, adopted.seed, adopted.keep) == (request.prompt, request.seed, request.keep)
+    assert (adopted.prompt, adopted.seed, adopted.retention) == (request.prompt, request.seed, request.retention)
     assert [delta.finish for delta in engine.deltas("second") if delta.finish] == [Finish("length")] * 2
     assert not engine.loop._open
 
 
 def test_who_had_it_is_told_and_gets_no_more() -> None:
     engine = _Engine()
-    request = _kept([5, 6, 7], max_tokens=12)
+    request = _by_name([5, 6, 7], max_tokens=12)
     engine.loop.submit("first", Submit(0, request))
     for _ in range(6):
         engine.loop.step()
@@ -109,7 +110,7 @@ def test_who_had_it_is_told_and_gets_no_more() -> None:
 
 def test_a_client_that_is_served_keeps_its_request_from_one_that_only_looks() -> None:
     engine = _Engine()
-    request = _kept([5, 6, 7], max_tokens=12)
+    request = _by_name([5, 6, 7], max_tokens=12)
     engine.loop.submit("first", Submit(0, request))
     engine.loop.step()
     engine.loop.submit("looker", Adopt(0, "me", "a", takes_over=False))
@@ -123,7 +124,7 @@ def test_a_client_that_is_served_keeps_its_request_from_one_that_only_looks() ->
 @pytest.mark.parametrize(("client_key", "answer_id"), [("you", "a"), ("me", "b"), ("", "a")])
 def test_nobody_else_can_adopt_it(client_key: str, answer_id: str) -> None:
     engine = _Engine()
-    engine.loop.submit("first", Submit(0, _kept([5, 6, 7])))
+    engine.loop.submit("first", Submit(0, _by_name([5, 6, 7])))
     engine.loop.submit("second", Adopt(0, client_key, answer_id))
     assert engine.adopted("second") is None
     engine.run()
@@ -132,7 +133,7 @@ def test_nobody_else_can_adopt_it(client_key: str, answer_id: str) -> None:
 
 def test_a_request_that_no_client_comes_for_is_ended_and_forgotten() -> None:
     engine = _Engine()
-    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=100)))
+    engine.loop.submit("first", Submit(0, _by_name([5, 6, 7], max_tokens=100)))
     engine.loop.step()
     engine.loop.client_gone("first")
     engine.now = HOLD_S - 1
@@ -151,7 +152,7 @@ def test_a_request_that_no_client_comes_for_is_ended_and_forgotten() -> None:
 
 def test_what_its_client_ended_stays_ended() -> None:
     engine = _Engine()
-    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=100, n=2)))
+    engine.loop.submit("first", Submit(0, _by_name([5, 6, 7], max_tokens=100, n=2)))
     for _ in range(4):
         engine.loop.step()
     engine.loop.submit("first", Abort(1))
@@ -165,7 +166,7 @@ def test_what_its_client_ended_stays_ended() -> None:
 
 def test_a_paused_request_is_submitted_again_by_who_adopts_it() -> None:
     engine = _Engine()
-    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=100)))
+    engine.loop.submit("first", Submit(0, _by_name([5, 6, 7], max_tokens=100)))
     for _ in range(4):
         engine.loop.step()
     engine.loop.submit("first", Abort(0, pauses=True))
@@ -185,7 +186,7 @@ def test_a_request_that_nothing_keeps_ends_with_its_client() -> None:
 
 def test_a_request_that_goes_on_alone_ends_when_its_client_submits_it_again() -> None:
     engine = _Engine()
-    request = _kept([5, 6, 7], max_tokens=40)
+    request = _by_name([5, 6, 7], max_tokens=40)
     engine.loop.submit("first", Submit(0, request))
     for _ in range(4):
         engine.loop.step()
@@ -199,7 +200,7 @@ def test_a_request_that_goes_on_alone_ends_when_its_client_submits_it_again() ->
 
 def test_a_request_that_goes_on_alone_ends_when_it_is_forgotten() -> None:
     engine = _Engine()
-    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=40)))
+    engine.loop.submit("first", Submit(0, _by_name([5, 6, 7], max_tokens=40)))
     engine.loop.step()
     engine.loop.client_gone("first")
     engine.loop.submit("second", Forget("me", "a"))
@@ -209,7 +210,7 @@ def test_a_request_that_goes_on_alone_ends_when_it_is_forgotten() -> None:
 
 def test_a_request_that_is_served_goes_on_when_it_is_forgotten() -> None:
     engine = _Engine()
-    request = _kept([5, 6, 7], max_tokens=12)
+    request = _by_name([5, 6, 7], max_tokens=12)
     engine.loop.submit("first", Submit(0, request))
     engine.loop.step()
     engine.loop.submit("first", Forget("me", "a"))
@@ -219,14 +220,14 @@ def test_a_request_that_is_served_goes_on_when_it_is_forgotten() -> None:
 
 def test_what_a_former_driver_sent_is_part_of_it() -> None:
     engine = _Engine()
-    request = _kept([5, 6, 7], max_tokens=10, n=2)
+    request = _by_name([5, 6, 7], max_tokens=10, n=2)
     answers = [expected_tokens(request, choice) for choice in range(2)]
     sent = [TokenDelta(1, pack_ids(answers[1][:2])), TokenDelta(0, pack_ids(answers[0][:1]))]
     sent.append(TokenDelta(1, pack_ids(answers[1][2:3])))
-    assert request.keep is not None
-    keep = msgspec.structs.replace(request.keep, history=History(sent).encode())
+    assert request.retention is not None
+    keep = msgspec.structs.replace(request.retention, history=DeltaHistory(sent).encode())
     emitted = (pack_ids(answers[0][:1]), pack_ids(answers[1][:3]))
-    engine.loop.submit("first", Submit(0, msgspec.structs.replace(request, emitted=emitted, keep=keep)))
+    engine.loop.submit("first", Submit(0, msgspec.structs.replace(request, emitted=emitted, retention=keep)))
     engine.run()
     engine.loop.submit("second", Adopt(0, "me", "a"))
     assert [engine.tokens("second", choice) for choice in range(2)] == answers
@@ -261,14 +262,14 @@ def _deltas(draw: st.DrawFn) -> list[TokenDelta]:
 
 @given(_deltas())
 def test_token_by_token_a_history_is_what_was_sent(deltas: list[TokenDelta]) -> None:
-    history = History.decode(History(deltas).encode())
+    history = DeltaHistory.decode(DeltaHistory(deltas).encode())
     assert [one for delta in history.deltas() for one in single_tokens(delta)] == [
         one for delta in deltas for one in single_tokens(delta)
     ]
 
 
 def test_long_answers_take_little_more_than_their_tokens() -> None:
-    history = History()
+    history = DeltaHistory()
     for token in range(10_000):
         history.append(0, TokenDelta(0, pack_ids([token])))
     assert len(history.deltas()) == 1
@@ -276,8 +277,8 @@ def test_long_answers_take_little_more_than_their_tokens() -> None:
 
 
 def test_a_history_that_grows_too_long_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror_module, "MAX_HISTORY_BYTES", 230)
-    history = History()
+    monkeypatch.setattr(delta_history, "MAX_HISTORY_BYTES", 230)
+    history = DeltaHistory()
     for token in range(100):
         history.append(0, TokenDelta(0, pack_ids([token])))
         assert history.is_too_long == (token > 6)
@@ -285,9 +286,9 @@ def test_a_history_that_grows_too_long_takes_no_memory(monkeypatch: pytest.Monke
 
 
 def test_an_answer_too_long_to_be_sent_again_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror_module, "MAX_HISTORY_BYTES", 210)
+    monkeypatch.setattr(delta_history, "MAX_HISTORY_BYTES", 210)
     engine = _Engine()
-    engine.loop.submit("first", Submit(0, _kept([5, 6, 7], max_tokens=40)))
+    engine.loop.submit("first", Submit(0, _by_name([5, 6, 7], max_tokens=40)))
     for _ in range(4):
         engine.loop.step()
     engine.loop.submit("second", Adopt(0, "me", "a"))
@@ -297,14 +298,14 @@ def test_an_answer_too_long_to_be_sent_again_ends_with_its_client(monkeypatch: p
 
 
 def test_the_oldest_that_nobody_waits_for_is_let_go_first() -> None:
-    let_go: list[Kept] = []
-    mirror = Mirror(let_go.append, max_bytes=3000)
+    let_go: list[RetainedRequest] = []
+    retained_requests = RetainedRequests(let_go.append, max_bytes=3000)
     prompt = list(range(200))  # 800 bytes
-    kept = [mirror.add(_kept(prompt, answer_id), answer_id) for answer_id in "abc"]
-    kept[1].alone_since = 0.0
-    mirror.add(_kept(prompt, "d"), "d")
-    assert [mirror.find("me", answer_id) is not None for answer_id in "abcd"] == [True, False, True, True]
-    mirror.add(_kept(prompt, "e"), "e")
-    assert mirror.find("me", "a") is None
-    assert not mirror.holds(kept[0])
+    kept = [retained_requests.add(_by_name(prompt, answer_id), answer_id) for answer_id in "abc"]
+    kept[1].detached_since = 0.0
+    retained_requests.add(_by_name(prompt, "d"), "d")
+    assert [retained_requests.find("me", answer_id) is not None for answer_id in "abcd"] == [True, False, True, True]
+    retained_requests.add(_by_name(prompt, "e"), "e")
+    assert retained_requests.find("me", "a") is None
+    assert not retained_requests.holds(kept[0])
     assert let_go == [kept[1], kept[0]]

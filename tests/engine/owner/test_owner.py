@@ -24,10 +24,10 @@ class _Running:
         self.was_asked = True
         self.lost: dict[str, str] = {}
         self.num_restarts: int | None = None
-        self.former_failure = ""
+        self.previous_failure = ""
 
-    def start(self, config: Any, on_stage: Any = None, num_restarts: int = 0, former_failure: str = "") -> None:
-        self.num_restarts, self.former_failure = num_restarts, former_failure
+    def start(self, config: Any, on_stage: Any = None, num_restarts: int = 0, previous_failure: str = "") -> None:
+        self.num_restarts, self.previous_failure = num_restarts, previous_failure
         if self.error is not None:
             raise self.error
 
@@ -59,10 +59,10 @@ class _Made(list[tuple[_Running, Any]]):
 def made(monkeypatch: pytest.MonkeyPatch) -> _Made:
     made = _Made()
 
-    def create_driver(config: Any, factory: Any, former_group: Any = None) -> _Running:
+    def create_driver(config: Any, factory: Any, previous_group: Any = None) -> _Running:
         if made.refusals and (refusal := made.refusals.pop(0)) is not None:
             raise refusal
-        made.append((_Running(), former_group))
+        made.append((_Running(), previous_group))
         made[-1][0].error = made.errors.pop(0) if made.errors else None
         return made[-1][0]
 
@@ -86,7 +86,7 @@ def test_the_next_driver_is_offered_the_place_of_the_last(made: _Made) -> None:
     engine.start()
     engine.replace("it died")
     assert [(running.ended, group) for running, group in made] == [(True, None), (False, "the group")]
-    assert [running.former_failure for running, _ in made] == ["", "it died"]
+    assert [running.previous_failure for running, _ in made] == ["", "it died"]
     engine.close()
     assert [running.closed for running, _ in made] == [False, True]
 
@@ -117,7 +117,7 @@ def test_a_driver_that_does_not_start_is_replaced_as_one_that_was_lost(made: _Ma
     assert not engine.has_given_up
     assert [running.num_restarts for running, _ in made] == [None, 1, 2, 3]
     assert [running.ended for running, _ in made] == [True, True, True, False]
-    assert made[3][0].former_failure.startswith("it died; the next driver did not start: the driver could not start")
+    assert made[3][0].previous_failure.startswith("it died; the next driver did not start: the driver could not start")
 
 
 def test_drivers_that_never_start_are_given_up(made: _Made) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from rayllm.engine.address import DriverAddress
 from rayllm.engine.client.connection import BlockingConnection
 from rayllm.engine.client.continued import ContinuedEngine
 from rayllm.engine.client.engine_thread import EngineThread
-from rayllm.engine.driver.link import ClientLink, DriverAddress
+from rayllm.engine.driver.link import ClientLink
 from rayllm.engine.owner import watched
 from rayllm.engine.owner.watched import WatchedEngine
 from rayllm.errors import EngineError

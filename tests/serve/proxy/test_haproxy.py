@@ -50,7 +50,7 @@ def serves_config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @needs_haproxy
-def test_haproxy_takes_serves_configuration_as_it_is_mended(serves_config: str, tmp_path: Path) -> None:
+def test_haproxy_takes_serves_configuration_as_it_has_recovered(serves_config: str, tmp_path: Path) -> None:
     command = proxy_environment(SERVER, str(tmp_path))["RAY_SERVE_HAPROXY_BINARY_PATH"]
     path = tmp_path / "haproxy.cfg"
     path.write_text(serves_config)

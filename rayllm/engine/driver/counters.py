@@ -8,12 +8,12 @@ from rayllm.engine.driver.supervisor import Supervisor
 from rayllm.messages import EngineStats, StepPlan, StepResult
 from rayllm.observability.declared import ITERATION_EDGES, STEP_EDGES_S
 from rayllm.observability.histogram import Histogram
-from rayllm.observability.statistics import Figures
+from rayllm.observability.statistics import StatisticsSample
 from rayllm.request import unpack_ids
 from rayllm.scheduler.scheduler import Scheduler
 
 
-class EngineFigures:
+class EngineCounters:
     """The loop notes what happens; others ask how things stand. Totals only grow."""
 
     def __init__(self, scheduler: Scheduler, supervisor: Supervisor, clock: Callable[[], float]):
@@ -69,10 +69,10 @@ class EngineFigures:
 
     # ---------------------------------------------------------------------------------------------- how things stand
 
-    def line(self) -> Figures:
+    def sample(self) -> StatisticsSample:
         """For the statistics line. May be called from another thread."""
         scheduler, totals = self._scheduler, self._scheduler.totals
-        return Figures(
+        return StatisticsSample(
             num_prompt_tokens=totals.num_started_tokens,
             num_generation_tokens=self._num_generation_tokens,
             num_running=scheduler.num_running,
@@ -86,9 +86,9 @@ class EngineFigures:
     def stats(self, ticket: int, failure: str) -> EngineStats:
         """`failure`: why the engine is lost; empty else."""
         scheduler, supervisor, totals = self._scheduler, self._supervisor, self._scheduler.totals
-        faults = supervisor.figures
+        faults = supervisor.fault_counters
         stalled_s = self._clock() - self.progress_at if scheduler.has_work else 0.0
-        reason = failure or supervisor.trouble
+        reason = failure or supervisor.problem
         if not reason and stalled_s > 2 * supervisor.limit_s():
             reason = f"work waits and no step was finished for {stalled_s:.1f} s"
         return EngineStats(
@@ -108,7 +108,7 @@ class EngineFigures:
             num_steps=self._num_steps,
             step_wait_s=self._step_wait_s,
             stalled_s=stalled_s,
-            recovering=supervisor.mending,
+            recovering=supervisor.recovering,
             num_faults=faults.num_faults,
             detection_s=faults.detection_s,
             gap_s=faults.gap_s,
