@@ -34,6 +34,7 @@ from rayllm.engine.client.outputs import (
     derived_seed,
     prepare_prompt,
     raise_failed,
+    truncated,
 )
 from rayllm.engine.driver.actor import Driver
 from rayllm.engine.owner.generation_config import default_sampling_params
@@ -365,6 +366,7 @@ class AsyncEngine:
         if params.seed is None and not params.greedy:
             seed = derived_seed(self.config.engine.seed, next(self._unseeded))
         tokenizer, request_id = self.get_tokenizer(), request_id or uuid.uuid4().hex
+        prompt = truncated(prompt, params, self.config.max_model_len)
         request = build_request(request_id, prompt.token_ids, params, self.config, tokenizer, seed)
         builder = OutputBuilder(request, prompt, tokenizer)
         deltas = self._attached().submit(request)

@@ -141,6 +141,15 @@ class RemoteEngine:
 
         return Pending(self._thread.submit(ask()))
 
+    def reset_prefix_cache(self) -> Pending[bool]:
+        """As `AsyncLLM.reset_prefix_cache`."""
+        self._check_open()
+
+        async def ask() -> bool:
+            return await (await self._opened()).reset_prefix_cache()
+
+        return Pending(self._thread.submit(ask()))
+
     def close(self) -> Pending[None]:
         """Ends this client and its open requests, and the connection to Ray where it was made for this engine. The
         engine itself runs on. Where no event loop runs it is done when this returns, else when it was awaited; safe to

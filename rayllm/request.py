@@ -157,6 +157,14 @@ class SamplingParams:
     """Gives the log-probabilities of these tokens, in place of the most likely ones, beside the sampled token's."""
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    """Only True: tokenizers say themselves where spaces are."""
+    truncate_prompt_tokens: int | None = None
+    """Callers of Python: only the prompt's last so many tokens count; -1: as many as the context holds."""
+    priority: int = 0
+    """Callers of Python: lower is served first."""
+    best_of: int | None = None
+    """Only None or `n`: vLLM has removed it."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
     structured_outputs: StructuredOutputsParams | None = None
@@ -220,6 +228,21 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         self._check_logprobs()
+        self._check_compatible()
+
+    def _check_compatible(self) -> None:
+        if self.spaces_between_special_tokens is not True:
+            raise ValueError(
+                f"spaces_between_special_tokens={self.spaces_between_special_tokens!r} is not supported: give True"
+            )
+        if self.best_of not in (None, self.n):
+            raise ValueError(
+                f"best_of={self.best_of!r} is not supported: ask for n={self.best_of!r} with logprobs=0 and take the "
+                "outputs with the largest cumulative_logprob"
+            )
+        if self.truncate_prompt_tokens not in (None, -1):
+            _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, _MAX_INT32, "; -1 is the context")
+        _check_int("priority", self.priority, -_MAX_INT32 - 1, _MAX_INT32)
 
     def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):

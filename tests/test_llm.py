@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rayllm import LLM, SamplingParams
+from rayllm.engine.client.outputs import prepare_prompt
 from rayllm.errors import ContextLengthError, EngineError, RequestError
 from rayllm.request import OutputError
 
@@ -135,6 +136,24 @@ def test_requests_without_a_seed_differ_and_the_whole_run_repeats() -> None:
             runs.append([output.outputs[0].token_ids for output in outputs])
     assert runs[0] == runs[1]
     assert len({tuple(ids) for ids in runs[0]}) == 3
+
+
+def test_a_long_prompt_is_truncated_where_the_parameters_say_so(llm: LLM) -> None:
+    ids, limit = list(range(5, 205)) * 20, llm.config.max_model_len
+    greedy = SamplingParams(temperature=0, max_tokens=4)
+    params = [greedy.with_(truncate_prompt_tokens=num) for num in (7, -1)]
+    last, rest = llm.generate([{"prompt_token_ids": ids}] * 2, params)
+    assert last.prompt_token_ids == ids[-7:]
+    assert rest.prompt_token_ids == ids[-(limit - 4) :]
+    [whole] = llm.generate({"prompt_token_ids": ids[-7:]}, greedy)
+    assert last.outputs[0].token_ids == whole.outputs[0].token_ids
+    with pytest.raises(RequestError, match=rf"truncate_prompt_tokens={limit + 1} is outside \[1, {limit}\]"):
+        llm.generate("hi", SamplingParams(truncate_prompt_tokens=limit + 1))
+
+
+def test_a_requests_priority_is_its_parameters(llm: LLM) -> None:
+    request = llm._client.request(prepare_prompt("hi", llm.get_tokenizer()), SamplingParams(priority=-3))
+    assert request.priority == -3
 
 
 def test_a_prompt_that_does_not_fit_starts_nothing(llm: LLM) -> None:

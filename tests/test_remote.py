@@ -109,6 +109,18 @@ def test_an_engine_that_is_not_found_is_an_error_at_once(released: list[str]) ->
         get_engine("nope")
 
 
+def test_the_prefix_cache_is_emptied(driver: Driver, released: list[str]) -> None:
+    prompt = "Once upon a time there was a small model. " * 4
+    with get_engine() as engine:
+        engine.generate(prompt, GREEDY).result(60)
+        again = engine.generate(prompt, GREEDY).result(60)
+        assert engine.reset_prefix_cache().result(60) is True
+        anew = engine.generate(prompt, GREEDY).result(60)
+    assert again.metrics.num_cached_tokens > 0
+    assert anew.metrics.num_cached_tokens == 0
+    assert anew.outputs[0].token_ids == again.outputs[0].token_ids
+
+
 async def test_in_a_coroutine_await_raises_what_went_wrong(released: list[str]) -> None:
     with pytest.raises(EngineUnreachableError, match="no engine named 'nope'"):
         await get_engine("nope")

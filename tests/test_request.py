@@ -43,6 +43,13 @@ from rayllm.request import Request, SamplingParams, StructuredOutputsParams, pac
         ("min_tokens", -1),
         ("logprobs", -2),
         ("prompt_logprobs", -2),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", True),
+        ("truncate_prompt_tokens", 1.5),
+        ("priority", 2**31),
+        ("priority", None),
+        ("best_of", 2),
+        ("spaces_between_special_tokens", False),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:

@@ -18,6 +18,7 @@ from rayllm.engine.client.outputs import (
     derived_seed,
     raise_failed,
     settle,
+    truncated,
 )
 from rayllm.errors import RequestError
 from rayllm.messages import TokenDelta
@@ -115,6 +116,8 @@ class BlockingClient:
         self, prompts: Sequence[PreparedPrompt], params: Sequence[SamplingParams]
     ) -> tuple[list[OutputBuilder], Call]:
         """Builds all requests, then submits them: a fault in one starts none."""
+        limit = self._config.max_model_len
+        prompts = [truncated(prompt, p, limit) for prompt, p in zip(prompts, params, strict=True)]
         with self._lock:  # the seeds of a call's requests follow one another
             requests = [self.request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
         builders = [OutputBuilder(r, p, self._tokenizer) for r, p in zip(requests, prompts, strict=True)]

@@ -68,6 +68,20 @@ def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
     return PreparedPrompt(None, ids)
 
 
+def truncated(prompt: PreparedPrompt, params: SamplingParams, max_model_len: int) -> PreparedPrompt:
+    """The prompt's last `truncate_prompt_tokens` tokens; -1: with room for one token more. Raises `RequestError` where
+    these are more than the context holds."""
+    limit = params.truncate_prompt_tokens
+    if limit is None:
+        return prompt
+    if limit > max_model_len:
+        raise RequestError(
+            f"truncate_prompt_tokens={limit} is outside [1, {max_model_len}]", param="truncate_prompt_tokens"
+        )
+    num_kept = max(1, max_model_len - (params.max_tokens or 1)) if limit == -1 else limit
+    return PreparedPrompt(prompt.text, prompt.token_ids[-num_kept:])
+
+
 def build_request(
     request_id: str,
     token_ids: Sequence[int],
@@ -89,6 +103,7 @@ def build_request(
         params=params,
         seed=default_seed if params.seed is None else params.seed,
         max_tokens=resolve_max_tokens(len(token_ids), params.max_tokens, config.max_model_len),
+        priority=params.priority,
     )
     check_request(request, config)
     if params.structured_outputs is not None:
