@@ -50,7 +50,7 @@ from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.messages import EngineStats
 from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
-from rayllm.weights.hub import bring_here
+from rayllm.weights.hub import ensure_downloaded
 
 if TYPE_CHECKING:
     from rayllm.api.chat_prompt import ChatPrompts
@@ -72,7 +72,7 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
 def _resolve(config: EngineConfig) -> ResolvedConfig:
     """With a Ray at hand, its cluster's devices count, and it carries the engine. A model that is named by its hub's
     name and not on this machine is downloaded first."""
-    bring_here(config)
+    ensure_downloaded(config)
     if config.distributed_executor_backend == "inproc" or not ray_is_initialized():
         resolved = resolve(config)
     else:

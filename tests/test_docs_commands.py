@@ -18,7 +18,7 @@ from docs import ROOT, fenced, inline, shell_lines
 from serve.served import Served
 
 import rayllm
-from rayllm.cli.main import VERBS
+from rayllm.cli.main import COMMANDS
 from rayllm.config import Environment
 from rayllm.demo import DEMO_MODEL_NAME
 from rayllm.engine.driver.fault_injection import KilledWorker
@@ -47,8 +47,8 @@ def _command_table() -> Iterator[tuple[str, str]]:
     text = (ROOT / document).read_text(encoding="utf-8")
     for row in text.partition("| Command |")[2].partition("\n\n")[0].splitlines()[2:]:
         first, *others = re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", row)[1].replace("\\|", "|"))
-        has_subverbs = hasattr(importlib.import_module(VERBS[first.split(" ")[0]][0]), "SUBVERBS")
-        parent = f"{first.split(' ')[0]} " if has_subverbs else ""
+        has_subcommands = hasattr(importlib.import_module(COMMANDS[first.split(" ")[0]][0]), "SUBCOMMANDS")
+        parent = f"{first.split(' ')[0]} " if has_subcommands else ""
         yield document, f"rayllm {first}"
         for other in others:
             yield document, f"rayllm {other if other.startswith(parent) else parent + other}"
@@ -82,12 +82,12 @@ def test_a_command_is_one_that_its_program_takes(
 def _check_rayllm(words: Sequence[str]) -> None:
     from rayllm.cli.serve import parse_serve
 
-    verb, *rest = words
-    module = importlib.import_module(VERBS[verb][0])
-    if hasattr(module, "SUBVERBS"):
-        subverb, *rest = rest
-        module = importlib.import_module(module.SUBVERBS[subverb][0])
-    if verb == "serve":
+    command, *rest = words
+    module = importlib.import_module(COMMANDS[command][0])
+    if hasattr(module, "SUBCOMMANDS"):
+        subcommand, *rest = rest
+        module = importlib.import_module(module.SUBCOMMANDS[subcommand][0])
+    if command == "serve":
         parse_serve(rest)
     else:
         module.parser().parse(rest)
@@ -119,13 +119,13 @@ def _check_pip(words: Sequence[str]) -> None:
 
 
 def _check_serve(words: Sequence[str]) -> None:
-    verb, target, *_ = words
-    if verb == "run":
+    command, target, *_ = words
+    if command == "run":
         module, _, name = target.partition(":")
         source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
         assert re.search(rf"^(def )?{name}\b", source, re.MULTILINE)
     else:
-        assert verb == "deploy"
+        assert command == "deploy"
         assert (ROOT / target).is_file()
 
 

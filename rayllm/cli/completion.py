@@ -1,4 +1,4 @@
-"""`rayllm completion SHELL`: a script that lets bash, zsh or fish complete verbs, flags and their values.
+"""`rayllm completion SHELL`: a script that lets bash, zsh or fish complete commands, flags and their values.
 
 It is made from the parsers themselves, so that it knows what they know.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from rayllm.cli.flags import Parser
-from rayllm.cli.main import VERBS
+from rayllm.cli.main import COMMANDS
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -29,13 +29,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """What stands after `rayllm`: one word, or two for a verb that has verbs of its own. `subverbs` are those, or the
-    words that its argument may be."""
+    """What stands after `rayllm`: one word, or two for a subcommand. `subcommands` are those it has, or the words
+    that its argument may be."""
 
     words: str
     text: str
     options: tuple[Option, ...]
-    subverbs: tuple[tuple[str, str], ...] = ()
+    subcommands: tuple[tuple[str, str], ...] = ()
 
 
 def parser() -> Parser:
@@ -56,21 +56,21 @@ def run(argv: Sequence[str]) -> int:
 
 
 def commands() -> Iterator[Command]:
-    """Every verb, and every verb of theirs."""
-    for verb, (name, text) in VERBS.items():
+    """Every command and subcommand."""
+    for command, (name, text) in COMMANDS.items():
         module = import_module(name)
-        subverbs = getattr(module, "SUBVERBS", {})
-        if not subverbs:
+        subcommands = getattr(module, "SUBCOMMANDS", {})
+        if not subcommands:
             made = module.parser()
-            yield Command(verb, text, _options(made), _choices(made))
+            yield Command(command, text, _options(made), _choices(made))
             continue
-        yield Command(verb, text, (), tuple((sub, what) for sub, (_, what) in subverbs.items()))
-        for sub, (path, what) in subverbs.items():
-            yield Command(f"{verb} {sub}", what, _options(import_module(path).parser()))
+        yield Command(command, text, (), tuple((sub, what) for sub, (_, what) in subcommands.items()))
+        for sub, (path, what) in subcommands.items():
+            yield Command(f"{command} {sub}", what, _options(import_module(path).parser()))
 
 
 def _choices(parser: Parser) -> tuple[tuple[str, str], ...]:
-    """What the verb's argument may be, where it is one of a few words."""
+    """What the command's argument may be, where it is one of a few words."""
     arguments = [action for action in parser._actions if not action.option_strings]
     return tuple((str(word), "") for action in arguments for word in action.choices or ())
 
@@ -92,12 +92,12 @@ def _values(action: argparse.Action) -> tuple[str, ...]:
     return tuple(shown[1:-1].split(",")) if shown.startswith("{") else ()
 
 
-def _verbs(found: Sequence[Command]) -> list[tuple[str, str]]:
+def _top_level(found: Sequence[Command]) -> list[tuple[str, str]]:
     return [(command.words, command.text) for command in found if " " not in command.words]
 
 
 def _parents(found: Sequence[Command]) -> list[Command]:
-    return [command for command in found if command.subverbs]
+    return [command for command in found if command.subcommands]
 
 
 def _flag_values(found: Sequence[Command]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -119,16 +119,16 @@ def bash(found: Sequence[Command]) -> str:
     )
     return f"""\
 _rayllm() {{
-    local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[COMP_CWORD-1]}}" verb="${{COMP_WORDS[1]}}" words=""
+    local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[COMP_CWORD-1]}}" cmd="${{COMP_WORDS[1]}}" words=""
     COMPREPLY=()
-    case "$verb" in
-        {parents}) (( COMP_CWORD > 2 )) && verb="$verb ${{COMP_WORDS[2]}}" ;;
+    case "$cmd" in
+        {parents}) (( COMP_CWORD > 2 )) && cmd="$cmd ${{COMP_WORDS[2]}}" ;;
     esac
     if (( COMP_CWORD == 1 )); then
-        words={shlex.quote(" ".join(verb for verb, _ in _verbs(found)))}
-    else case "$verb:$prev" in
+        words={shlex.quote(" ".join(name for name, _ in _top_level(found)))}
+    else case "$cmd:$prev" in
 {values}
-        *) case "$verb" in
+        *) case "$cmd" in
 {options}
         esac ;;
     esac; fi
@@ -139,16 +139,16 @@ complete -o default -F _rayllm rayllm
 
 
 def _words_of(command: Command) -> list[str]:
-    """What may follow a command: its verbs or its flags."""
-    if command.subverbs:
-        return [name for name, _ in command.subverbs]
+    """What may follow a command: its subcommands or its flags."""
+    if command.subcommands:
+        return [name for name, _ in command.subcommands]
     return [name for option in command.options for name in option.names]
 
 
 def zsh(found: Sequence[Command]) -> str:
     parents = "|".join(command.words for command in _parents(found))
-    subverbs = "\n".join(
-        f"            {command.words}) what=({_described(command.subverbs)}) ;;" for command in _parents(found)
+    subcommands = "\n".join(
+        f"            {command.words}) what=({_described(command.subcommands)}) ;;" for command in _parents(found)
     )
     values = "\n".join(
         f"        {flags}) compadd -- {' '.join(map(shlex.quote, given))}; return ;;"
@@ -157,32 +157,32 @@ def zsh(found: Sequence[Command]) -> str:
     options = "\n".join(
         f"        {shlex.quote(command.words)}) what=({_described(_named(command))}) ;;"
         for command in found
-        if not command.subverbs
+        if not command.subcommands
     )
     return f"""\
 #compdef rayllm
 _rayllm() {{
     local -a what
-    local verb="${{words[2]}}"
+    local cmd="${{words[2]}}"
     if (( CURRENT == 2 )); then
-        what=({_described(_verbs(found))})
-        _describe 'verb' what
+        what=({_described(_top_level(found))})
+        _describe 'command' what
         return
     fi
-    if [[ "$verb" == ({parents}) ]]; then
+    if [[ "$cmd" == ({parents}) ]]; then
         if (( CURRENT == 3 )); then
-            case "$verb" in
-{subverbs}
+            case "$cmd" in
+{subcommands}
             esac
             _describe 'what' what
             return
         fi
-        verb="$verb ${{words[3]}}"
+        cmd="$cmd ${{words[3]}}"
     fi
-    case "$verb:${{words[CURRENT-1]}}" in
+    case "$cmd:${{words[CURRENT-1]}}" in
 {values}
     esac
-    case "$verb" in
+    case "$cmd" in
 {options}
     esac
     if [[ "$PREFIX" == -* ]]; then _describe -o 'option' what; else _files; fi
@@ -210,11 +210,11 @@ def fish(found: Sequence[Command]) -> str:
         "    test (count (commandline -opc)) -eq $argv[1]",
         "end",
     ]
-    for verb, text in _verbs(found):
-        lines.append(f"complete -c rayllm -n '__rayllm_first 1' -f -a {verb} -d {_fish_quoted(text)}")
+    for name, text in _top_level(found):
+        lines.append(f"complete -c rayllm -n '__rayllm_first 1' -f -a {name} -d {_fish_quoted(text)}")
     for command in found:
         at = f"__rayllm_at {_fish_quoted(command.words)}"
-        for name, text in command.subverbs:
+        for name, text in command.subcommands:
             when = _fish_quoted(f"{at}; and __rayllm_first 2")
             lines.append(f"complete -c rayllm -n {when} -f -a {name} -d {_fish_quoted(text)}")
         for option in command.options:

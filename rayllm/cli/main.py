@@ -1,6 +1,6 @@
-"""The command `rayllm`: finds the verb and imports that verb's module alone, so that help and typos answer at once.
+"""The program `rayllm`: imports only the module of the command it is given, so that help and typos respond at once.
 
-A verb's module has `run(argv) -> int`. Exit codes: 0 ok, 1 failure, 2 usage, 3 server not reachable,
+A command's module has `run(argv) -> int`. Exit codes: 0 ok, 1 failure, 2 usage, 3 server not reachable,
 4 out of memory.
 """
 
@@ -16,7 +16,7 @@ OK, FAILURE, USAGE, NOT_REACHABLE, OUT_OF_MEMORY = range(5)
 INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
 
-VERBS = {
+COMMANDS = {
     "serve": ("rayllm.cli.serve", "start an OpenAI-compatible server on this machine"),
     "run": ("rayllm.cli.run", "chat with a model at once; it is fetched and served in the background where needed"),
     "demo": ("rayllm.cli.demo", "see it work: two workers, the built-in model, one streamed answer"),
@@ -40,7 +40,7 @@ OTHER_WORDS = {
     "list": "'rayllm ps' lists the servers that run here",
     "ls": "'rayllm ps' lists the servers that run here; there is no list of downloaded models yet, they lie in the "
     "hub's cache",
-    "rm": "downloaded models lie in the hub's cache, and no verb removes them yet; 'rayllm stop' ends a server",
+    "rm": "downloaded models lie in the hub's cache, and no command removes them yet; 'rayllm stop' ends a server",
     "start": "'rayllm serve [MODEL]' starts a server",
     "up": "'rayllm serve [MODEL]' starts a server",
     "kill": "'rayllm stop' ends a server",
@@ -55,35 +55,35 @@ OTHER_WORDS = {
 
 
 def help_text() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items())
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
     return (
-        "Usage: rayllm VERB [OPTIONS]\n\n"
+        "Usage: rayllm COMMAND [OPTIONS]\n\n"
         "The LLM inference engine that is native to Ray.\n\n"
-        f"Verbs:\n{verbs}\n\n"
-        "rayllm VERB --help tells a verb's options. Start here: rayllm demo\n"
+        f"Commands:\n{commands}\n\n"
+        "rayllm COMMAND --help lists the options of a command. Start here: rayllm demo\n"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code; what a user can mend is one line on stderr."""
+    """Runs the command line and returns its exit code; what a user can fix is one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     _print_what_the_terminal_cannot()
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text(), end="")
         return OK
-    verb, *rest = words
-    if verb in ("-V", "--version"):
-        verb = "version"
-    if verb not in VERBS:
+    command, *rest = words
+    if command in ("-V", "--version"):
+        command = "version"
+    if command not in COMMANDS:
         from rayllm.errors import did_you_mean
 
-        if verb in OTHER_WORDS:
-            return complain(f"rayllm: there is no verb {verb!r}: {OTHER_WORDS[verb]}", USAGE)
-        kind = "option" if verb.startswith("-") else "verb"
-        near = did_you_mean(verb, [*VERBS, "help", "--help", "--version"])
-        return complain(f"rayllm: unknown {kind} {verb!r}{near} (see rayllm --help)", USAGE)
-    code = _run(verb, rest)
+        if command in OTHER_WORDS:
+            return complain(f"rayllm: there is no command {command!r}: {OTHER_WORDS[command]}", USAGE)
+        kind = "option" if command.startswith("-") else "command"
+        near = did_you_mean(command, [*COMMANDS, "help", "--help", "--version"])
+        return complain(f"rayllm: unknown {kind} {command!r}{near} (see rayllm --help)", USAGE)
+    code = _run(command, rest)
     if (connection := sys.modules.get("rayllm.executor.ray_connection")) and not connection.await_goodbye(0):
         sys.stdout.flush()
         os._exit(code)  # a dead Ray would keep this process for many seconds
@@ -103,18 +103,18 @@ def complain(line: str, code: int) -> int:
     return code
 
 
-def _run(verb: str, argv: list[str]) -> int:
+def _run(command: str, argv: list[str]) -> int:
     from rayllm.cli.flags import UsageError
     from rayllm.errors import ConfigError, EngineUnreachableError, HubUnreachableError, RayLLMError
 
     try:
-        return int(import_module(VERBS[verb][0]).run(argv))
+        return int(import_module(COMMANDS[command][0]).run(argv))
     except (UsageError, ConfigError) as error:
-        return complain(f"rayllm {verb}: {error}", USAGE)
+        return complain(f"rayllm {command}: {error}", USAGE)
     except (EngineUnreachableError, HubUnreachableError) as error:
-        return complain(f"rayllm {verb}: {error}", NOT_REACHABLE)
+        return complain(f"rayllm {command}: {error}", NOT_REACHABLE)
     except RayLLMError as error:
-        return complain(f"rayllm {verb}: {error}", OUT_OF_MEMORY if is_out_of_memory(str(error)) else FAILURE)
+        return complain(f"rayllm {command}: {error}", OUT_OF_MEMORY if is_out_of_memory(str(error)) else FAILURE)
     except BrokenPipeError:
         sys.stderr.close()
         return FAILURE

@@ -1,4 +1,4 @@
-"""How every verb that needs a server of its own starts one: `serve`, `demo`, and `chat` or `run-batch` for a MODEL."""
+"""Starts the server of a command that needs one of its own: `serve`, `demo`, and `chat` or `run-batch` with MODEL."""
 
 from __future__ import annotations
 
@@ -69,29 +69,29 @@ def _check_weights(engine: EngineConfig, model_path: str) -> None:
 
 @contextlib.contextmanager
 def foreground_server(
-    verb: str, engine: EngineConfig, server: ServerConfig, *, quiet: bool = False
+    command: str, engine: EngineConfig, server: ServerConfig, *, quiet: bool = False
 ) -> Iterator[tuple[Screen, RunningServer]]:
     """A server for the length of the block, and the screen that is the terminal meanwhile. SIGINT, SIGTERM and SIGHUP
     raise `KeyboardInterrupt`; an `EngineError` says where the details are."""
-    log_path = _log_path(verb, engine)
+    log_path = _log_path(command, engine)
     with (
         _details_named(log_path),
         Screen.open(log_path, quiet=quiet, chatter_path=_chatter_path(log_path, engine)) as screen,
         interrupted_by_signals(),
-        _listed_server(verb, engine, server, screen) as running,
+        _listed_server(command, engine, server, screen) as running,
     ):
         yield screen, running
 
 
 @contextlib.contextmanager
-def background_server(verb: str, engine: EngineConfig, server: ServerConfig) -> Iterator[RunningServer]:
+def background_server(command: str, engine: EngineConfig, server: ServerConfig) -> Iterator[RunningServer]:
     """Like `foreground_server`, but from the moment the server is ready the terminal is the caller's."""
-    log_path = _log_path(verb, engine)
+    log_path = _log_path(command, engine)
     chatter_path = _chatter_path(log_path, engine)
     with contextlib.ExitStack() as stack:
         screen_opened = Screen.open(log_path, chatter_path=chatter_path)
         with _details_named(log_path), screen_opened as screen, interrupted_by_signals():
-            running = stack.enter_context(_listed_server(verb, engine, server, screen))
+            running = stack.enter_context(_listed_server(command, engine, server, screen))
         try:
             yield running
         finally:
@@ -99,8 +99,8 @@ def background_server(verb: str, engine: EngineConfig, server: ServerConfig) -> 
                 stack.close()
 
 
-def _log_path(verb: str, engine: EngineConfig) -> Path:
-    return Path(engine.log_file).expanduser().absolute() if engine.log_file else new_log_file(verb)
+def _log_path(command: str, engine: EngineConfig) -> Path:
+    return Path(engine.log_file).expanduser().absolute() if engine.log_file else new_log_file(command)
 
 
 def _chatter_path(log_path: Path, engine: EngineConfig) -> Path:
@@ -117,7 +117,7 @@ def _details_named(log_path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _listed_server(verb: str, engine: EngineConfig, server: ServerConfig, screen: Screen) -> Iterator[RunningServer]:
+def _listed_server(command: str, engine: EngineConfig, server: ServerConfig, screen: Screen) -> Iterator[RunningServer]:
     """A running server that `rayllm ps` shows from its first moment on."""
     from rayllm.engine.owner.resolve import served_name
     from rayllm.executor.ray_cluster import free_port
@@ -131,7 +131,7 @@ def _listed_server(verb: str, engine: EngineConfig, server: ServerConfig, screen
     setup_logging(engine.log_format, process="server", file=engine.log_file)
     server = server.model_copy(update={"port": server.port or free_port(server.host)})
     entry = listed(
-        verb,
+        command,
         name=engine.name,
         name_is_given="name" in given,
         model=next(iter(engine.served_model_names), None) or served_name(engine.model),

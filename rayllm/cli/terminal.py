@@ -20,14 +20,14 @@ from rayllm.machine.folders import log_folder, make_private
 _LOG = logging.getLogger("rayllm.cli")
 
 
-def new_log_file(verb: str) -> Path:
+def new_log_file(command: str) -> Path:
     """A path for this run's log."""
     folder = log_folder()
     try:
         make_private(folder)
     except OSError as error:
         raise ConfigError(f"log folder {str(folder)!r} cannot be used ({error.strerror}): set RLLM_LOG_DIR") from None
-    return folder / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    return folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
 
 
 def _opened_log(path: Path) -> IO[bytes]:
@@ -206,10 +206,10 @@ def interrupted_by_signals() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def end_at_once(number: int, frame: FrameType | None) -> None:
-        from rayllm.machine.death_watch import is_death_watch
+        from rayllm.machine.orphan_cleanup import is_orphan_cleanup
         from rayllm.machine.processes import descendants, end_all
 
-        end_all({each for each in descendants() if not is_death_watch(each)}, grace_s=0)
+        end_all({each for each in descendants() if not is_orphan_cleanup(each)}, grace_s=0)
         os._exit(128 + number)
 
     def interrupt(number: int, frame: FrameType | None) -> None:

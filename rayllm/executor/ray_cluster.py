@@ -20,8 +20,8 @@ from rayllm.config import RAY_NAMESPACE, Environment
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
 from rayllm.executor.ray_access import check_access
 from rayllm.executor.ray_connection import await_goodbye, disconnect, ray_is_initialized, watch_own_ray
-from rayllm.machine.death_watch import cleared_up_after_death
 from rayllm.machine.folders import check_working_folder
+from rayllm.machine.orphan_cleanup import cleanup_if_killed
 from rayllm.machine.ray_token import ensure_ray_token
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _own_ray(
     # A short path: the sockets below it may have 107 bytes at most.
     folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
     pid = os.getpid()
-    with cleared_up_after_death(folder):
+    with cleanup_if_killed(folder):
         try:
             os.environ.update(environment(folder))
             _connect(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.executor.ray_watch import RayProcess, RayWatch
-from rayllm.machine.death_watch import remove_dead_sockets
+from rayllm.machine.orphan_cleanup import remove_dead_sockets
 from rayllm.machine.processes import Process, end_all_of, process_of, processes_of
 
 log = logging.getLogger(__name__)

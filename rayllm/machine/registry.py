@@ -35,7 +35,7 @@ class Entry:
     started: int
     """The process's start, in clock ticks after boot."""
     boot: str
-    verb: str
+    command: str
     name: str
     model: str
     url: str
@@ -121,7 +121,7 @@ class Listing:
 
 @contextlib.contextmanager
 def listed(
-    verb: str,
+    command: str,
     *,
     name: str,
     model: str,
@@ -136,7 +136,9 @@ def listed(
     folder = runtime_folder()
     with _locked(folder):
         name = _free_name(name, running(), name_is_given)
-        entry = Entry(me.pid, me.started, _boot_id(), verb, name, model, url, str(log), time.time(), shutdown_timeout_s)
+        entry = Entry(
+            me.pid, me.started, _boot_id(), command, name, model, url, str(log), time.time(), shutdown_timeout_s
+        )
         listing = Listing(entry, folder / f"{me.pid}.json")
     try:
         yield listing

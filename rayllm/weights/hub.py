@@ -130,7 +130,7 @@ def local_model(config: EngineConfig) -> Path | None:
     return folder
 
 
-def bring_here(config: EngineConfig, on_progress: OnProgress = lambda done, total: None) -> None:
+def ensure_downloaded(config: EngineConfig, on_progress: OnProgress = lambda done, total: None) -> None:
     """Downloads the config's model where it is a hub's and not on this machine. Raises as `HubModel.download`."""
     model = HubModel.of(config)
     if model is not None and model.folder() is None:

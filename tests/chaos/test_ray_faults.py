@@ -302,7 +302,7 @@ def _folders() -> set[str]:
 
 def _sockets_left() -> list[str]:
     """Socket folders of this user's that nobody listens in."""
-    from rayllm.machine.death_watch import SOCKET_FOLDERS, remove_dead_sockets
+    from rayllm.machine.orphan_cleanup import SOCKET_FOLDERS, remove_dead_sockets
 
     before = set(Path(tempfile.gettempdir()).glob(SOCKET_FOLDERS))
     remove_dead_sockets()

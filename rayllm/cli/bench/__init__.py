@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayllm.cli.subverbs import run_subverb
+from rayllm.cli.subcommands import run_subcommand
 
-SUBVERBS = {
+SUBCOMMANDS = {
     "throughput": ("rayllm.cli.bench.throughput", "requests and tokens a second of an offline batch"),
     "latency": ("rayllm.cli.bench.latency", "seconds that one batch takes"),
     "serve": ("rayllm.cli.bench.serve", "what clients of a running server see: TTFT, TPOT, ITL, E2E"),
@@ -16,4 +16,4 @@ SUBVERBS = {
 
 def run(argv: Sequence[str]) -> int:
     """Runs the benchmark that is named first."""
-    return run_subverb("bench", SUBVERBS, argv)
+    return run_subcommand("bench", SUBCOMMANDS, argv)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rayllm.cli.bench.figures import add_count_flags, check_at_least, percentile
+from rayllm.cli.bench.stats import add_count_flags, check_at_least, percentile
 from rayllm.cli.bench.throughput import ENGINE_FLAGS, engine_config
 from rayllm.cli.bench.workload import random_workload
 from rayllm.cli.flags import Parser, add_config_flags

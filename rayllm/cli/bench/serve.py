@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rayllm.cli.bench.figures import add_count_flags, check_at_least, headline, line, spread_ms
+from rayllm.cli.bench.stats import add_count_flags, check_at_least, headline, line, spread_ms
 from rayllm.cli.connect import add_server_flags, http_settings, server_url
 from rayllm.cli.flags import Parser, UsageError
 from rayllm.config import Environment

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayllm.cli.bench.figures import add_count_flags, check_at_least, headline, line
+from rayllm.cli.bench.stats import add_count_flags, check_at_least, headline, line
 from rayllm.cli.flags import Parser
 from rayllm.config import Environment
 from rayllm.errors import EngineError

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rayllm.cli.bench.figures import add_count_flags, check_at_least
+from rayllm.cli.bench.stats import add_count_flags, check_at_least
 from rayllm.cli.bench.workload import Workload, random_workload, read_sharegpt
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.config import EngineConfig, ResolvedConfig
@@ -240,9 +240,9 @@ def throughput(argv: Sequence[str]) -> dict[str, Any]:
         given.setdefault("output_len", 128)
     engine = engine_config(given)
     from rayllm.engine.owner.resolve import resolve
-    from rayllm.weights.hub import bring_here
+    from rayllm.weights.hub import ensure_downloaded
 
-    bring_here(engine)
+    ensure_downloaded(engine)
     workload = _workload(given, resolve(engine))
     if given["backend"] == "hf":
         max_batch_size = given.get("hf_max_batch_size") or len(workload.prompts)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayllm.cli.subverbs import run_subverb
+from rayllm.cli.subcommands import run_subcommand
 
-SUBVERBS = {
+SUBCOMMANDS = {
     "show": ("rayllm.cli.config.show", "every setting, its value, and where that comes from"),
     "validate": ("rayllm.cli.config.validate", "check a YAML file of settings"),
 }
@@ -14,4 +14,4 @@ SUBVERBS = {
 
 def run(argv: Sequence[str]) -> int:
     """Runs the one that is named first."""
-    return run_subverb("config", SUBVERBS, argv)
+    return run_subcommand("config", SUBCOMMANDS, argv)

@@ -270,7 +270,7 @@ class ClientLink:
         except BlockingIOError:
             return
         if num_bytes == 0:
-            # Who only looks whether somebody listens here (`machine.death_watch`) leaves without a word.
+            # Who only looks whether somebody listens here (`machine.orphan_cleanup`) leaves without a word.
             level = logging.WARNING if client.has_spoken else logging.DEBUG
             self._drop(client, f"{client.name} closed the connection", level)
             return

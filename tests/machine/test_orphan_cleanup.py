@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from rayllm.executor.channel import SocketDir, listen_unix
-from rayllm.machine.death_watch import remove_dead_sockets
+from rayllm.machine.orphan_cleanup import remove_dead_sockets
 from rayllm.machine.processes import Process, descendants, processes_of
 
 PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from rayllm.machine.death_watch import cleared_up_after_death
+from rayllm.machine.orphan_cleanup import cleanup_if_killed
 
 folder = Path(sys.argv[1])
-with cleared_up_after_death(str(folder)):
+with cleanup_if_killed(str(folder)):
     child = [sys.executable, "-c", "import subprocess; subprocess.Popen(['sleep', '600'], stdout=-3, stderr=-3).wait()"]
     with (folder / "raylet.out").open("wb") as output:
         ray = subprocess.Popen(child, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
@@ -99,7 +99,7 @@ def test_a_child_that_holds_the_pipe_open_keeps_nothing_alive(program: subproces
 
 def test_a_program_that_removes_the_folder_itself_is_left_alone(program: subprocess.Popen[bytes], folder: Path) -> None:
     rays = processes_of(str(folder))
-    watch = next(each for each in descendants(program.pid) if "death_watch" in each.command_line())
+    watch = next(each for each in descendants(program.pid) if "orphan_cleanup" in each.command_line())
     _tell(program, "import shutil; shutil.rmtree(folder)")
     program.wait(10)
 
@@ -120,9 +120,9 @@ def test_a_second_interrupt_leaves_no_folder_either(folder: Path) -> None:
 import subprocess, sys, time
 from pathlib import Path
 from rayllm.cli.terminal import interrupted_by_signals
-from rayllm.machine.death_watch import cleared_up_after_death
+from rayllm.machine.orphan_cleanup import cleanup_if_killed
 
-with interrupted_by_signals(), cleared_up_after_death(sys.argv[1]):
+with interrupted_by_signals(), cleanup_if_killed(sys.argv[1]):
     output = (Path(sys.argv[1]) / "raylet.out").open("wb")
     started = subprocess.Popen(["sleep", "600"], stdout=output)
     try:
@@ -151,10 +151,10 @@ def test_it_runs_from_any_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "rayllm").mkdir()
     program = """
 import os, subprocess, sys
-from rayllm.machine.death_watch import cleared_up_after_death
+from rayllm.machine.orphan_cleanup import cleanup_if_killed
 
 os.chdir(sys.argv[2])
-with cleared_up_after_death(sys.argv[1]):
+with cleanup_if_killed(sys.argv[1]):
     subprocess.Popen(["sleep", "600"], stdout=open(sys.argv[1] + "/raylet.out", "wb"))
     os._exit(1)
 """

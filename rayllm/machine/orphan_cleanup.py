@@ -34,7 +34,7 @@ _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @contextlib.contextmanager
-def cleared_up_after_death(folder: str) -> Iterator[None]:
+def cleanup_if_killed(folder: str) -> Iterator[None]:
     """For the length of the block: if this process is killed, the Ray whose temporary folder is `folder` ends, and the
     folder goes. Children that this process started otherwise are left alone. A block that has ended its Ray in order
     has removed the folder; where it has not, because it was interrupted, that is done when this process ends."""
@@ -72,7 +72,7 @@ def _send_home(watch: subprocess.Popen[bytes], writer: int) -> None:
         watch.wait()
 
 
-def is_death_watch(process: Process) -> bool:
+def is_orphan_cleanup(process: Process) -> bool:
     """Whether it is the process that clears up: who ends all others at once leaves this one to do its work."""
     return f"-m {__spec__.name} " in process.command_line()
 

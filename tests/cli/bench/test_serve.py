@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rayllm.cli.bench.figures import percentile
 from rayllm.cli.bench.serve import Sample, summarize
 from rayllm.cli.bench.startup import _watch
+from rayllm.cli.bench.stats import percentile
 from rayllm.cli.client import ApiClient
 from rayllm.cli.main import main
 from rayllm.errors import EngineError
@@ -136,10 +136,10 @@ def test_a_missing_key_is_told_with_the_mend(
 ) -> None:
     monkeypatch.delenv("RLLM_API_KEY", raising=False)
     server[0].key = "sekret"
-    for verb in (["bench", "serve"], ["complete", "hi"]):
-        assert main([*verb, "--url", server[1]]) == 1
+    for command in (["bench", "serve"], ["complete", "hi"]):
+        assert main([*command, "--url", server[1]]) == 1
         said = f"401 from {server[1]}: wrong key (give --api-key KEY, or set RLLM_API_KEY)\n"
-        assert capsys.readouterr().err == f"rayllm {verb[0]}: {said}"
+        assert capsys.readouterr().err == f"rayllm {command[0]}: {said}"
 
 
 def test_no_server_exits_3(capsys: pytest.CaptureFixture[str]) -> None:

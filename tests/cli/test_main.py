@@ -27,7 +27,7 @@ def one_line(text: str) -> str:
 
 
 def test_the_verbs_are_these() -> None:
-    assert sorted(cli.VERBS) == [
+    assert sorted(cli.COMMANDS) == [
         "bench",
         "chat",
         "complete",
@@ -83,7 +83,7 @@ def test_the_flags_of_every_verb_are_these() -> None:
     fields = {*EngineConfig.model_fields, *ServerConfig.model_fields, *PARAMS}
     common = {"-h", "--help"} | {alias for aliases in ALIASES.values() for alias in aliases}
     for command in commands():
-        if command.subverbs:
+        if command.subcommands:
             continue
         own = set(FLAGS[command.words].split())
         names = {name for option in command.options for name in option.names}
@@ -96,8 +96,8 @@ def test_the_flags_of_every_verb_are_these() -> None:
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for verb in cli.VERBS:
-        assert f"  {verb} " in text
+    for command in cli.COMMANDS:
+        assert f"  {command} " in text
 
 
 def test_help_and_typos_import_nothing_heavy() -> None:
@@ -113,13 +113,16 @@ def test_help_and_typos_import_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["srve"], "unknown verb 'srve'; did you mean 'serve'?"),
-        (["list"], "there is no verb 'list': 'rayllm ps' lists the servers that run here"),
-        (["ls"], "there is no verb 'ls': 'rayllm ps' lists the servers"),
-        (["rm", "m"], "there is no verb 'rm': downloaded models lie in the hub's cache, and no verb removes them yet"),
-        (["download", "m"], "there is no verb 'download': 'rayllm pull MODEL' downloads a model"),
+        (["srve"], "unknown command 'srve'; did you mean 'serve'?"),
+        (["list"], "there is no command 'list': 'rayllm ps' lists the servers that run here"),
+        (["ls"], "there is no command 'ls': 'rayllm ps' lists the servers"),
+        (
+            ["rm", "m"],
+            "there is no command 'rm': downloaded models lie in the hub's cache, and no command removes them yet",
+        ),
+        (["download", "m"], "there is no command 'download': 'rayllm pull MODEL' downloads a model"),
         (["--verson"], "unknown option '--verson'; did you mean '--version'?"),
-        (["hlep"], "unknown verb 'hlep'; did you mean 'help'?"),
+        (["hlep"], "unknown command 'hlep'; did you mean 'help'?"),
         (["serve", "--tensor-paralel-size", "2"], "did you mean '--tensor-parallel-size'?"),
         (["serve", "--no-enable-prefix-cachin"], "did you mean '--no-enable-prefix-caching'?"),
         (["serve", "-pp", "2"], "pipeline_parallel_size='2': RayLLM has no pipeline parallelism yet"),
@@ -201,9 +204,9 @@ def test_missing_key_file_is_refused_before_ray_starts(llama_path: Path, capsys:
     assert "api_key file '/nowhere' cannot be read" in one_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("verb", [["chat"], ["complete", "hello"]])
-def test_no_server_exits_3_and_says_how_to_start_one(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*verb, "--url", "http://127.0.0.1:1"]) == 3
+@pytest.mark.parametrize("command", [["chat"], ["complete", "hello"]])
+def test_no_server_exits_3_and_says_how_to_start_one(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "--url", "http://127.0.0.1:1"]) == 3
     assert "start one with 'rayllm serve'" in one_line(capsys.readouterr().err)
 
 
@@ -218,11 +221,11 @@ def test_version_reads_metadata_only(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_words_of_other_tools_are_no_verbs_and_name_verbs_that_exist() -> None:
-    assert not set(cli.OTHER_WORDS) & set(cli.VERBS)
+    assert not set(cli.OTHER_WORDS) & set(cli.COMMANDS)
     for text in cli.OTHER_WORDS.values():
         named = re.findall(r"'rayllm ([a-z-]+)", text)
         assert named
-        assert set(named) <= set(cli.VERBS)
+        assert set(named) <= set(cli.COMMANDS)
 
 
 def test_what_the_terminal_cannot_show_is_shown_as_question_marks() -> None:

@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from rayllm.cli.completion import SHELLS, Command, Option, bash, commands, fish, zsh
-from rayllm.cli.main import VERBS, main
+from rayllm.cli.main import COMMANDS, main
 
 FOUND = [
     Command("serve", "start it's server", (Option(("--dtype", "-d"), "the type", True, ("auto", "bfloat16")),)),
@@ -63,10 +63,10 @@ def test_zsh_can_read_its_script() -> None:
 
 def test_the_scripts_know_every_verb_and_flag() -> None:
     found = {command.words: command for command in commands()}
-    assert {words.split()[0] for words in found} == set(VERBS)
+    assert {words.split()[0] for words in found} == set(COMMANDS)
     dtype = next(option for option in found["serve"].options if "--dtype" in option.names)
     assert dtype.values == ("auto", "float32", "bfloat16", "float16")
-    assert [word for word, _ in found["completion"].subverbs] == list(SHELLS)
+    assert [word for word, _ in found["completion"].subcommands] == list(SHELLS)
     assert {"config show", "config validate", "bench serve"} < set(found)
 
 

@@ -13,7 +13,7 @@ from rayllm.cli.main import main
 from rayllm.errors import EngineUnreachableError
 from rayllm.machine.registry import listed
 
-VERBS_OF_A_SERVER = ("status", "logs", "stop")
+COMMANDS_OF_A_SERVER = ("status", "logs", "stop")
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +48,11 @@ def test_without_any_server_the_usual_address_is_asked() -> None:
     assert server_url(None) == DEFAULT_URL
 
 
-@pytest.mark.parametrize("verb", VERBS_OF_A_SERVER)
+@pytest.mark.parametrize("command", COMMANDS_OF_A_SERVER)
 def test_verbs_of_a_server_say_which_run_where_the_word_is_wrong(
-    verb: str, server: str, capsys: pytest.CaptureFixture[str]
+    command: str, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([verb, "mien"]) == 3
+    assert main([command, "mien"]) == 3
     said = capsys.readouterr().err
     assert "no server 'mien' runs here" in said
     assert "'mine': pid" in said
