@@ -45,7 +45,7 @@ def test_show_is_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_variable_that_is_read_is_listed() -> None:
-    source = Path(__file__).parents[2].joinpath("rayllm", "config.py").read_text()
+    source = Path(__file__).parents[2].joinpath("rayllm", "config", "environment.py").read_text()
     read = {part.split('"')[0] for part in source.split('os.environ.get("')[1:]}
     assert read - {"TERM"} == set(Environment.NAMES)
 

@@ -1,0 +1,218 @@
+"""How one model is served, as a user says it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rayllm.compatibility import CompatibilitySettings
+from rayllm.config.base import BaseConfig
+from rayllm.config.generation import generation_fields_text
+from rayllm.layout import ParallelLayout
+from rayllm.request import DEFAULT_MAX_LOGPROBS
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Backend = Literal["ray", "inproc"]
+LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
+Standby = Literal["off", "process", "weights"]
+ContentFormat = Literal["auto", "string", "openai"]
+ToolCallParser = Literal[
+    "auto",
+    "hermes",
+    "llama3_json",
+    "mistral",
+    "mistral_v11",
+    "glm4",
+    "glm45",
+    "deepseek_v3",
+    "deepseek_v31",
+    "qwen3_coder",
+    "granite",
+    "kimi_k2",
+    "llama4_pythonic",
+    "pythonic",
+    "openai",
+]
+ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "glm45", "mistral", "granite", "openai_gptoss"]
+
+DEFAULT_ENGINE_NAME = "default"
+RAY_NAMESPACE = "rayllm"
+
+
+class EngineConfig(BaseConfig, CompatibilitySettings):
+    """How one model is served: field names are vLLM's where the meaning is the same."""
+
+    model: str = Field(
+        "",
+        description="Folder of a checkpoint (config.json, *.safetensors), or its name at the Hugging Face hub "
+        "(owner/model) or ModelScope (ms:owner/model); empty: the built-in model.",
+    )
+    tokenizer: str | None = Field(None, description="Folder of the tokenizer, where it is not the model's.")
+    served_model_name: str | tuple[str, ...] | None = Field(
+        None,
+        description="Names that clients may use, of which answers give the first; default: the folder's name.",
+    )
+    skip_tokenizer_init: bool = Field(
+        False, description="Load no tokenizer: prompts are token ids, and answers have ids and no text."
+    )
+    name: str = Field(DEFAULT_ENGINE_NAME, description="Name of the engine, as in get_engine(name).")
+    dtype: Dtype = Field("auto", description="Type of weights and activations; auto: the checkpoint's.")
+    device: Device = Field("auto", description="auto: CUDA where there is a GPU, else the CPU.")
+    tensor_parallel_size: int = Field(1, ge=1, le=64, description="Workers that share each layer.")
+    distributed_executor_backend: Backend | None = Field(
+        None, description="ray: worker actors; inproc: one worker in this process. Default: ray where needed."
+    )
+    max_model_len: int | None = Field(None, ge=1, description="Context length in tokens; default: the model's.")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences that run at once, at most.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one step, at most.")
+    max_queued_requests: int | None = Field(
+        1024, ge=1, description="Sequences that wait for a place, at most; more are refused. LLM: no limit."
+    )
+    max_queued_tokens: int | None = Field(
+        2**20, ge=1, description="Prompt tokens that wait for a place, at most; more are refused. LLM: no limit."
+    )
+    block_size: int | None = Field(None, description="Tokens in a KV block; default: 8 on CPU, 64 on GPU.")
+    num_kv_blocks: int | None = Field(None, ge=2, description="KV blocks of each worker; default: what memory allows.")
+    gpu_memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of a GPU's memory the engine may use.")
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1, description="Memory for KV on each worker; default: by gpu_memory_utilization, or a CPU share."
+    )
+    enable_prefix_caching: bool = Field(True, description="Share KV blocks among requests with equal prefixes.")
+    load_format: LoadFormat = Field(
+        "auto", description="auto: safetensors, else PyTorch files (pt); dummy: random weights."
+    )
+    standby: Standby = Field(
+        "off",
+        description="A spare worker that takes a lost one's place: process (started, libraries imported), or weights "
+        "(CPU only: every rank's weights loaded too, a second copy of the model in memory).",
+    )
+    driver_wait_s: float = Field(
+        60.0, gt=0, description="Seconds a request waits for the next driver when the engine's own is lost."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Form of log lines: text, or a JSON object each.")
+    log_file: str | None = Field(
+        None,
+        description="File that every process appends its log to. Default of serve: a new one, whose path it shows.",
+    )
+    otlp_traces_endpoint: str | None = Field(
+        None, description="URL that OpenTelemetry traces are sent to, as http://HOST:4318/v1/traces. Default: none are."
+    )
+    generation_config: str = Field(
+        "auto",
+        description="Where sampling defaults come from: auto (the model's generation_config.json), vllm (none), or a "
+        "folder that holds one.",
+    )
+    override_generation_config: str | None = Field(
+        None,
+        description="Sampling defaults as a JSON object, over those of --generation-config: '{\"temperature\": 0.5}'. "
+        "max_new_tokens is also the most that a request gets.",
+    )
+    seed: int = Field(0, ge=0, description="Seeds dummy weights, and requests that bring no seed of their own (LLM).")
+    revision: str | None = Field(None, description="Branch, tag or commit of a model that is named by its hub's name.")
+    download_dir: str | None = Field(None, description="Folder for downloaded models; default: the hub's cache.")
+    chat_template: str | None = Field(
+        None, description="File with a Jinja chat template to use in place of the model's."
+    )
+    chat_template_content_format: ContentFormat = Field(
+        "auto",
+        description="How the chat template takes contents: string, or openai (a list of parts); auto: found by trying.",
+    )
+    trust_request_chat_template: bool = Field(
+        False, description="Let requests bring a chat template of their own: for trusted clients only, it is a program."
+    )
+    tool_call_parser: ToolCallParser = Field(
+        "auto", description="Format of the model's tool calls; auto: the one that its chat template shows."
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto", description="Marks round the model's reasoning; auto: as its chat template shows; none: all is text."
+    )
+    max_logprobs: int = Field(
+        DEFAULT_MAX_LOGPROBS,
+        ge=-1,
+        description="Log-probabilities that a request may ask for at each position; -1: the vocabulary.",
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Write tokens of log-probabilities as 'token_id:N': two tokens may have the same text."
+    )
+    enable_force_include_usage: bool = Field(
+        False, description="Give usage in every chunk of every stream, asked for or not."
+    )
+    enable_per_request_metrics: bool = Field(False, description="Add to each answer what its request took, as metrics.")
+    enable_tokenizer_info_endpoint: bool = Field(
+        False, description="Serve the tokenizer's settings and chat template at /tokenizer_info."
+    )
+    enable_auto_tool_choice: bool = Field(
+        True, description="Let the model decide whether to call tools; off: only required and named calls are made."
+    )
+
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_is_a_power_of_two(cls, value: int | None) -> int | None:
+        if value is not None and (value < 1 or value > 256 or value & (value - 1)):
+            raise ValueError("block_size must be a power of two from 1 to 256")
+        return value
+
+    @field_validator("override_generation_config", mode="before")
+    @classmethod
+    def _override_is_an_object_of_known_fields(cls, value: Any) -> Any:
+        return None if value is None else generation_fields_text(value)
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _traces_can_be_sent(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("traces are sent by OTLP over HTTP: give the collector's URL, http://HOST:4318/v1/traces")
+        if not _has_opentelemetry():
+            raise ValueError("OpenTelemetry is not installed: pip install 'rayllm[otel]'")
+        return value
+
+    @field_validator("log_file")
+    @classmethod
+    def _log_file_is_one_for_all_processes(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @field_validator("standby", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _served_names_are_words(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        names = (value,) if isinstance(value, str) else value or ()
+        if value is not None and (not names or not all(names)):
+            raise ValueError("a name of the served model is empty: give names of at least one character")
+        if len(set(names)) < len(names):
+            raise ValueError("the served model has a name twice")
+        return value
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """How ranks share the model."""
+        return ParallelLayout(tp=self.tensor_parallel_size, pp=self.pipeline_parallel_size)
+
+    @property
+    def served_model_names(self) -> tuple[str, ...]:
+        """The names that were given, if any."""
+        name = self.served_model_name
+        return (name,) if isinstance(name, str) else name or ()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_word(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "._-" for c in value):
+            raise ValueError("an engine's name is made of letters, digits, '.', '_' and '-'")
+        return value
+
+
+def _has_opentelemetry() -> bool:
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter") is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,41 @@
+"""What an engine runs with: the user's config, the model and the machine, resolved once by `engine.owner.resolve`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rayllm.config.base import BaseConfig
+from rayllm.config.engine import Backend, EngineConfig
+from rayllm.config.generation import GenerationDefaults
+
+
+class ModelShape(BaseConfig):
+    """What the driver needs of a model; no tensor in it."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_layers: int
+
+
+class ResolvedConfig(BaseConfig):
+    """Config + model + device, decided once. Every process of an engine is given this same object."""
+
+    engine: EngineConfig
+    model_path: str
+    tokenizer_path: str
+    served_model_name: str
+    served_model_aliases: tuple[str, ...] = ()
+    """More names by which clients may call the model."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["cpu", "cuda"]
+    backend: Backend
+    max_model_len: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    shape: ModelShape
+    architecture_module: str = ""
+    """Import path of the module that reads the model's architecture, where it is not one of RayLLM's own."""
+    num_threads: int
+    """OpenMP threads of each worker on CPU."""
+    generation: GenerationDefaults = GenerationDefaults()
