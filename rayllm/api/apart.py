@@ -26,6 +26,8 @@ streams that are written to beside one busy thread wait 50."""
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+_ENDED = object()
+_open_tasks: set[asyncio.Task[None]] = set()
 _is_large: ContextVar[bool] = ContextVar("large_request", default=False)
 _threads = ThreadPoolExecutor(MAX_LARGE_AT_ONCE, "large-request")
 
@@ -67,3 +69,18 @@ async def apart_unless(is_short: bool, function: Callable[_P, _T], *args: _P.arg
     if is_short or _is_large.get():
         return await apart(function, *args, **kwargs)
     return await asyncio.to_thread(function, *args, **kwargs)
+
+
+def in_turns(steps: Iterator[None]) -> None:
+    """Does the first step at once, and each further one in a turn of the event loop of its own."""
+    if next(steps, _ENDED) is _ENDED:
+        return
+    task = asyncio.get_running_loop().create_task(_finish(steps))
+    _open_tasks.add(task)  # the loop itself holds tasks weakly
+    task.add_done_callback(_open_tasks.discard)
+
+
+async def _finish(steps: Iterator[None]) -> None:
+    await asyncio.sleep(0)
+    for _ in steps:
+        await asyncio.sleep(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from rayllm.api import continuity
+from rayllm.api.apart import in_turns
 from rayllm.api.engine import EngineClient, RequestStream
 from rayllm.api.errors import error_of
 from rayllm.api.events import Event, Reasoning, Text, joined
@@ -26,6 +27,8 @@ from rayllm.text.tokenizer import Tokenizer
 _TURN_S = 0.01
 """How long an answer whose deltas wait already takes them before others get a turn."""
 _NUM_SHORT = 1024
+_NUM_A_TURN = 64
+"""Choices that are opened, or closed, before others get a turn."""
 _Arrival = tuple[int, list[TokenDelta]] | Exception | None
 """A stream's number and deltas; what it raised; or its end."""
 
@@ -145,7 +148,8 @@ def _new_choice(
 
 
 class Generation:
-    """The requests of one HTTP request, submitted at construction; `close` must be called in `finally`.
+    """The requests of one HTTP request; `close` must be called in `finally`. They are submitted at construction, or
+    `start` submits the rest of many.
 
     Choices are numbered prompt by prompt: those of prompt p are p * n to p * n + n - 1.
     """
@@ -182,28 +186,33 @@ class Generation:
         self.requests = requests
         self.prompt_ids = [list(request.prompt_token_ids) for request in requests]
         self.num_choices = requests[0].params.n
-        self.choices = [
-            _new_choice(p * self.num_choices + i, p, tokenizer, request, parsing)
-            for p, request in enumerate(requests)
-            for i in range(self.num_choices)
-        ]
+        self._engine, self._tokenizer, self._parsing = engine, tokenizer, parsing
+        self.choices: list[Choice] = []
+        """All of them once `start` was called."""
         self.prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(requests)
         self._num_cached = [0] * len(requests)
-        self._num_unfinished = len(self.choices)
+        self._num_unfinished = len(requests) * self.num_choices
         self._num_unfinished_of = [self.num_choices] * len(requests)
         self._prompts_done: set[int] = set()
         self._streams: list[RequestStream] = []
         self._arrivals = _Arrivals(self._streams)
         metrics.request_opened()
         try:
-            if continued is not None and continued.adopted is not None:
-                self._streams.append(continued.adopted)
-            else:
-                for request in requests:
-                    self._streams.append(engine.submit(request))
+            self._open_some(None if continued is None else continued.adopted)
         except BaseException:
             self.close()
             raise
+
+    def _open_some(self, adopted: RequestStream | None = None) -> None:
+        """Submits the next requests, as many as one turn of the event loop may hold."""
+        first = len(self._streams)
+        for number in range(first, min(first + max(1, _NUM_A_TURN // self.num_choices), len(self.requests))):
+            request = self.requests[number]
+            self.choices += [
+                _new_choice(number * self.num_choices + i, number, self._tokenizer, request, self._parsing)
+                for i in range(self.num_choices)
+            ]
+            self._streams.append(self._engine.submit(request) if adopted is None else adopted)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -230,6 +239,9 @@ class Generation:
 
     async def start(self) -> None:
         """Waits for the engine's first word, so that a refusal can still be an HTTP status."""
+        while len(self._streams) < len(self.requests) and not self._closed:
+            await asyncio.sleep(0)
+            self._open_some()
         self._first = await self._next()
         if self._first is not None:
             for delta in self._first[1]:
@@ -279,17 +291,23 @@ class Generation:
             return
         self._closed = True
         self._arrivals.close()
-        for stream in self._streams:
-            stream.close()
-        for choice in self.choices:
-            if choice.finish_reason is None:
-                self._note_end(choice, "error" if self._failed else "abort")
         if self._context is not None:
             self._context.num_prompt_tokens += self.num_prompt_tokens
             self._context.num_generated_tokens += self.num_generated_tokens
             if self._context.span is not None:
                 self._context.span.has_failed |= self._failed
         self._metrics.request_closed()
+        in_turns(self._close_some())
+
+    def _close_some(self) -> Iterator[None]:
+        """Aborts what is unfinished; between its parts others may have a turn."""
+        for number, stream in enumerate(self._streams):
+            stream.close()
+            for choice in self.choices[number * self.num_choices : (number + 1) * self.num_choices]:
+                if choice.finish_reason is None:
+                    self._note_end(choice, "error" if self._failed else "abort")
+            if (number + 1) * self.num_choices % _NUM_A_TURN < self.num_choices:
+                yield
 
     def _take(self, prompt_index: int, delta: TokenDelta, news: dict[Choice, str]) -> None:
         choice = self.choices[prompt_index * self.num_choices + delta.stream]
@@ -385,6 +403,7 @@ class _Arrivals:
         self._single: AsyncIterator[list[TokenDelta]] | None = None
         self._arrived: asyncio.Queue[_Arrival] | None = None
         self._pumps: list[asyncio.Task[None]] = []
+        self._start: asyncio.Task[None] | None = None
         self._num_open = 0
 
     async def next(self) -> tuple[int, list[TokenDelta]] | None:
@@ -398,8 +417,7 @@ class _Arrivals:
         if self._arrived is None:
             self._arrived = asyncio.Queue(len(self._streams))  # beyond it they wait: the engine sees who does not read
             self._num_open = len(self._streams)
-            pumps = [_pump(number, stream, self._arrived) for number, stream in enumerate(self._streams)]
-            self._pumps = [asyncio.create_task(pump) for pump in pumps]
+            self._start = asyncio.create_task(self._start_pumps(self._arrived))
         while self._num_open:
             arrival = await self._arrived.get()
             if isinstance(arrival, Exception):
@@ -409,7 +427,15 @@ class _Arrivals:
             self._num_open -= 1
         return None
 
+    async def _start_pumps(self, arrived: asyncio.Queue[_Arrival]) -> None:
+        for number, stream in enumerate(self._streams):
+            self._pumps.append(asyncio.create_task(_pump(number, stream, arrived)))
+            if len(self._pumps) % _NUM_A_TURN == 0:
+                await asyncio.sleep(0)
+
     def close(self) -> None:
+        if self._start is not None:
+            self._start.cancel()
         for pump in self._pumps:
             pump.cancel()
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import pytest
+from api.fake_engine import FakeEngine, FakeStream
 from serve.served import Served, tokenizer
 
 from rayllm.api.apart import SWITCH_INTERVAL_S
 from rayllm.api.body import MAX_CONTAINERS, MAX_NAMES, MAX_STRINGS, MAX_VALUES, max_body_bytes
+from rayllm.request import Request
 from rayllm.serve import body_reader
 
 LONGEST_TURN_S = 0.15
@@ -117,6 +121,100 @@ async def test_no_request_keeps_others_waiting(name: str) -> None:
     if status == 413:
         assert answer.json()["error"]["code"] == "body_too_large"
         assert "at most" in answer.json()["error"]["message"]
+
+
+class Turns:
+    """Counts the turns of the event loop, and what happens in each."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._happened: Counter[tuple[str, int]] = Counter()
+
+    def note(self, what: str, count: int = 1) -> None:
+        self._happened[what, self._number] += count
+
+    async def count(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self._number += 1
+
+    def most(self, what: str) -> int:
+        """The most of it in one turn."""
+        return max((count for (name, _), count in self._happened.items() if name == what), default=0)
+
+
+class NotedEngine(FakeEngine):
+    """Notes in which turn of the event loop a choice is submitted, first asked for, and closed; a few choices have
+    news in each step, as where the engine runs a bounded number of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda request, choice: [20, 21, 2])
+        self.turns = Turns()
+        self._pauses = itertools.count()
+
+    def submit(self, request: Request) -> FakeStream:
+        self.turns.note("submitted", request.params.n)
+        stream = super().submit(request)
+        noted = stream.close
+
+        def close() -> None:
+            self.turns.note("closed", request.params.n)
+            noted()
+
+        stream.close = close  # type: ignore[method-assign]
+        return stream
+
+    async def pause(self, num_steps: int) -> None:
+        if num_steps == 0:
+            self.turns.note("asked for")
+        await asyncio.sleep(0.001 * (next(self._pauses) % 32))
+        await super().pause(num_steps)
+
+
+@pytest.fixture
+async def noted() -> AsyncIterator[Served]:
+    """A server with a `NotedEngine`."""
+    served = Served()
+    served.engine = NotedEngine()
+    served.make_ready()
+    counting = asyncio.create_task(served.engine.turns.count())
+    yield served
+    counting.cancel()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": ["ab"] * 2048},
+        {"prompt": ["ab"] * 32, "n": 128},
+        {"prompt": ["ab"] * 1024, "n": 4, "stream": True},
+        {"prompt": ["ab"] * 512, "n": 2, "best_of": 8},
+    ],
+)
+async def test_many_choices_are_opened_and_closed_a_part_at_a_time(noted: Served, fields: dict[str, Any]) -> None:
+    async with noted.client() as client:
+        answer = await post(client, "/v1/completions", _json(max_tokens=2, **fields))
+    turns = noted.engine.turns  # type: ignore[attr-defined]
+    assert answer.status_code == 200
+    assert len(noted.engine.streams) == len(fields["prompt"])
+    for what in ("submitted", "asked for", "closed"):
+        assert 0 < turns.most(what) <= 128, what
+    if "stream" not in fields:
+        num_choices = len(fields["prompt"]) * fields.get("n", 1)
+        assert [choice["index"] for choice in answer.json()["choices"]] == list(range(num_choices))
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2048])
+async def test_choices_whose_client_is_gone_are_all_aborted(noted: Served, num_prompts: int) -> None:
+    noted.engine.stall_at = 1
+    async with noted.client() as client:
+        work = asyncio.create_task(post(client, "/v1/completions", _json(prompt=["ab"] * num_prompts, max_tokens=3)))
+        await noted.engine.stalled.wait()
+        work.cancel()
+        await asyncio.wait([work])
+        while not all(stream.closed for stream in noted.engine.streams):
+            await asyncio.sleep(0)
+    assert noted.engine.turns.most("closed") <= 128  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
