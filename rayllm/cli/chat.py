@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rayllm.cli.answer import Piece, ServerError, Timing
-from rayllm.cli.connect import (
-    PARAMS,
-    add_param_flags,
-    add_server_flags,
-    checked_param,
-    connected,
-    param_name,
-    params_of,
-    parse_param,
-)
+from rayllm.cli.connect import add_server_flags, connected
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.cli.markdown import PlainWriter
+from rayllm.cli.sampling_flags import PARAMS, add_param_flags, checked_param, param_name, params_of, parse_param
 from rayllm.config import EngineConfig, parse_settings
 
 if TYPE_CHECKING:

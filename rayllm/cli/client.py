@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
+from rayllm.cli.addresses import DEFAULT_URL, http_settings
 from rayllm.cli.answer import Piece, ServerError, Timing
-from rayllm.cli.connect import DEFAULT_URL, http_settings
 from rayllm.errors import EngineUnreachableError
 
 _CONNECT_TIMEOUT_S = 3.0

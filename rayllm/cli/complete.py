@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rayllm.cli.connect import add_param_flags, add_server_flags, connected, params_of
+from rayllm.cli.connect import add_server_flags, connected
 from rayllm.cli.flags import Parser, UsageError
+from rayllm.cli.sampling_flags import add_param_flags, params_of
 
 
 def parser() -> Parser:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rayllm.cli.flags import Parser, UsageError
-from rayllm.weights.hub import HubModel
+from rayllm.weights.hub import download
+from rayllm.weights.hub_model import HubModel
 
 _SHARE_OF_LINE = 10
 """Where lines cannot be rewritten, one is printed each 10 %."""
@@ -42,19 +43,19 @@ def run(argv: Sequence[str]) -> int:
 
 
 def download_shown(model: HubModel, *, quiet: bool = False) -> Path:
-    """Downloads with progress on stderr; raises as `HubModel.download`."""
+    """Downloads with progress on stderr; raises as `hub.download`."""
     from rayllm.cli.terminal import LiveStages, is_terminal
 
     progress = _Progress(model.name)
     if quiet:
-        return model.download()
+        return download(model)
     if not is_terminal(sys.stderr):
-        return model.download(progress.print_line)
+        return download(model, progress.print_line)
     stages = LiveStages(sys.stderr)
     stages.show(f"downloading {model.name}")
     ok = False
     try:
-        folder = model.download(lambda done, total: stages.show(progress.text(done, total)))
+        folder = download(model, lambda done, total: stages.show(progress.text(done, total)))
         ok = True
     finally:
         stages.end(ok=ok)

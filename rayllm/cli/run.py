@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayllm.cli.connect import add_param_flags, connected, params_of
+from rayllm.cli.connect import connected
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
+from rayllm.cli.sampling_flags import add_param_flags, params_of
 from rayllm.config import EngineConfig
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rayllm.cli.connect import add_server_flags, http_settings, server_url
+from rayllm.cli.addresses import http_settings, server_url
+from rayllm.cli.connect import add_server_flags
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
 from rayllm.config import EngineConfig, Environment, parse_settings
 from rayllm.errors import EngineUnreachableError

@@ -26,7 +26,8 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     from rayllm.engine.owner.resolve import resolve
     from rayllm.serve.lifecycle import check_port
     from rayllm.text.tokenizer_files import check_vocabulary_files
-    from rayllm.weights.hub import HubModel
+    from rayllm.weights.hub import downloaded_folder
+    from rayllm.weights.hub_model import HubModel
 
     check_working_folder()
     server.read_api_keys()
@@ -34,7 +35,7 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     if server.port and not joins:
         check_port(server.host, server.port)
     model = HubModel.of(engine)
-    if model is not None and model.folder() is None:
+    if model is not None and downloaded_folder(model) is None:
         download_shown(model)
     device = "cpu" if engine.device == "cpu" else "cuda"
     if not joins:  # else the cluster decides what there is room for

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayllm.cli.connect import server_url
+from rayllm.cli.addresses import server_url
 from rayllm.cli.flags import Parser, UsageError
 from rayllm.cli.serve import python_line
 

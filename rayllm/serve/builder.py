@@ -79,10 +79,11 @@ def check_model(engine: EngineConfig) -> None:
     from rayllm.engine.owner.resolve import resolve
     from rayllm.text.tokenizer import Tokenizer
     from rayllm.weights.checkpoint import Checkpoint
-    from rayllm.weights.hub import HubModel
+    from rayllm.weights.hub import downloaded_folder
+    from rayllm.weights.hub_model import HubModel
 
     hub = HubModel.of(engine)
-    is_here = Path(engine.model).expanduser().exists() if hub is None else hub.folder() is not None
+    is_here = Path(engine.model).expanduser().exists() if hub is None else downloaded_folder(hub) is not None
     if not is_here and _num_nodes() > 1:
         return
     size = engine.layout.num_ranks

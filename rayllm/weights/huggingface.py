@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.errors import ConfigError, HubUnreachableError, RayLLMError
-from rayllm.weights.hub import HubModel, OnProgress, RemoteFile, needed_files
+from rayllm.weights.hub_model import HubModel, OnProgress, RemoteFile, needed_files
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -29,7 +29,7 @@ def local_folder(model: HubModel) -> Path | None:
 
 
 def download(model: HubModel, on_progress: OnProgress) -> Path:
-    """As `HubModel.download`."""
+    """As `hub.download`."""
     from huggingface_hub import HfApi, hf_hub_download
 
     with _translated(model):

@@ -10,7 +10,7 @@ from typing import Any
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError, HubUnreachableError
-from rayllm.weights.hub import HubModel, OnProgress, RemoteFile, needed_files
+from rayllm.weights.hub_model import HubModel, OnProgress, RemoteFile, needed_files
 
 _REVISION = "master"
 _CHUNK_BYTES = 2**20
@@ -24,7 +24,7 @@ def local_folder(model: HubModel) -> Path | None:
 
 
 def download(model: HubModel, on_progress: OnProgress) -> Path:
-    """As `HubModel.download`. A file gets its name when it is whole and its checksum is right."""
+    """As `hub.download`. A file gets its name when it is whole and its checksum is right."""
     import httpx
 
     folder = _folder(model)

@@ -76,8 +76,8 @@ FLAGS = {
 
 def test_the_flags_of_every_verb_are_these() -> None:
     from rayllm.cli.completion import commands
-    from rayllm.cli.connect import PARAMS
     from rayllm.cli.flags import ALIASES
+    from rayllm.cli.sampling_flags import PARAMS
     from rayllm.config import EngineConfig, ServerConfig
 
     fields = {*EngineConfig.model_fields, *ServerConfig.model_fields, *PARAMS}

@@ -10,7 +10,8 @@ from weights.fake_hub import COMMIT, FakeHub, served_hub
 from rayllm.config import EngineConfig
 from rayllm.engine.owner.resolve import resolve, served_name
 from rayllm.errors import ConfigError
-from rayllm.weights.hub import HubModel, RemoteFile, local_model, needed_files
+from rayllm.weights.hub import download, downloaded_folder, local_model
+from rayllm.weights.hub_model import HubModel, RemoteFile, needed_files
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_a_snapshot_without_a_tokenizer_is_not_whole(hub: FakeHub, tmp_path: Pat
     assert folder is not None
     (folder / "tokenizer.json").unlink()
 
-    with pytest.raises(ConfigError, match="not downloaded: 'rayllm pull owner/model"):
+    with pytest.raises(ConfigError, match="nor downloaded: run 'rayllm pull owner/model"):
         local_model(EngineConfig.parse(fields))
     for other in ({"tokenizer": str(tmp_path)}, {"skip_tokenizer_init": True}):
         assert local_model(EngineConfig.parse({**fields, **other})) == folder
@@ -121,7 +122,7 @@ def test_pull_brings_what_serving_needs_and_only_what_is_missing(hub: FakeHub, t
     resolved = resolve(config)
     assert (resolved.model_path, resolved.served_model_name) == (str(folder), "owner/model")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"not downloaded: 'rayllm pull owner/model --download-dir .*here' brings"):
+    with pytest.raises(ConfigError, match=r"nor downloaded: run 'rayllm pull owner/model --download-dir .*here'"):
         local_model(config)
     hub.asked.clear()
     assert pull(hub, tmp_path / "home", "owner/model", "--download-dir", str(tmp_path / "here")).returncode == 0
@@ -154,15 +155,15 @@ def model(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubM
 def test_modelscope_goes_on_where_it_broke_and_fetches_nothing_twice(hub: FakeHub, model: HubModel) -> None:
     hub.break_at["model.safetensors"] = 1000
     told: list[tuple[int, int]] = []
-    assert model.folder() is None
-    folder = model.download(lambda done, total: told.append((done, total)))
-    assert model.folder() == folder
+    assert downloaded_folder(model) is None
+    folder = download(model, lambda done, total: told.append((done, total)))
+    assert downloaded_folder(model) == folder
     assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     assert [asked for name, asked in hub.asked if name == "model.safetensors"] == [None, "bytes=1000-"]
     assert told[-1][0] == told[-1][1] == sum(path.stat().st_size for path in folder.iterdir())
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     hub.asked.clear()
-    model.download()
+    download(model)
     assert hub.asked == []
 
 
@@ -176,11 +177,11 @@ def test_modelscope_keeps_nothing_that_is_damaged(
     monkeypatch.setattr(hub, "describe", lambda path, query: described if path.endswith("/files") else None)
     hub.files["config.json"] = files["config.json"].replace(b"l", b"k")
     with pytest.raises(HubUnreachableError, match=r"config\.json of owner/model came damaged"):
-        model.download()
-    assert model.folder() is None
+        download(model)
+    assert downloaded_folder(model) is None
 
 
 def test_a_name_that_modelscope_does_not_have_is_refused(model: HubModel, tmp_path: Path) -> None:
     other = HubModel("owner/other", is_modelscope=True, download_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="ModelScope has no model owner/other"):
-        other.download()
+        download(other)

@@ -16,7 +16,7 @@ from tiny import make_checkpoint
 from rayllm.errors import ConfigError
 from rayllm.weights.checkpoint import Checkpoint
 from rayllm.weights.files import holds_weights
-from rayllm.weights.hub import HubModel, RemoteFile, needed_files
+from rayllm.weights.hub_model import HubModel, RemoteFile, needed_files
 
 WEIGHTS = "model.safetensors"
 BIN = "pytorch_model.bin"

@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayllm.cli.addresses import http_settings, server_url
 from rayllm.cli.bench.stats import add_count_flags, check_at_least, headline, line, spread_ms
-from rayllm.cli.connect import add_server_flags, http_settings, server_url
+from rayllm.cli.connect import add_server_flags
 from rayllm.cli.flags import Parser, UsageError
 from rayllm.config import Environment
 from rayllm.errors import EngineUnreachableError, RayLLMError

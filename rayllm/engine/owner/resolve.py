@@ -16,7 +16,8 @@ from rayllm.models.registry import outside_module, read_spec
 from rayllm.models.split import check_split
 from rayllm.text.end_token import end_token_id
 from rayllm.weights.config_file import read_json
-from rayllm.weights.hub import MODELSCOPE_PREFIX, HubModel, local_model
+from rayllm.weights.hub import local_model
+from rayllm.weights.hub_model import MODELSCOPE_PREFIX, HubModel
 
 _CPU_BLOCK_SIZE = 8
 _GPU_BLOCK_SIZE = 64
