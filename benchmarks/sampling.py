@@ -17,21 +17,19 @@ from functools import partial
 
 import torch
 
-from rayllm.request import SamplingParams
+from rayllm.messages import RowParams
 from rayllm.sampling.sampler import Sampler
 
 MODES = {
-    "greedy": SamplingParams(temperature=0),
-    "temperature": SamplingParams(temperature=0.8),
-    "min_p": SamplingParams(temperature=0.8, min_p=0.05),
-    "top_p": SamplingParams(temperature=0.8, top_p=0.9),
-    "top_k": SamplingParams(temperature=0.8, top_k=50),
-    "top_k_top_p": SamplingParams(temperature=0.8, top_k=50, top_p=0.9),
-    "penalties": SamplingParams(temperature=0, repetition_penalty=1.1, frequency_penalty=0.2),
-    "bad_words": SamplingParams(
-        temperature=0, bad_words_token_ids=tuple((i, i + 1, i + 2)[: i % 3 + 1] for i in range(40))
-    ),
-    "greedy_logprobs": SamplingParams(temperature=0, logprobs=5),
+    "greedy": RowParams(temperature=0),
+    "temperature": RowParams(temperature=0.8),
+    "min_p": RowParams(temperature=0.8, min_p=0.05),
+    "top_p": RowParams(temperature=0.8, top_p=0.9),
+    "top_k": RowParams(temperature=0.8, top_k=50),
+    "top_k_top_p": RowParams(temperature=0.8, top_k=50, top_p=0.9),
+    "penalties": RowParams(temperature=0, repetition_penalty=1.1, frequency_penalty=0.2),
+    "bad_words": RowParams(temperature=0, bad_words_token_ids=tuple((i, i + 1, i + 2)[: i % 3 + 1] for i in range(40))),
+    "greedy_logprobs": RowParams(temperature=0, logprobs=5),
 }
 
 

@@ -72,6 +72,7 @@ def decode_plan(step: int, num_rows: int) -> StepPlan:
         grown_blocks=pack_ids([1000 + row for row in grown]),
         rows=pack_ids(range(num_rows)),
         counts=pack_ids([1] * num_rows),
+        num_tokens=num_rows,
     )
 
 

@@ -22,6 +22,7 @@ import torch
 
 from rayllm import LLM, SamplingParams, StructuredOutputsParams
 from rayllm.demo import model_path
+from rayllm.messages import RowParams
 from rayllm.sampling.sampler import Sampler
 from rayllm.structured.matcher import new_matcher
 from rayllm.structured.vocabulary import Vocabulary
@@ -85,7 +86,7 @@ def apply_ms(vocab_size: int, num_rows: int) -> float:
         max_rows=num_rows, vocab_size=vocab_size, max_model_len=64, eos_token_ids=(), device=torch.device("cpu")
     )
     for row in range(num_rows):
-        sampler.set_row(row, SamplingParams(temperature=0), 0, 0, [1], 1)
+        sampler.set_row(row, RowParams(temperature=0), 0, 0, [1], 1)
     logits_NV = torch.randn((num_rows, vocab_size))
     masks = list(range(num_rows)), np.full((num_rows, -(-vocab_size // 8)), 0xFF, np.uint8)
     free = min(timed_ms(lambda: sampler.sample(logits_NV, list(range(num_rows)))) for _ in range(9))

@@ -7,11 +7,47 @@ another Ray job.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import msgspec
 
-from rayllm.request import Request, SamplingParams
+from rayllm.request import Request, SamplingParams, StructuredOutputsParams, unpack_ids
 
 # ---------------------------------------------------------------------------------------------- driver <-> workers
+
+
+class RowParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The part of `SamplingParams` by which workers draw: ids and numbers, with names and meanings as there. What
+    concerns text (stop strings, words, special tokens) stays with the client, with one exception: the text of a grammar
+    goes to the workers, who compile it. Values are those that `SamplingParams` has checked.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | None = None
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    structured_outputs: StructuredOutputsParams | None = None
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> RowParams:
+        return cls(**{name: getattr(params, name) for name in cls.__struct_fields__})
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many log-probabilities a sampled token brings beside its own; None for not even that."""
+        return self.logprobs if self.logprob_token_ids is None else len(self.logprob_token_ids)
 
 
 class RowStart(msgspec.Struct, frozen=True, array_like=True):
@@ -26,11 +62,15 @@ class RowStart(msgspec.Struct, frozen=True, array_like=True):
     """Tokens whose KV is already in `blocks` (a prefix hit)."""
     blocks: bytes
     """The block table so far."""
-    params: SamplingParams
+    params: RowParams
     seed: int
     choice: int
     traceparent: str = ""
     """`Request.traceparent`."""
+    task: str = "generate"
+    """What is computed of its tokens: `generate` the next one, or a vector of them all (`embed`, `score`, ...)."""
+    adapter: str | None = None
+    """The adapter (LoRA) that it is computed with; None: the model as it is."""
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
@@ -51,6 +91,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     rows: bytes
     counts: bytes
     """Parallel with `rows`; each at least 1."""
+    num_tokens: int
+    """The sum of `counts`."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -65,14 +107,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """Rank 0's answer to a plan: `token_ids[i]` was sampled for `rows[i]`."""
+    """The answering rank's result of a plan: what each row of the plan gained, if anything.
+
+    A row gains any number of tokens (one today; with speculation as many as were accepted), or a vector.
+    """
 
     step: int
     epoch: int
     rows: bytes
+    """Those that gained tokens, in the order of the plan."""
     token_ids: bytes
-    logprobs: dict[int, TokenLogprobs]
-    """By row, for those that asked."""
+    """The tokens of `rows[0]`, then those of `rows[1]`, ..."""
+    logprobs: dict[int, list[TokenLogprobs]]
+    """By row, for those that asked: one for each of its tokens."""
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     """By row: the prompt positions whose next-token distribution this step computed, in order."""
     elapsed_s: float
@@ -82,8 +129,20 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     invalid_rows: bytes = b""
     """Rows of the plan whose logits held NaN or infinity: what is said of them means nothing."""
     ends: dict[int, Finish] = {}
-    """By row, where the worker knows of an end: the text is complete (`stop`, with its token), or nothing may follow
-    (`error`, and its token is none)."""
+    """By row, where the worker knows of an end: the text is complete (`stop`, with its last token), or nothing may
+    follow (`error`, and its tokens are none)."""
+    counts: bytes = b""
+    """Parallel with `rows`: how many of `token_ids` are each row's; empty where each has one."""
+    vectors: dict[int, bytes] = {}
+    """By row, for tasks that do not generate: float32, a pooled vector or scores."""
+
+    def tokens(self) -> list[list[int]]:
+        """The tokens of each of `rows`."""
+        token_ids = unpack_ids(self.token_ids).tolist()
+        if not self.counts:
+            return [[token_id] for token_id in token_ids]
+        ends = list(accumulate(unpack_ids(self.counts)))
+        return [token_ids[begin:end] for begin, end in zip([0, *ends], ends)]
 
 
 class WorkerFailure(msgspec.Struct, frozen=True, array_like=True):

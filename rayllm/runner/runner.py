@@ -17,11 +17,11 @@ from rayllm.config import ResolvedConfig, count_cores
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import NO_TOKEN_LEFT
 from rayllm.layers.kv_cache import KVPool
-from rayllm.messages import Finish, RowStart, StepPlan, StepResult
+from rayllm.messages import Finish, RowParams, RowStart, StepPlan, StepResult
 from rayllm.models import load_model
 from rayllm.models.decoder import kv_bytes_per_block
 from rayllm.models.registry import read_spec
-from rayllm.request import SamplingParams, pack_ids, unpack_ids
+from rayllm.request import pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
 from rayllm.runner.device_check import check_device, device_name
 from rayllm.runner.memory import plan_num_blocks
@@ -126,12 +126,12 @@ class Runner:
         library handles, collectives). Leaves no row behind; all ranks must call it."""
         num_tokens = min(_WARM_UP_TOKENS, self._config.max_model_len, self._config.max_num_batched_tokens)
         blocks = pack_ids(range(-(-self._config.max_model_len // self._config.block_size))[: num_tokens + 1])
-        params = SamplingParams(temperature=0, max_tokens=1)
+        params = RowParams(temperature=0)
         start = RowStart(0, pack_ids([0] * num_tokens), num_tokens, 0, blocks, params, 0, 0)
-        self.execute(StepPlan(0, 0, b"", [start], b"", b"", pack_ids([0]), pack_ids([num_tokens])))
+        self.execute(StepPlan(0, 0, b"", [start], b"", b"", pack_ids([0]), pack_ids([num_tokens]), num_tokens))
         if num_tokens < self._config.max_model_len:
-            self.execute(StepPlan(0, 0, b"", [], b"", b"", pack_ids([0]), pack_ids([1])))
-        self._rows.apply(StepPlan(0, 0, pack_ids([0]), [], b"", b"", b"", b""))
+            self.execute(StepPlan(0, 0, b"", [], b"", b"", pack_ids([0]), pack_ids([1]), 1))
+        self._rows.apply(StepPlan(0, 0, pack_ids([0]), [], b"", b"", b"", b"", 0))
         self._sampler.clear_row(0)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -176,7 +176,7 @@ class Runner:
             epoch=plan.epoch,
             rows=pack_ids(in_flight.step.sampled_rows.tolist()),
             token_ids=token_ids,
-            logprobs={row: entry for row, entry in logprobs.items() if entry is not None},
+            logprobs={row: [entry] for row, entry in logprobs.items() if entry is not None},
             prompt_logprobs={
                 row: [entry for entry in entries if entry is not None] for row, entries in prompt_logprobs.items()
             },
@@ -194,6 +194,10 @@ class Runner:
             self._sampler.clear_row(row)
             self._structured.end(row)
         for new in plan.new_rows:
+            if new.task != "generate" or new.adapter is not None:
+                raise ValueError(
+                    f"row {new.row}: this worker cannot compute task={new.task!r}, adapter={new.adapter!r}"
+                )
             tokens = unpack_ids(new.tokens)
             self._sampler.set_row(new.row, new.params, new.seed, new.choice, tokens, new.num_prompt_tokens)
             self._structured.begin(new.row, new.params, tokens[new.num_prompt_tokens :])

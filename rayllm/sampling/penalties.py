@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rayllm.request import SamplingParams
+from rayllm.messages import RowParams
 
 
-def wants_penalty(params: SamplingParams) -> bool:
+def wants_penalty(params: RowParams) -> bool:
     """Whether any of the three penalties changes a logit."""
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
@@ -36,14 +36,14 @@ class PenaltyTable:
         self._counts_SV = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._history_SL = torch.zeros((0, max_tokens), dtype=torch.int32, device=device)
         self._length: list[int] = []
-        self._params: list[SamplingParams] = []
+        self._params: list[RowParams] = []
         self._slot: dict[int, int] = {}
         self._free: list[int] = []
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot
 
-    def add(self, row: int, params: SamplingParams, tokens: Sequence[int], num_prompt_tokens: int) -> None:
+    def add(self, row: int, params: RowParams, tokens: Sequence[int], num_prompt_tokens: int) -> None:
         """`tokens` are the prompt, then what was emitted; never empty."""
         if not self._free:
             self._grow()
@@ -102,5 +102,5 @@ class PenaltyTable:
         self._counts_SV = torch.cat((self._counts_SV, more_counts))
         self._history_SL = torch.cat((self._history_SL, more_history))
         self._length += [0] * num_new
-        self._params += [SamplingParams()] * num_new
+        self._params += [RowParams()] * num_new
         self._free += reversed(range(num_slots, num_slots + num_new))

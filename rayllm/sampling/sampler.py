@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from rayllm.errors import RequestError
-from rayllm.messages import TokenLogprobs
-from rayllm.request import SamplingParams
+from rayllm.messages import RowParams, TokenLogprobs
 from rayllm.sampling.bad_words import BadWordTable
 from rayllm.sampling.logprobs import LogprobTensors, compute_logprobs
 from rayllm.sampling.penalties import PenaltyTable, upload, wants_penalty
@@ -43,7 +42,7 @@ class Draw(Enum):
 class _Row:
     """What is known of a row between steps. `position` counts emitted tokens and numbers the next draw."""
 
-    params: SamplingParams
+    params: RowParams
     draw: Draw
     seed: int
     choice: int
@@ -121,7 +120,7 @@ class Sampler:
     def set_row(
         self,
         row: int,
-        params: SamplingParams,
+        params: RowParams,
         seed: int,
         choice: int,
         tokens: array[int] | list[int],
@@ -130,9 +129,8 @@ class Sampler:
         """A sequence takes the row. `tokens` are the prompt and, when it is replayed, what it has emitted.
 
         Raises `RequestError` for ids in `allowed_token_ids`, `logit_bias`, `logprob_token_ids` or
-        `bad_words_token_ids` that the model does not have. Words in `bad_words` must have become ids before.
+        `bad_words_token_ids` that the model does not have.
         """
-        assert not params.bad_words, "bad_words without token ids: see rayllm.text.bad_words"
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_ids("logit_bias", tuple(params.logit_bias))
         self._check_ids("logprob_token_ids", params.logprob_token_ids or ())
@@ -270,7 +268,7 @@ class Sampler:
         return upload(torch.tensor(list(ids), dtype=torch.int64), self._device)
 
 
-def _how_to_draw(params: SamplingParams, vocab_size: int) -> Draw:
+def _how_to_draw(params: RowParams, vocab_size: int) -> Draw:
     if params.temperature < LOWEST_TEMPERATURE or params.top_k == 1:
         return Draw.GREEDY
     if 0 < params.top_k < vocab_size:
@@ -278,7 +276,7 @@ def _how_to_draw(params: SamplingParams, vocab_size: int) -> Draw:
     return Draw.TOP_P if params.top_p < 1 else Draw.ALL
 
 
-def _num_candidates(params: list[SamplingParams]) -> int:
+def _num_candidates(params: list[RowParams]) -> int:
     """More than the largest top-k, so that ties at its edge are seen; rows with a huge top-k go the slow way."""
     largest = max((p.top_k for p in params if p.top_k < _CANDIDATE_STEPS[-1]), default=0)
     return next(step for step in _CANDIDATE_STEPS if largest < step)

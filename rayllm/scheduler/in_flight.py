@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from rayllm.errors import EngineError
-from rayllm.messages import RowStart, StepPlan, StepResult
+from rayllm.messages import RowParams, RowStart, StepPlan, StepResult
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.scheduler.sequence import Sequence
 
@@ -34,7 +34,7 @@ class PlanBuilder:
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 num_computed_tokens=sequence.num_computed,
                 blocks=pack_ids(sequence.blocks),
-                params=sequence.request.params,
+                params=RowParams.of(sequence.request.params),
                 seed=sequence.request.seed,
                 choice=sequence.choice,
                 traceparent=sequence.request.traceparent,
@@ -106,6 +106,7 @@ class InFlightSteps(deque[InFlightStep]):
             grown_blocks=pack_ids(block for blocks in builder.grown.values() for block in blocks),
             rows=pack_ids(rows),
             counts=pack_ids(counts),
+            num_tokens=sum(counts),
         )
 
     def complete(self, result: StepResult) -> tuple[InFlightStep, array[int]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from rayllm.errors import ConfigError
-from rayllm.messages import Finish, StepPlan, StepResult
+from rayllm.messages import Finish, StepPlan, StepResult, TokenLogprobs
 from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
 from rayllm.scheduler.in_flight import InFlightSteps, PlanBuilder
@@ -352,33 +352,44 @@ class Scheduler:
             sequence = step.by_row[row]
             if sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += prompt_logprobs
-        for row, token_id in zip(rows, unpack_ids(result.token_ids)):
+        for row, token_ids in zip(rows, result.tokens()):
             sequence = step.by_row[row]
-            if sequence.finish is not None:
-                continue
-            reported = result.ends.get(row) if result.ends else None
-            if reported is not None and reported.reason == "error":
-                updates.append(SequenceUpdate(sequence, [], reported))
-                self._end(sequence, reported)
-                continue
-            update = SequenceUpdate(sequence, [token_id])
-            if result.logprobs and row in result.logprobs:
-                update.logprobs = [result.logprobs[row]]
-            if not sequence.answered:
-                self._answer(sequence, update)
-            tokens = sequence.tokens
+            if sequence.finish is None:
+                reported = result.ends.get(row) if result.ends else None
+                logprobs = result.logprobs.get(row) if result.logprobs else None
+                updates.append(self._append(sequence, token_ids, logprobs, reported))
+        return updates
+
+    def _append(
+        self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs] | None, reported: Finish | None
+    ) -> SequenceUpdate:
+        """The sequence has these tokens more, up to the one that ends it; `reported` is an end that the worker knows of
+        at the last one."""
+        if reported is not None and reported.reason == "error":
+            self._end(sequence, reported)
+            return SequenceUpdate(sequence, [], reported)
+        update = SequenceUpdate(sequence, token_ids, logprobs=logprobs)
+        if not sequence.answered:
+            self._answer(sequence, update)
+        tokens = sequence.tokens
+        sequence.num_pending -= 1
+        for number, token_id in enumerate(token_ids, 1):
             tokens.append(token_id)
-            self._counters.charge(sequence.client, OUTPUT_WEIGHT)
-            sequence.num_pending -= 1
             if reported is not None or token_id in sequence.stop_ids or len(tokens) >= sequence.max_length:
                 update.finish = sequence.finish_reason()
-                if reported is not None and (update.finish is None or update.finish.reason == "length"):
+                is_reported = reported is not None and number == len(token_ids)
+                if is_reported and (update.finish is None or update.finish.reason == "length"):
                     update.finish = reported
                 if update.finish:
-                    self.totals.note_end(sequence)
-                    self._end(sequence, update.finish)
-            updates.append(update)
-        return updates
+                    del token_ids[number:]
+                    if logprobs is not None:
+                        del logprobs[number:]
+                    break
+        self._counters.charge(sequence.client, OUTPUT_WEIGHT * len(token_ids))
+        if update.finish:
+            self.totals.note_end(sequence)
+            self._end(sequence, update.finish)
+        return update
 
     def _end_invalid(self, sequences: Iterable[Sequence]) -> list[SequenceUpdate]:
         """Ends sequences whose logits are not finite."""

@@ -18,8 +18,8 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 
 from rayllm.errors import STRUCTURED_OUTPUTS_FAILED, RayLLMError
-from rayllm.messages import Finish
-from rayllm.request import SamplingParams, StructuredOutputsParams
+from rayllm.messages import Finish, RowParams
+from rayllm.request import StructuredOutputsParams
 from rayllm.structured.grammar import first_line
 from rayllm.structured.matcher import new_matcher, no_token_reason
 from rayllm.structured.vocabulary import Vocabulary
@@ -38,7 +38,7 @@ _STEP_CREDIT_S = 2.0
 
 @dataclass(slots=True)
 class _Row:
-    params: SamplingParams
+    params: RowParams
     matcher: LLMatcher | None = None
     mask: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     """A bit for each token that may come next; valid when `ready` is done."""
@@ -78,7 +78,7 @@ class StructuredRows:
         """Begins to load what the first row will need. What goes wrong is said of that row."""
         self._submit(self._try_load)
 
-    def begin(self, row: int, params: SamplingParams, emitted: array[int] | Sequence[int]) -> None:
+    def begin(self, row: int, params: RowParams, emitted: array[int] | Sequence[int]) -> None:
         """A sequence takes the row, with the tokens it has emitted; nothing where it may write what it likes."""
         self.end(row)
         if params.structured_outputs is not None:
@@ -181,7 +181,7 @@ class StructuredRows:
             _fill_alone(state)
             self._check_mask(state)
 
-    def _new_matcher(self, params: SamplingParams) -> LLMatcher:
+    def _new_matcher(self, params: RowParams) -> LLMatcher:
         """A copy of one that was made before, where there is one. Raises `RequestError`."""
         assert params.structured_outputs is not None
         assert self._vocabulary is not None

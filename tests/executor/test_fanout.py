@@ -11,8 +11,8 @@ import pytest
 from rayllm.errors import WorkerDiedError
 from rayllm.executor.channel import Channel
 from rayllm.executor.fanout import WorkerLinks
-from rayllm.messages import Abort, RowStart, StepPlan, StepResult, WorkerFailure
-from rayllm.request import SamplingParams, pack_ids
+from rayllm.messages import Abort, RowParams, RowStart, StepPlan, StepResult, WorkerFailure
+from rayllm.request import pack_ids
 
 
 class _Workers:
@@ -40,8 +40,8 @@ def workers() -> Iterator[_Workers]:
 
 
 def _plan(step: int, num_tokens: int = 0) -> StepPlan:
-    new = RowStart(0, pack_ids([7] * num_tokens), 0, 0, b"", SamplingParams(), 0, 0)
-    return StepPlan(step, 0, b"", [new] if num_tokens else [], b"", b"", b"", b"")
+    new = RowStart(0, pack_ids([7] * num_tokens), 0, 0, b"", RowParams(), 0, 0)
+    return StepPlan(step, 0, b"", [new] if num_tokens else [], b"", b"", b"", b"", 0)
 
 
 def _result(step: int, num_bytes: int = 4) -> StepResult:

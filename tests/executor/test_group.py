@@ -73,7 +73,7 @@ def _config(name: str, ranks: int = 2, standby: str = "off") -> ResolvedConfig:
 
 
 def _plan(step: int) -> StepPlan:
-    return StepPlan(step, 0, b"", [], b"", b"", b"", b"")
+    return StepPlan(step, 0, b"", [], b"", b"", b"", b"", 0)
 
 
 def _computed(group: WorkerGroup, step: int = 7) -> bytes:

@@ -28,7 +28,7 @@ class _Runner:
 
 
 def _plan(step: int) -> StepPlan:
-    return StepPlan(step, 0, b"", [], b"", b"", b"", b"")
+    return StepPlan(step, 0, b"", [], b"", b"", b"", b"", 0)
 
 
 def test_the_runner_is_started_with_all_its_blocks_and_plans_run_in_order() -> None:

@@ -38,7 +38,7 @@ class _Runner:
 
 
 def _plan(step: int, epoch: int = 0) -> StepPlan:
-    return StepPlan(step, epoch, b"", [], b"", b"", b"", b"")
+    return StepPlan(step, epoch, b"", [], b"", b"", b"", b"", 0)
 
 
 def _call(function: Callable[[], Any]) -> Future[Any]:

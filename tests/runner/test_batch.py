@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayllm.messages import RowStart, StepPlan
-from rayllm.request import SamplingParams, pack_ids
+from rayllm.messages import RowParams, RowStart, StepPlan
+from rayllm.request import pack_ids
 from rayllm.runner.batch import StepInput, build_step
 from rayllm.runner.rows import Rows
 
@@ -18,12 +18,12 @@ def rows() -> Rows:
     tokens, none computed, prompt log-probabilities wanted."""
     rows = Rows(max_rows=4, max_blocks=4, device=CPU)
     starts = [
-        (0, list(range(100, 110)), 6, [7, 3, 5], SamplingParams()),
-        (1, [200, 201, 202], 0, [1], SamplingParams()),
-        (2, [300, 301, 302, 303, 304], 0, [2, 6], SamplingParams(prompt_logprobs=1)),
+        (0, list(range(100, 110)), 6, [7, 3, 5], RowParams()),
+        (1, [200, 201, 202], 0, [1], RowParams()),
+        (2, [300, 301, 302, 303, 304], 0, [2, 6], RowParams(prompt_logprobs=1)),
     ]
     new = [RowStart(r, pack_ids(t), len(t), c, pack_ids(b), p, 0, 0) for r, t, c, b, p in starts]
-    rows.apply(StepPlan(0, 0, b"", new, b"", b"", b"", b""))
+    rows.apply(StepPlan(0, 0, b"", new, b"", b"", b"", b"", 0))
     rows.advance(np.array([1]), np.array([3]), np.array([1]))
     rows.last_token_R[1] = 999
     return rows

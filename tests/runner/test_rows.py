@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rayllm.messages import RowStart, StepPlan
-from rayllm.request import SamplingParams, pack_ids
+from rayllm.messages import RowParams, RowStart, StepPlan
+from rayllm.request import pack_ids
 from rayllm.runner.rows import Rows
 
 
 def _start(row: int, tokens: list[int], blocks: list[int], num_computed: int = 0, **params: int) -> RowStart:
-    sampling = SamplingParams(**params)  # type: ignore[arg-type]
+    sampling = RowParams(**params)  # type: ignore[arg-type]
     return RowStart(row, pack_ids(tokens), len(tokens), num_computed, pack_ids(blocks), sampling, 0, 0)
 
 
@@ -19,7 +19,7 @@ def _plan(
     grown: list[tuple[int, int]] = [],  # noqa: B006
 ) -> StepPlan:
     rows, blocks = [row for row, _ in grown], [block for _, block in grown]
-    return StepPlan(0, 0, pack_ids(finished), new, pack_ids(rows), pack_ids(blocks), b"", b"")
+    return StepPlan(0, 0, pack_ids(finished), new, pack_ids(rows), pack_ids(blocks), b"", b"", 0)
 
 
 def _rows() -> Rows:

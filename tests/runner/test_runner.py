@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torch
 from rayllm.config import EngineConfig
 from rayllm.distributed.groups import TensorParallel
 from rayllm.engine.owner.resolve import resolve
-from rayllm.messages import RowStart, StepPlan, StepResult
-from rayllm.request import SamplingParams, pack_ids, unpack_ids
+from rayllm.messages import RowParams, RowStart, StepPlan, StepResult
+from rayllm.request import pack_ids, unpack_ids
 from rayllm.runner.runner import Runner
 
 PROMPT = [5, 9, 30, 31, 77, 100, 12]
@@ -43,7 +44,7 @@ def reference(llama_path: Path) -> list[torch.Tensor]:
 
 
 def _start(row: int, blocks: list[int], **params: object) -> RowStart:
-    sampling = SamplingParams(temperature=0, **params)  # type: ignore[arg-type]
+    sampling = RowParams(temperature=0, **params)  # type: ignore[arg-type]
     return RowStart(row, pack_ids(PROMPT), len(PROMPT), 0, pack_ids(blocks), sampling, 0, 0)
 
 
@@ -51,7 +52,7 @@ def _plan(
     step: int, counts: dict[int, int], new: list[RowStart] | None = None, finished: tuple[int, ...] = ()
 ) -> StepPlan:
     rows, lengths = pack_ids(counts), pack_ids(counts.values())
-    return StepPlan(step, 3, pack_ids(finished), new or [], b"", b"", rows, lengths)
+    return StepPlan(step, 3, pack_ids(finished), new or [], b"", b"", rows, lengths, sum(counts.values()))
 
 
 def _tokens(result: StepResult) -> dict[int, int]:
@@ -66,10 +67,17 @@ def test_tokens_and_logprobs_are_those_of_transformers(runner: Runner, reference
         result = runner.execute(plan)
         assert (result.step, result.epoch) == (step, 3)
         assert _tokens(result) == {1: int(expected.argmax())}
-        logprobs = result.logprobs[1]
+        [logprobs] = result.logprobs[1]
         values, ids = np.frombuffer(logprobs.values, np.float32), list(unpack_ids(logprobs.ids))
         assert ids == [int(expected.argmax()), *expected.topk(2).indices.tolist()]
         assert values == pytest.approx(expected[ids].numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("asked", [{"task": "embed"}, {"adapter": "french"}])
+def test_a_task_or_adapter_that_cannot_be_computed_is_refused(runner: Runner, asked: dict[str, str]) -> None:
+    start = msgspec.structs.replace(_start(1, [8, 2, 5, 1]), **asked)
+    with pytest.raises(ValueError, match=next(iter(asked.values()))):
+        runner.execute(_plan(0, {1: len(PROMPT)}, [start]))
 
 
 def test_a_chunk_that_does_not_reach_the_end_samples_nothing(runner: Runner, reference: list[torch.Tensor]) -> None:
@@ -108,7 +116,7 @@ def test_a_rows_nan_harms_no_row_beside_it_and_none_that_gets_its_blocks(
     runner: Runner, reference: list[torch.Tensor]
 ) -> None:
     runner._model.decoder._embedding.weight_VD[200] = torch.nan
-    broken = RowStart(0, pack_ids([200] * 9), 9, 0, pack_ids([0, 1, 2]), SamplingParams(temperature=0), 0, 0)
+    broken = RowStart(0, pack_ids([200] * 9), 9, 0, pack_ids([0, 1, 2]), RowParams(temperature=0), 0, 0)
     first = runner.execute(_plan(0, {0: 9, 1: 7}, [broken, _start(1, [8, 3])]))
     second = runner.execute(_plan(1, {0: 1, 1: 1}))  # the shorter row reads a page beyond its own
     third = runner.execute(_plan(2, {2: 7}, [_start(2, [2, 1])], finished=(0, 1)))

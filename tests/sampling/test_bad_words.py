@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 import torch
 
 from rayllm.errors import RequestError
-from rayllm.request import SamplingParams
+from rayllm.messages import RowParams
 from rayllm.sampling.sampler import Sampler
 
 V = 6
@@ -29,7 +30,7 @@ def contains(tokens: list[int], word: tuple[int, ...]) -> bool:
     return "".join(map(str, word)) in letters
 
 
-def reference_stream(params: SamplingParams, words: Words, *, request: int, num: int) -> list[int]:
+def reference_stream(params: RowParams, words: Words, *, request: int, num: int) -> list[int]:
     """As if the model itself ruled out whatever would make one of the words appear in the answer."""
     emitted: list[int] = []
     for position in range(num):
@@ -50,12 +51,12 @@ def random_words(rng: random.Random) -> Words:
 
 
 PARAMS = [
-    SamplingParams(temperature=0),
-    SamplingParams(),
-    SamplingParams(top_k=3, temperature=2.0),
-    SamplingParams(top_p=0.8),
-    SamplingParams(frequency_penalty=0.5),
-    SamplingParams(logit_bias={2: 3.0}),
+    RowParams(temperature=0),
+    RowParams(),
+    RowParams(top_k=3, temperature=2.0),
+    RowParams(top_p=0.8),
+    RowParams(frequency_penalty=0.5),
+    RowParams(logit_bias={2: 3.0}),
 ]
 
 
@@ -74,7 +75,7 @@ def test_tokens_are_those_of_a_model_that_cannot_write_the_words() -> None:
         for i in rows:
             words, params = requests[i]
             if not emitted[i] or rng.random() < 0.2:
-                bound = params.with_(bad_words_token_ids=words)
+                bound = msgspec.structs.replace(params, bad_words_token_ids=words)
                 sampler.set_row(i, bound, i, 0, PROMPT + emitted[i], len(PROMPT))
         logits_NV = torch.stack([logits_of(i, len(emitted[i])) for i in rows])
         for i, token_id in zip(rows, sampler.sample(logits_NV, rows).token_ids_N.tolist()):
@@ -84,15 +85,15 @@ def test_tokens_are_those_of_a_model_that_cannot_write_the_words() -> None:
 
 def test_the_prompt_is_no_part_of_a_word_and_rows_without_words_are_as_they_were() -> None:
     sampler = make_sampler()
-    sampler.set_row(0, SamplingParams(temperature=0, bad_words_token_ids=((2, 3, 5), (4,))), 0, 0, PROMPT, 3)
-    sampler.set_row(1, SamplingParams(temperature=0), 0, 0, PROMPT, 3)
+    sampler.set_row(0, RowParams(temperature=0, bad_words_token_ids=((2, 3, 5), (4,))), 0, 0, PROMPT, 3)
+    sampler.set_row(1, RowParams(temperature=0), 0, 0, PROMPT, 3)
     logits_V = torch.tensor([0.0, 0, 0, 0, 2, 1])
     assert sampler.sample(logits_V.repeat(2, 1), [1, 0]).token_ids_N.tolist() == [4, 5]
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     sampler = make_sampler()
-    sampler.set_row(0, SamplingParams(temperature=0, logprobs=1, bad_words_token_ids=((4,),)), 0, 0, PROMPT, 3)
+    sampler.set_row(0, RowParams(temperature=0, logprobs=1, bad_words_token_ids=((4,),)), 0, 0, PROMPT, 3)
     logits_V = torch.tensor([0.0, 0, 0, 0, 2, 1])
     found = sampler.sample(logits_V[None].clone(), [0]).by_row()[0]
     assert found is not None
@@ -103,10 +104,10 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 def test_a_row_with_no_token_left_is_stuck_and_one_without_numbers_is_invalid() -> None:
     sampler = make_sampler()
     words = tuple((token_id,) for token_id in range(V))
-    sampler.set_row(0, SamplingParams(bad_words_token_ids=words), 0, 0, PROMPT, 3)
-    sampler.set_row(1, SamplingParams(bad_words_token_ids=((3,),), allowed_token_ids=(3,)), 0, 0, PROMPT, 3)
-    sampler.set_row(2, SamplingParams(bad_words_token_ids=((3,),)), 0, 0, PROMPT, 3)
-    sampler.set_row(3, SamplingParams(bad_words_token_ids=((3,),)), 0, 0, PROMPT, 3)
+    sampler.set_row(0, RowParams(bad_words_token_ids=words), 0, 0, PROMPT, 3)
+    sampler.set_row(1, RowParams(bad_words_token_ids=((3,),), allowed_token_ids=(3,)), 0, 0, PROMPT, 3)
+    sampler.set_row(2, RowParams(bad_words_token_ids=((3,),)), 0, 0, PROMPT, 3)
+    sampler.set_row(3, RowParams(bad_words_token_ids=((3,),)), 0, 0, PROMPT, 3)
     logits_NV = torch.zeros(4, V)
     logits_NV[2, 3] = torch.nan
     sampled = sampler.sample(logits_NV, [0, 1, 2, 3])
@@ -116,10 +117,10 @@ def test_a_row_with_no_token_left_is_stuck_and_one_without_numbers_is_invalid() 
 def test_ends_may_come_early_where_bad_words_leave_nothing_else() -> None:
     sampler = Sampler(max_rows=1, vocab_size=V, max_model_len=64, eos_token_ids=(0,), device=torch.device("cpu"))
     words = tuple((token_id,) for token_id in range(1, V))
-    sampler.set_row(0, SamplingParams(min_tokens=4, bad_words_token_ids=words), 0, 0, PROMPT, 3)
+    sampler.set_row(0, RowParams(min_tokens=4, bad_words_token_ids=words), 0, 0, PROMPT, 3)
     assert sampler.sample(torch.zeros(1, V), [0]).token_ids_N.tolist() == [0]
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_by_name() -> None:
     with pytest.raises(RequestError, match="bad_words_token_ids holds token id 6, but the model's ids end at 5"):
-        make_sampler().set_row(0, SamplingParams(bad_words_token_ids=((1, 6),)), 0, 0, PROMPT, 3)
+        make_sampler().set_row(0, RowParams(bad_words_token_ids=((1, 6),)), 0, 0, PROMPT, 3)

@@ -15,29 +15,29 @@ from transformers import (
 )
 
 from rayllm.errors import RequestError
-from rayllm.request import SamplingParams
+from rayllm.messages import RowParams
 from rayllm.sampling.sampler import Sampler
 from rayllm_kernels.sampling import reference
 
 V = 3000
 EOS = 7
 ALL_KINDS = [
-    SamplingParams(temperature=0),
-    SamplingParams(temperature=0, logprobs=2),
-    SamplingParams(),
-    SamplingParams(temperature=1.7),
-    SamplingParams(min_p=0.1),
-    SamplingParams(top_p=0.9),
-    SamplingParams(top_p=0.3, min_p=0.01, logprobs=1),
-    SamplingParams(top_k=5),
-    SamplingParams(top_k=500),
-    SamplingParams(top_k=2000, top_p=0.99),
-    SamplingParams(top_k=50, top_p=0.8, min_p=0.02, temperature=0.6),
-    SamplingParams(repetition_penalty=1.4, temperature=0),
-    SamplingParams(repetition_penalty=0.8, presence_penalty=0.5, frequency_penalty=0.3, top_k=20),
-    SamplingParams(frequency_penalty=-1.0, top_p=0.95),
-    SamplingParams(logit_bias={3: 5.0, 9: -100.0}, min_tokens=3, stop_token_ids=(11,)),
-    SamplingParams(allowed_token_ids=tuple(range(0, V, 17))),
+    RowParams(temperature=0),
+    RowParams(temperature=0, logprobs=2),
+    RowParams(),
+    RowParams(temperature=1.7),
+    RowParams(min_p=0.1),
+    RowParams(top_p=0.9),
+    RowParams(top_p=0.3, min_p=0.01, logprobs=1),
+    RowParams(top_k=5),
+    RowParams(top_k=500),
+    RowParams(top_k=2000, top_p=0.99),
+    RowParams(top_k=50, top_p=0.8, min_p=0.02, temperature=0.6),
+    RowParams(repetition_penalty=1.4, temperature=0),
+    RowParams(repetition_penalty=0.8, presence_penalty=0.5, frequency_penalty=0.3, top_k=20),
+    RowParams(frequency_penalty=-1.0, top_p=0.95),
+    RowParams(logit_bias={3: 5.0, 9: -100.0}, min_tokens=3, stop_token_ids=(11,)),
+    RowParams(allowed_token_ids=tuple(range(0, V, 17))),
 ]
 
 
@@ -57,14 +57,14 @@ def logits_of(request: int, position: int, vocab_size: int = V) -> torch.Tensor:
     return torch.randn(vocab_size, generator=generator) * 3
 
 
-def stream(params: SamplingParams, *, seed: int = 5, choice: int = 0, num: int = 6, request: int = 0) -> list[int]:
+def stream(params: RowParams, *, seed: int = 5, choice: int = 0, num: int = 6, request: int = 0) -> list[int]:
     """The tokens of a row that is alone."""
     sampler = make_sampler()
     sampler.set_row(0, params, seed, choice, [1, 2, 3], 3)
     return [sampler.sample(logits_of(request, position)[None], [0]).token_ids_N.item() for position in range(num)]
 
 
-def sample_once(params: SamplingParams, logits_V: torch.Tensor, *, prompt: list[int], emitted: list[int]) -> int:
+def sample_once(params: RowParams, logits_V: torch.Tensor, *, prompt: list[int], emitted: list[int]) -> int:
     sampler = make_sampler(len(logits_V))
     sampler.set_row(0, params, 1, 0, prompt + emitted, len(prompt))
     return int(sampler.sample(logits_V.clone()[None], [0]).token_ids_N)
@@ -101,7 +101,7 @@ def test_a_replayed_row_goes_on_where_its_stream_stopped() -> None:
 
 
 def test_a_row_set_anew_forgets_the_sequence_before() -> None:
-    params = SamplingParams(frequency_penalty=2.0, temperature=0)
+    params = RowParams(frequency_penalty=2.0, temperature=0)
     sampler = make_sampler(4, eos=())
     for _ in range(3):
         sampler.set_row(0, params, 0, 0, [0], 1)
@@ -111,14 +111,14 @@ def test_a_row_set_anew_forgets_the_sequence_before() -> None:
 
 def test_seeds_and_choices_give_different_streams() -> None:
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 2**32]
-    streams = [stream(SamplingParams(), seed=seed, choice=choice) for seed in seeds for choice in (0, 1, 127)]
+    streams = [stream(RowParams(), seed=seed, choice=choice) for seed in seeds for choice in (0, 1, 127)]
     assert len({tuple(tokens) for tokens in streams}) == len(streams)
-    assert stream(SamplingParams(), seed=-1) == stream(SamplingParams(), seed=-1)
+    assert stream(RowParams(), seed=-1) == stream(RowParams(), seed=-1)
 
 
 def test_sampling_leaves_torchs_own_generator_alone() -> None:
     state = torch.get_rng_state()
-    stream(SamplingParams(top_p=0.9))
+    stream(RowParams(top_p=0.9))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -126,10 +126,10 @@ def test_greedy_needs_no_seed_and_takes_the_lowest_of_equals() -> None:
     logits_V = torch.zeros(V)
     logits_V[[40, 90, 2999]] = 3.0
     for params in (
-        SamplingParams(temperature=0),
-        SamplingParams(temperature=1e-30),
-        SamplingParams(temperature=9e-6, top_p=0.5),
-        SamplingParams(top_k=1),
+        RowParams(temperature=0),
+        RowParams(temperature=1e-30),
+        RowParams(temperature=9e-6, top_p=0.5),
+        RowParams(top_k=1),
     ):
         assert sample_once(params, logits_V, prompt=[1], emitted=[]) == 40
 
@@ -138,7 +138,7 @@ def test_greedy_needs_no_seed_and_takes_the_lowest_of_equals() -> None:
 def test_a_small_temperature_takes_the_most_likely_token(temperature: float) -> None:
     logits_V = torch.linspace(-3e4, 3e4, V)
     for rules in ({}, {"top_p": 0.9}, {"top_k": 9}):
-        params = SamplingParams(temperature=temperature, **rules)
+        params = RowParams(temperature=temperature, **rules)
         assert sample_once(params, logits_V, prompt=[1], emitted=[]) == V - 1
 
 
@@ -156,7 +156,7 @@ def test_a_small_temperature_takes_the_most_likely_token(temperature: float) -> 
 def test_the_kept_tokens_are_those_of_transformers(rules: dict[str, float]) -> None:
     vocab_size, num_draws = 40, 3000
     logits_V = torch.randn(vocab_size, generator=torch.Generator().manual_seed(2)) * 1.5
-    params = SamplingParams(**rules)
+    params = RowParams(**rules)
     scores = TemperatureLogitsWarper(params.temperature)(None, logits_V[None])
     if params.min_p:
         scores = MinPLogitsWarper(params.min_p)(None, scores)
@@ -179,12 +179,12 @@ def test_the_kept_tokens_are_those_of_transformers(rules: dict[str, float]) -> N
 def test_bias_moves_a_logit_and_allowed_ids_bound_the_choice() -> None:
     logits_V = torch.arange(10.0)
     for params, expected in [
-        (SamplingParams(temperature=0, logit_bias={2: 8.0}), 2),
-        (SamplingParams(temperature=0, logit_bias={9: -100.0}), 8),
-        (SamplingParams(temperature=0, allowed_token_ids=(4, 1, 4)), 4),
-        (SamplingParams(temperature=0, allowed_token_ids=(4, 1), logit_bias={1: 3.5, 8: 100.0}), 1),
-        (SamplingParams(temperature=1, top_p=0.99, allowed_token_ids=(3,)), 3),
-        (SamplingParams(temperature=1, top_k=4, allowed_token_ids=(3,)), 3),
+        (RowParams(temperature=0, logit_bias={2: 8.0}), 2),
+        (RowParams(temperature=0, logit_bias={9: -100.0}), 8),
+        (RowParams(temperature=0, allowed_token_ids=(4, 1, 4)), 4),
+        (RowParams(temperature=0, allowed_token_ids=(4, 1), logit_bias={1: 3.5, 8: 100.0}), 1),
+        (RowParams(temperature=1, top_p=0.99, allowed_token_ids=(3,)), 3),
+        (RowParams(temperature=1, top_k=4, allowed_token_ids=(3,)), 3),
     ]:
         assert sample_once(params, logits_V, prompt=[1], emitted=[]) == expected
 
@@ -192,7 +192,7 @@ def test_bias_moves_a_logit_and_allowed_ids_bound_the_choice() -> None:
 def test_all_allowed_ids_are_drawn_and_no_other() -> None:
     allowed = (3, 500, 2999)
     for rules in ({}, {"top_p": 0.99999}, {"top_k": 10}, {"top_k": 2500}):
-        params = SamplingParams(allowed_token_ids=allowed, temperature=10, **rules)
+        params = RowParams(allowed_token_ids=allowed, temperature=10, **rules)
         seen = {stream(params, seed=seed, num=1)[0] for seed in range(60)}
         assert seen == set(allowed)
 
@@ -201,7 +201,7 @@ def test_end_tokens_are_masked_until_min_tokens_are_emitted() -> None:
     logits_V = torch.zeros(20)
     logits_V[EOS], logits_V[11], logits_V[2] = 9.0, 8.0, 1.0
     sampler = make_sampler(20)
-    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(11, 10**6), ignore_eos=True)
+    params = RowParams(temperature=0, min_tokens=2, stop_token_ids=(11, 10**6), ignore_eos=True)
     sampler.set_row(0, params, 0, 0, [1, 1], 2)
     sampler.set_row(1, params, 0, 0, [1, 1, 2], 2)  # has emitted one already
     rows = [[int(i) for i in sampler.sample(logits_V.repeat(2, 1), [0, 1]).token_ids_N] for _ in range(3)]
@@ -210,12 +210,12 @@ def test_end_tokens_are_masked_until_min_tokens_are_emitted() -> None:
 
 def test_min_tokens_gives_way_where_only_end_tokens_are_allowed() -> None:
     logits_V = torch.arange(20.0)
-    params = SamplingParams(min_tokens=5, stop_token_ids=(3,), allowed_token_ids=(3, EOS), temperature=0)
+    params = RowParams(min_tokens=5, stop_token_ids=(3,), allowed_token_ids=(3, EOS), temperature=0)
     assert sample_once(params, logits_V, prompt=[1], emitted=[]) == EOS
 
 
 @pytest.mark.parametrize("params", ALL_KINDS[:12], ids=str)
-def test_logits_that_are_not_numbers_make_their_row_invalid_and_no_other(params: SamplingParams) -> None:
+def test_logits_that_are_not_numbers_make_their_row_invalid_and_no_other(params: RowParams) -> None:
     for poison in (math.nan, math.inf):
         sampler = make_sampler()
         sampler.set_row(0, params, 0, 0, [1], 1)
@@ -233,7 +233,7 @@ def test_logits_that_are_not_numbers_make_their_row_invalid_and_no_other(params:
 
 def test_logits_that_leave_no_token_make_their_row_invalid() -> None:
     sampler = make_sampler()
-    sampler.set_row(0, SamplingParams(), 0, 0, [1], 1)
+    sampler.set_row(0, RowParams(), 0, 0, [1], 1)
     assert sampler.sample(torch.full((1, V), -math.inf), [0]).invalid_rows() == {0}
 
 
@@ -241,16 +241,16 @@ def test_tokens_that_a_model_rules_out_are_never_drawn() -> None:
     logits_V = torch.full((V,), -math.inf)
     logits_V[[10, 20]] = 0.0
     for rules in ({}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 2000}, {"repetition_penalty": 2.0}):
-        seen = {sample_once(SamplingParams(**rules), logits_V, prompt=[1, 10], emitted=[0] * n) for n in range(12)}
+        seen = {sample_once(RowParams(**rules), logits_V, prompt=[1, 10], emitted=[0] * n) for n in range(12)}
         assert seen == {10, 20}
 
 
 def test_ids_beyond_the_vocabulary_are_refused_by_name() -> None:
     sampler = make_sampler(100)
     with pytest.raises(RequestError, match="logit_bias holds token id 100, but the model's ids end at 99"):
-        sampler.set_row(0, SamplingParams(logit_bias={100: 1.0}), 0, 0, [1], 1)
+        sampler.set_row(0, RowParams(logit_bias={100: 1.0}), 0, 0, [1], 1)
     with pytest.raises(RequestError, match="allowed_token_ids holds token id 4000"):
-        sampler.set_row(0, SamplingParams(allowed_token_ids=(1, 4000)), 0, 0, [1], 1)
+        sampler.set_row(0, RowParams(allowed_token_ids=(1, 4000)), 0, 0, [1], 1)
 
 
 def test_a_vocabulary_beyond_exact_sums_is_refused() -> None:
@@ -279,9 +279,7 @@ def test_token_ids_stay_int64_on_the_device_and_logprobs_come_for_rows_that_aske
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
-    params = SamplingParams(
-        temperature=0, logprobs=3, logit_bias={5: 100.0}, repetition_penalty=2.0, presence_penalty=2.0
-    )
+    params = RowParams(temperature=0, logprobs=3, logit_bias={5: 100.0}, repetition_penalty=2.0, presence_penalty=2.0)
     sampler = make_sampler(50)
     sampler.set_row(0, params, 0, 0, [1, 2, 3], 3)
     logits_1V = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))

@@ -195,7 +195,7 @@ class SimulatedWorker:
                     if row.text.is_complete:
                         ends[row_id] = Finish("stop", is_complete=True)
                 if start.params.logprobs is not None:
-                    logprobs[row_id] = say(len(row.tokens), token)
+                    logprobs[row_id] = [say(len(row.tokens), token)]
                 row.tokens.append(token)
                 row.digests.append(digest(row.digests[-1], token))
                 sampled.append(row_id)

@@ -3,7 +3,7 @@ import pytest
 from scheduler.simulated_worker import EOS, Engine, expected_answer, make_request, make_scheduler
 
 from rayllm.errors import ConfigError, EngineError
-from rayllm.messages import Finish, StepPlan, StepResult
+from rayllm.messages import Finish, RowParams, StepPlan, StepResult
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.scheduler.sequence import Status
 
@@ -470,7 +470,7 @@ def test_a_row_start_carries_all_that_a_worker_needs():
     assert start.tokens == pack_ids([*PROMPT, 7, 7])
     assert (start.num_prompt_tokens, start.num_computed_tokens, start.choice) == (10, 0, 0)
     assert (start.row, start.blocks) == (sequence.row, pack_ids(sequence.blocks))
-    assert (start.params, start.seed) == (request.params, request.seed)
+    assert (start.params, start.seed) == (RowParams.of(request.params), request.seed)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -14,8 +14,7 @@ import pytest
 from tiny import END_ID
 
 from rayllm.errors import STRUCTURED_OUTPUTS_FAILED
-from rayllm.messages import Finish
-from rayllm.request import SamplingParams
+from rayllm.messages import Finish, RowParams
 from rayllm.request import StructuredOutputsParams as Structured
 from rayllm.structured import rows as rows_module
 from rayllm.structured.rows import StructuredRows
@@ -73,8 +72,8 @@ def rows(vocabulary: Vocabulary) -> StructuredRows:
     return StructuredRows(lambda: vocabulary, VOCAB_SIZE, num_threads=2)
 
 
-def params(structured: Structured, **fields: Any) -> SamplingParams:
-    return SamplingParams(structured_outputs=structured, **fields)
+def params(structured: Structured, **fields: Any) -> RowParams:
+    return RowParams(structured_outputs=structured, **fields)
 
 
 def allowed(rows: StructuredRows, row: int) -> set[int]:
@@ -132,7 +131,7 @@ def test_rows_of_one_step_do_not_touch_one_another(rows: StructuredRows) -> None
     for row, (structured, _) in enumerate(LANGUAGES.values()):
         rows.begin(row, params(structured), [])
         rows.begin(row + 10, params(structured), [])
-    rows.begin(5, SamplingParams(), [])
+    rows.begin(5, RowParams(), [])
     for _ in range(2):
         alone = {row: min(allowed(rows, row)) for row in range(4)}
         masks = rows.masks([5, 10, 11, 12, 13])

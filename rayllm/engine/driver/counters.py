@@ -9,7 +9,6 @@ from rayllm.messages import EngineStats, StepPlan, StepResult
 from rayllm.observability.declared import ITERATION_EDGES, STEP_EDGES_S
 from rayllm.observability.histogram import Histogram
 from rayllm.observability.statistics import StatisticsSample
-from rayllm.request import unpack_ids
 from rayllm.scheduler.scheduler import Scheduler
 
 
@@ -48,7 +47,7 @@ class EngineCounters:
         self._refusals[limit] = self._refusals.get(limit, 0) + 1
 
     def note_plan(self, plan: StepPlan) -> None:
-        self._step_tokens.observe(sum(unpack_ids(plan.counts)))
+        self._step_tokens.observe(plan.num_tokens)
 
     def note_result(self, result: StepResult) -> None:
         self._num_steps += 1

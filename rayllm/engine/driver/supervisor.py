@@ -21,7 +21,6 @@ from rayllm.executor.stopwatch import Stopwatch, in_words
 from rayllm.messages import StepPlan, StepResult
 from rayllm.observability.declared import LATENCY_EDGES_S
 from rayllm.observability.histogram import Histogram
-from rayllm.request import unpack_ids
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------------ steps
 
     def send(self, plan: StepPlan) -> None:
-        self._sizes.append(sum(unpack_ids(plan.counts)))
+        self._sizes.append(plan.num_tokens)
         self._sign_of_life_at = self._clock()
         self._executor.send(plan)
 
