@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayllm.async_llm import AsyncLLM
     from rayllm.config import EngineConfig
     from rayllm.engine.client.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
-    from rayllm.llm import LLM, AsyncLLM
+    from rayllm.llm import LLM
     from rayllm.models.registry import register_architecture
     from rayllm.remote import connect, get_engine
     from rayllm.request import (
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "rayllm.llm",
-    "AsyncLLM": "rayllm.llm",
+    "AsyncLLM": "rayllm.async_llm",
     "connect": "rayllm.remote",
     "get_engine": "rayllm.remote",
     "EngineConfig": "rayllm.config",

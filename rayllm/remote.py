@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
+from rayllm.async_engine import AsyncEngine
 from rayllm.config import RAY_NAMESPACE, Environment, ResolvedConfig
 from rayllm.engine.client.connection import EngineConnection, connect_by_name
 from rayllm.engine.client.journal import JournaledEngine
@@ -23,7 +24,6 @@ from rayllm.executor.ray_access import check_access, read_token
 from rayllm.executor.ray_cluster import check_reachable, running_cluster
 from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.executor.ray_join import SharedRay, cluster_address
-from rayllm.llm import AsyncEngine
 from rayllm.machine.registry import Entry, find, find_named, running
 from rayllm.messages import EngineStats
 from rayllm.request import CompletionOutput, RequestOutput, SamplingParams

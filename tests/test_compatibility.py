@@ -9,8 +9,8 @@ import torch
 
 from rayllm.compatibility import notes
 from rayllm.config import EngineConfig
+from rayllm.engine.owner.program import program_config
 from rayllm.errors import ConfigError
-from rayllm.llm import _engine_config
 
 ACCEPTED: list[dict[str, Any]] = [
     {"tokenizer": None, "max_model_len": 2048, "trust_remote_code": True},
@@ -26,7 +26,7 @@ ACCEPTED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", ACCEPTED, ids=lambda settings: " ".join(settings))
 def test_what_the_documents_type_is_accepted(settings: dict[str, Any]) -> None:
-    config = _engine_config("", settings)
+    config = program_config("", settings)
     for name, value in settings.items():
         assert getattr(config, name) == value
 
@@ -44,7 +44,7 @@ def test_what_the_documents_type_is_accepted(settings: dict[str, Any]) -> None:
     ],
 )
 def test_a_dtype_has_vllms_names_too(given: object, meant: str) -> None:
-    assert _engine_config("", {"dtype": given}).dtype == meant
+    assert program_config("", {"dtype": given}).dtype == meant
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_a_dtype_has_vllms_names_too(given: object, meant: str) -> None:
 )
 def test_what_cannot_be_served_is_refused_with_the_reason(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        _engine_config("", settings)
+        program_config("", settings)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"'trust_remote_cod'; did you mean 'trust_remote_code'\?"):
-        _engine_config("", {"trust_remote_cod": True})
+        program_config("", {"trust_remote_cod": True})
 
 
 def test_what_has_no_effect_is_said_once_and_only_where_it_was_given() -> None:

@@ -157,9 +157,9 @@ def _snippets(*, runs_here: bool) -> list[tuple[str, str]]:
 def test_a_snippet_runs_with_the_built_in_model(
     document: str, block: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rayllm import llm
+    from rayllm.engine.owner import program
 
-    monkeypatch.setattr(llm, "ray_is_initialized", lambda: False)  # other tests may be connected
+    monkeypatch.setattr(program, "ray_is_initialized", lambda: False)  # other tests may be connected
     exec(compile(block, document, "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 

@@ -15,9 +15,9 @@ from rayllm import SamplingParams, remote
 from rayllm.config import RAY_NAMESPACE
 from rayllm.engine.client.connection import EngineConnection, connect
 from rayllm.engine.driver.actor import Driver
+from rayllm.engine.owner.program import program_config, resolve_for_program
 from rayllm.errors import ConfigError, EngineUnreachableError, RequestError
 from rayllm.executor.inproc import InprocExecutor
-from rayllm.llm import _engine_config, _resolve
 from rayllm.machine import registry
 from rayllm.machine.registry import Entry, listed
 from rayllm.remote import _Found, get_engine
@@ -28,7 +28,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
     started = Driver(lambda config, on_stage: InprocExecutor.load(config))
-    started.start(_resolve(_engine_config("", {"distributed_executor_backend": "inproc", "num_kv_blocks": 600})))
+    started.start(
+        resolve_for_program(program_config("", {"distributed_executor_backend": "inproc", "num_kv_blocks": 600}))
+    )
     yield started
     started.close()
 

@@ -142,19 +142,25 @@ class Driver:
         self._because = ""
         self.stage = "starting the driver"
         self.failure: str | None = None
-        self.on_failed: Callable[[str], None] = lambda reason: None
+        self._on_failed: Callable[[str], None] = lambda reason: None
         self.executor: Executor | None = None
         self.config: ResolvedConfig | None = None
         self.link: ClientLink | None = None
 
-    def start(self, config: ResolvedConfig, num_restarts: int = 0, previous_failure: str = "") -> None:
+    def start(
+        self,
+        config: ResolvedConfig,
+        num_restarts: int = 0,
+        previous_failure: str = "",
+        on_failed: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         """Brings workers and loop up; clients are served when it returns. Raises what the executor raises.
 
         `num_restarts`: drivers of this engine that came before; `previous_failure`: why the last one failed, which the
         stages tell until this one is ready."""
         from rayllm.engine.owner.local import build_scheduler
 
-        self.config = config
+        self.config, self._on_failed = config, on_failed
         self._because = f" (the driver before it failed: {previous_failure})" if previous_failure else ""
         try:
             self.executor = self._make_executor(config, self._set_stage)
@@ -213,7 +219,7 @@ class Driver:
         self.failure = str(error)
         self.stage = f"failed: {error}"
         log.error("engine failed: %s", error)
-        self.on_failed(self.failure)
+        self._on_failed(self.failure)
 
     def _set_stage(self, stage: str) -> None:
         self.stage = stage + self._because
@@ -238,11 +244,10 @@ class DriverActor:
         def on_failed(reason: str) -> None:
             event_loop.call_soon_threadsafe(self._failed.set)
 
-        self._driver.on_failed = on_failed
         config = ResolvedConfig.model_validate_json(resolved_config_json)
         setup_logging(config.engine.log_format, process="driver", file=config.engine.log_file)
         try:
-            await asyncio.to_thread(self._driver.start, config, num_restarts, previous_failure)
+            await asyncio.to_thread(self._driver.start, config, num_restarts, previous_failure, on_failed)
         except EngineError as error:
             raise EngineError(str(error), code=error.code) from None  # subclasses do not all survive a pickle
         gc.collect()

@@ -82,8 +82,7 @@ class _Engine:
         self.executor = executor
         self.driver = Driver(lambda config, on_stage: executor)
         self.failures: list[str] = []
-        self.driver.on_failed = self.failures.append
-        self.driver.start(fake_config())
+        self.driver.start(fake_config(), on_failed=self.failures.append)
         self.client = BlockingConnection(self.driver.address())
 
     def close(self) -> None:
