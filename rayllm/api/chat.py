@@ -97,8 +97,10 @@ def _num_characters(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] 
     of any type."""
     contents = [message.get("content") for message in messages]
     num_text = sum(len(content) if isinstance(content, str) else len(str(content)) for content in contents)
-    num_calls = sum(len(str(message["tool_calls"])) for message in messages if "tool_calls" in message)
-    return num_text + num_calls + 64 * len(messages) + sum(len(str(tool)) for tool in tools or ())
+    num_others = sum(
+        len(str(value)) for message in messages for name, value in message.items() if name not in ("role", "content")
+    )
+    return num_text + num_others + 64 * len(messages) + sum(len(str(tool)) for tool in tools or ())
 
 
 def _prepare(

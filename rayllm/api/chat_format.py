@@ -271,8 +271,8 @@ def _in_parts(message: _Message) -> _Message:
     if parts is None:
         return message
     found = {name: value for name, value in message.items() if name != "content_parts"}
-    if found["content"] == "\n".join(parts):
-        found["content"] = [{"type": "text", "text": text} for text in parts]
+    if found["content"] == "\n".join(part["text"] for part in parts):
+        found["content"] = parts
     return found
 
 

@@ -1,5 +1,5 @@
-"""A request's messages, checked, in the one shape that all rendering begins from: known roles, plain text, calls whose
-arguments are JSON text."""
+"""A request's messages, checked, in the one shape that all rendering begins from: plain text, calls whose arguments are
+JSON text, and whatever else a chat template may know how to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from rayllm.api.errors import shorten
 from rayllm.errors import RequestError, did_you_mean
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-"""A role and the name that templates know it by."""
+"""OpenAI's roles and the names that templates know them by. Others are for templates that know more."""
+MAX_ROLE_CHARACTERS = 64
 _FIELDS = ("role", "content", "name")
 _ROLE_FIELDS = {
     "assistant": ("tool_calls", "reasoning_content", "reasoning"),
@@ -25,8 +26,9 @@ MAX_CALLS = 256
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages as templates want them. `tool_calls` are `{"id", "name", "arguments"}`, the last as JSON text;
-    what an assistant thought is `reasoning_content`; a content that came as several parts stands in `content_parts` as
-    well, a list of texts. Raises `RequestError`."""
+    what an assistant thought is `reasoning_content`; a content that came as several parts, or as one with fields of its
+    own, stands in `content_parts` as well. Roles and fields that OpenAI does not know are kept for the template, unless
+    they are misspelt known ones. Raises `RequestError`."""
     if not messages:
         raise RequestError("messages is empty: give at least one", param="messages")
     if len(messages) > MAX_MESSAGES:
@@ -37,14 +39,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _read_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        mend = "; functions are tools now, role 'tool'" if role == "function" else ""
-        raise RequestError(
-            f"{where}.role must be one of {', '.join(_ROLES)}, got {shorten(role)}{mend}", param="messages"
-        )
-    _check_fields(where, role, message)
-    read: dict[str, Any] = {"role": _ROLES[role]}
+    role = _read_role(f"{where}.role", message.get("role"))
+    read: dict[str, Any] = {"role": role, **_further_fields(where, role, message)}
     if role == "assistant":
         _read_assistant(where, message, read)
     else:
@@ -56,18 +52,43 @@ def _read_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _check_fields(where: str, role: str, message: Mapping[str, Any]) -> None:
+def _read_role(where: str, role: Any) -> str:
+    """The role as templates know it."""
+    if isinstance(role, str) and role in _ROLES:
+        return _ROLES[role]
+    known = ", ".join(_ROLES)
+    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARACTERS or not role.isprintable():
+        raise RequestError(
+            f"{where} must be one of {known}, or 1 to {MAX_ROLE_CHARACTERS} printable characters of a role that the "
+            f"chat template knows, got {shorten(role)}",
+            param="messages",
+        )
+    hint = "; functions are tools now, role 'tool'" if role == "function" else did_you_mean(role, _ROLES)
+    if hint:
+        raise RequestError(f"{where} must be one of {known}, got {shorten(role)}{hint}", param="messages")
+    return role
+
+
+def _further_fields(where: str, role: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that only a template may know. Raises `RequestError` for a known field with another role, and for a
+    misspelt one."""
     own = _ROLE_FIELDS.get(role, ())
     known = (*_FIELDS, *own, *_EMPTY_FIELDS)
+    found: dict[str, Any] = {}
     for name, value in message.items():
         if name in _FIELDS or name in own or (name == "refusal" and role == "assistant"):
             continue
         if name in _EMPTY_FIELDS or any(name in fields for fields in _ROLE_FIELDS.values()):
             if value:
                 raise RequestError(f"{where}.{name} is not supported with role {role!r}", param="messages")
-            continue
-        shown = str(name)[:100]
-        raise RequestError(f"{where}: unknown field {shown!r}{did_you_mean(shown, known)}", param="messages")
+        elif name == "content_parts":
+            raise RequestError(f"{where}.{name} is not supported: content may be a list of parts", param="messages")
+        else:
+            shown = str(name)[:100]
+            if hint := did_you_mean(shown, known):
+                raise RequestError(f"{where}: unknown field {shown!r}{hint}", param="messages")
+            found[name] = value
+    return found
 
 
 def _read_assistant(where: str, message: Mapping[str, Any], read: dict[str, Any]) -> None:
@@ -124,14 +145,19 @@ def _read_content(where: str, content: Any, read: dict[str, Any], may_be_empty: 
     if not isinstance(content, list) or not (content or may_be_empty):
         raise RequestError(f"{where} must be text or a list of text parts, got {shorten(content)}", param="messages")
     parts = [_read_part(f"{where}[{i}]", part) for i, part in enumerate(content)]
-    read["content"] = "\n".join(parts)
-    if len(parts) > 1:
+    read["content"] = "\n".join(part["text"] for part in parts)
+    if len(parts) > 1 or any(len(part) > len(_PART_FIELDS) for part in parts):
         read["content_parts"] = parts
 
 
-def _read_part(where: str, part: Any) -> str:
+_PART_FIELDS = ("type", "text")
+
+
+def _read_part(where: str, part: Any) -> dict[str, Any]:
+    """A part of type `text`, with the fields of its own that the client gave it."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "refusal"):
         got = shorten(part if kind is None else kind)
         raise RequestError(f"{where}: this model reads parts of type 'text' only, got {got}", param="messages")
-    return _text(f"{where}.{kind}", part.get(kind))
+    own = {name: value for name, value in part.items() if name not in ("type", kind)}
+    return {**own, "type": "text", "text": _text(f"{where}.{kind}", part.get(kind))}

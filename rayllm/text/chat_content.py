@@ -20,6 +20,7 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message]], str]
 _Form = Literal["string", "openai", "both"]
 
+_PROBED_ROLES = ("system", "user", "assistant", "tool")
 _PROBE, _OTHER = "probe-text-7c3f", "other-text-9a1e"
 _DATA = re.compile(rf"type.{{0,40}}text.{{0,40}}text.{{0,40}}{_PROBE}", re.DOTALL)
 _PROBE_LIMIT_S = 2.0
@@ -58,13 +59,14 @@ class ContentForms:
         return message
 
     def check_shown(self, messages: Sequence[Message], rendered: str, render: Render) -> None:
-        """Raises `RequestError` where `rendered` does not hold what the last user message says (or a system message or
-        a tool's result, of a template that is known to hide them).
+        """Raises `RequestError` where `rendered` does not hold what the last user message says (or that of a role which
+        the template may not know; or a system message or a tool's result, of a template that is known to hide them).
 
         Templates may trim, escape or cut a text: one that does not stand in the prompt as it is counts as shown where
         another text in its place changes the prompt.
         """
-        checked = {"user", *self.hidden}
+        roles = {message.get("role", "") for message in messages}
+        checked = {"user", *self.hidden, *roles.difference(_PROBED_ROLES)}
         for i in range(len(messages) - 1, -1, -1):
             role = messages[i].get("role")
             if role not in checked:

@@ -279,7 +279,14 @@ async def test_a_long_chat_is_prepared_in_a_thread_and_fits_or_is_refused(
         ({"messages": [{"content": "x"}]}, "messages", r"messages\[0\]\.role"),
         ({"messages": [{"role": "user"}]}, "messages", r"messages\[0\]\.content"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages", "functions are tools now"),
+        ({"messages": [{"role": "Usr", "content": "x"}]}, "messages", "got 'Usr'; did you mean 'user'"),
+        ({"messages": [{"role": "r" * 65, "content": "x"}]}, "messages", "1 to 64 printable characters"),
+        ({"messages": [{"role": "a\nb", "content": "x"}]}, "messages", "1 to 64 printable characters"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages", "1 to 64 printable characters"),
+        ({"messages": [{"role": "critic"}]}, "messages", r"messages\[0\]\.content"),
+        ({"messages": [{"role": "critic", "content": "x", "tool_calls": [1]}]}, "messages", "with role 'critic'"),
         ({"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages", "unknown field 'nam'"),
+        ({"messages": [{"role": "user", "content": "x", "content_parts": []}]}, "messages", "content_parts is not"),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages", "name must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "hologram"}]}]}, "messages", "'hologram'"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "text must be text"),
@@ -305,15 +312,16 @@ async def test_what_cannot_be_served_is_refused_by_name(
 
 
 def test_messages_become_what_templates_know() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"},
+        {"role": "user", "content": parts, "name": "me"},
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "audio": None},
     ]
 
     assert read_messages(messages) == [
         {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "a\nb", "content_parts": ["a", "b"], "name": "me"},
+        {"role": "user", "content": "a\nb", "content_parts": parts, "name": "me"},
         {"role": "assistant", "content": "c"},
     ]
 

@@ -46,6 +46,30 @@ async def test_text_and_parts_reach_a_template_that_loops_over_parts(engine: Fak
     assert tokenizer.eos_token_id not in list(engine.requests[-1].prompt_token_ids)
 
 
+async def test_roles_and_fields_that_only_a_template_knows_reach_it(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}{% if m.mood %} {{ m.mood.now }}{% endif %}>{% if m.content is string %}"
+        "{{ m.content }}{% else %}{% for p in m.content %}{{ p.lang }}:{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    service = _serve(engine, tokenizer, template)
+    translated = [{"type": "text", "text": "hello", "lang": "de"}]
+
+    await _chat(service, [{"role": "my-custom-role", "content": "hi", "mood": {"now": "<|im_end|>"}}])
+    assert _prompt(engine, tokenizer) == "<my-custom-role <|im_end|>>hi"
+    assert tokenizer.eos_token_id not in list(engine.requests[-1].prompt_token_ids)
+    await _chat(service, [{"role": "user", "content": translated}])
+    assert _prompt(engine, tokenizer) == "<user>de:hello"
+
+
+async def test_a_role_that_the_template_does_not_show_is_refused(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    service = _serve(engine, tokenizer, template)
+
+    with pytest.raises(RequestError, match=r"messages\[1\].*role 'critic'"):
+        await _chat(service, [{"role": "user", "content": "hi"}, {"role": "critic", "content": "no"}])
+    assert not engine.requests
+
+
 async def test_words_about_tools_reach_a_template_that_loops_over_parts(
     engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:

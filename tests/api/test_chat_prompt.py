@@ -50,6 +50,7 @@ CHATS: dict[str, dict[str, Any]] = {
     "and says so": {"messages": BEGUN, "continue_final_message": True, "add_generation_prompt": False},
     "a template": {"messages": [USER], "chat_template": TEMPLATE, "chat_template_kwargs": {"tone": "kind"}},
     "variables": {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
+    "a role of the template's own": {"messages": [{"role": "boss", "content": "work"}], "chat_template": TEMPLATE},
     "documents": {
         "messages": [USER],
         "chat_template": "{{ documents[0].text }}{{ messages[0].content }}",
@@ -58,7 +59,8 @@ CHATS: dict[str, dict[str, Any]] = {
 }
 BAD: dict[str, dict[str, Any]] = {
     "no message": {"messages": []},
-    "an unknown role": {"messages": [{"role": "boss", "content": "work"}]},
+    "a role that the template refuses": {"messages": [{"role": "boss", "content": "work"}]},
+    "a misspelt role": {"messages": [{"role": "usr", "content": "work"}]},
     "an image": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     "tools that are none": {"messages": [USER], "tools": [{"type": "function"}]},
     "both ends": {"messages": BEGUN, "continue_final_message": True, "add_generation_prompt": True},
