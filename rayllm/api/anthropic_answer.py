@@ -116,9 +116,11 @@ class MessageAnswer(EventAnswer):
             yield written
 
     def _begun(self) -> dict[str, Any]:
-        """The message before any token of it."""
+        """The message before any token of it. As in vLLM its usage counts the whole prompt as input; how much of that
+        was cached is in the usage of the end, which replaces this one."""
         message = self._message([])
-        return {**message, "usage": {**message["usage"], "output_tokens": 0}}
+        counts = {"input_tokens": self.generation.num_prompt_tokens, "cache_read_input_tokens": 0, "output_tokens": 0}
+        return {**message, "usage": {**message["usage"], **counts}}
 
     def _block_events(self, choice: Choice, text: str) -> Iterator[dict[str, Any]]:
         for event in self._events_of(choice, text):
@@ -159,7 +161,8 @@ class MessageAnswer(EventAnswer):
         return {"stop_reason": reason, "stop_sequence": sequence}
 
     def _usage(self) -> dict[str, Any]:
-        """Anthropic counts cached tokens beside the others, not among them."""
+        """Anthropic counts cached tokens beside the others, not among them, and writes to the cache only for requests
+        with `cache_control`, which is without effect here."""
         num_cached = self.generation.num_cached_tokens
         return {
             "input_tokens": self.generation.num_prompt_tokens - num_cached,

@@ -60,6 +60,9 @@ async def test_a_stream_has_anthropics_events_in_their_order(service: ModelServi
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert events[0]["message"]["content"] == []
     assert events[0]["message"]["stop_reason"] is None
+    begun, ended = events[0]["message"]["usage"], events[-2]["usage"]
+    assert begun["input_tokens"] == ended["input_tokens"] + ended["cache_read_input_tokens"]
+    assert (begun["cache_read_input_tokens"], begun["output_tokens"], ended["cache_read_input_tokens"]) == (0, 0, 8)
     assert "".join(event["delta"]["text"] for event in events[3:-3]) == ANSWER
     assert events[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
     assert events[-2]["usage"]["output_tokens"] > 0
