@@ -51,7 +51,8 @@ async def test_an_answer_is_whole(service: ModelService, engine: FakeEngine) -> 
     assert prompt_of(service, engine).count("be brief") == 1
 
 
-async def test_a_stream_has_anthropics_events_in_their_order(service: ModelService) -> None:
+async def test_a_stream_has_anthropics_events_in_their_order(service: ModelService, engine: FakeEngine) -> None:
+    engine.num_cached_tokens = 8
     events = await typed_events_of(await open_message(message(stream=True), service))
 
     kinds = [event["type"] for event in events]
