@@ -36,6 +36,7 @@ WITHOUT_EFFECT = frozenset(
         "prediction",
         # vLLM's
         "session_id",
+        "guided_decoding_backend",
         "return_token_offsets",
         "mm_payload",
         "return_mm_kwargs",
@@ -78,6 +79,22 @@ NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mm_processor_kwargs": (({},), "is not supported: this server reads text"),
 }
 """Name: the values that ask for nothing (besides null), and why others are refused."""
+
+
+_TOP_LEVEL = ": give its fields at the top level of the body"
+_ELSEWHERE = {
+    "extra_body": f"{_TOP_LEVEL} (only the openai client's own calls have extra_body)",
+    "sampling_params": _TOP_LEVEL,
+    "parameters": _TOP_LEVEL,
+    "options": _TOP_LEVEL,
+    "enable_thinking": ": give chat_template_kwargs={'enable_thinking': ...}",
+    "thinking": ": give chat_template_kwargs={'enable_thinking': ...}, or reasoning_effort",
+    "num_predict": "; did you mean 'max_tokens'?",
+    "do_sample": ": give temperature=0 for greedy answers",
+    "num_beams": ": give use_beam_search=true with n",
+    "guided_whitespace_pattern": ": give structured_outputs with disable_any_whitespace",
+}
+"""Fields of other engines, and fields at a wrong place: what says the same here."""
 
 
 class Body(BaseModel):
@@ -305,7 +322,7 @@ def read_body(fields: dict[str, Any], model: type[_B]) -> _B:
             _check_neutral(name, value, *model.not_supported[name])
         elif name not in model.without_effect:
             shown = name[:100]
-            near = did_you_mean(shown, [*known, *model.without_effect, *model.not_supported])
+            near = _ELSEWHERE.get(name) or did_you_mean(shown, [*known, *model.without_effect, *model.not_supported])
             raise RequestError(f"unknown field {shown!r}{near}", param=shown, code="unknown_parameter")
     try:
         return model(**implemented)

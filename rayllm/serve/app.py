@@ -109,7 +109,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return error_response(shaped(answer(400, str(error)), request.scope["path"]))
     codes = {404: "path_not_found", 405: "method_not_allowed"}
-    message = {404: f"there is nothing at {request.scope['path']}", 405: f"{request.method} is not allowed here"}
+    allowed = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
+    message = {
+        404: f"there is nothing at {request.scope['path']}",
+        405: f"{request.method} is not allowed here: use {allowed.replace(', ', ' or ')}",
+    }
     status = error.status_code
     refused = answer(status, message.get(status, str(error.detail)), code=codes.get(status))
     refused.headers.update(error.headers or {})

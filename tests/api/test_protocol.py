@@ -25,6 +25,22 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one(name: str, near: s
     assert (caught.value.param, caught.value.code) == (name, "unknown_parameter")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("extra_body", "at the top level"),
+        ("sampling_params", "at the top level"),
+        ("enable_thinking", "chat_template_kwargs"),
+        ("thinking", "reasoning_effort"),
+        ("do_sample", "temperature=0"),
+        ("num_beams", "use_beam_search"),
+    ],
+)
+def test_a_field_of_other_engines_says_what_is_meant_here(name: str, says: str) -> None:
+    with pytest.raises(RequestError, match=f"unknown field '{name}': .*{says}"):
+        read_body({"model": "m", "messages": [], name: {}}, ChatBody)
+
+
 def test_a_field_of_the_other_endpoint_is_unknown() -> None:
     with pytest.raises(RequestError, match="'best_of'"):
         read_body({**CHAT, "best_of": 2}, ChatBody)
