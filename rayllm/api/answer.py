@@ -125,8 +125,19 @@ class ChunkedAnswer(Answer):
         return b"".join(
             writer.chunk(entry, self._chunk_fields(choice, entry))
             for choice, text in news
-            for entry in self._entries(choice, text)
+            for entry in self._entries_of_chunks(choice, text)
         )
+
+    def _entries_of_chunks(self, choice: Choice, text: str) -> Sequence[dict[str, Any]]:
+        """`_entries`. An end has a chunk of its own, as in OpenAI's streams; but where every chunk has usage it comes
+        with the last text, as in vLLM: a chunk of its own would count no more tokens than the one before."""
+        entries = list(self._entries(choice, text))
+        if self._continuous_usage and choice.finish_reason is not None and len(entries) > 1:
+            last_text, end = entries[-2:]
+            if "role" not in last_text.get("delta", ()):
+                merged = {"finish_reason": end["finish_reason"], "stop_reason": end["stop_reason"]}
+                return [*entries[:-2], {**last_text, **merged}]
+        return entries
 
     def _chunk_fields(self, choice: Choice, entry: dict[str, Any]) -> dict[str, Any] | None:
         """Fields beside `choices`."""

@@ -259,3 +259,31 @@ async def test_usage_that_goes_with_each_chunk_begins_with_no_token(service: Mod
     assert first["choices"][0]["delta"]["role"] == "assistant"
     assert counts == [0, 1]
     assert first["usage"]["total_tokens"] == first["usage"]["prompt_tokens"] > 0
+
+
+@pytest.mark.parametrize("opens", [open_chat, open_completion])
+async def test_where_each_chunk_has_usage_each_counts_more_tokens(service: ModelService, opens: Any) -> None:
+    body = (chat if opens is open_chat else completion)(max_tokens=3, stream=True)
+    counted = {"include_usage": True, "continuous_usage_stats": True}
+    *told, closing = await chunks_of(await opens({**body, "stream_options": counted}, service))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in told]
+    assert counts == sorted(set(counts))
+    assert closing["usage"]["completion_tokens"] == counts[-1] == 3
+    last = told[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("length", None)
+    assert last["delta"]["content"] if opens is open_chat else last["text"]
+
+    *_, alone = await chunks_of(await opens(body, service))
+    last = alone["choices"][0]
+    assert (last["finish_reason"], last.get("delta", {}), last.get("text", "")) == ("length", {}, "")
+
+
+async def test_where_each_chunk_has_usage_an_answer_without_text_still_ends(
+    engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    engine.say = lambda request, choice: [tokenizer.eos_token_id or 0]
+    service = served(engine, tokenizer, enable_force_include_usage=True)
+    role, end, closing = await chunks_of(await open_chat(chat(stream=True), service))
+    assert role["choices"][0]["delta"]["role"] == "assistant"
+    assert end["choices"][0]["finish_reason"] == "stop"
+    assert [chunk["usage"]["completion_tokens"] for chunk in (role, end, closing)] == [0, 1, 1]
