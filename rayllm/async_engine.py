@@ -120,10 +120,10 @@ class AsyncEngine:
             async for batch in deltas:
                 parts = []
                 for delta in batch:
-                    added, ended_by_text = builder.push(delta.stream, delta)
+                    added, ended_by_text = builder.push(delta.choice, delta)
                     raise_failed(added)
                     if ended_by_text:
-                        deltas.abort_choice(delta.stream)
+                        deltas.abort_choice(delta.choice)
                     if added.token_ids or added.text or added.finish_reason:
                         parts.append(added)
                 if parts:

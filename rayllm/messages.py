@@ -266,6 +266,9 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     began to serve (`Request.emitted`) has come to run at this one."""
 
     stream: int
+    """By which number the client that submitted the request knows this choice: `Submit.stream + choice`."""
+    choice: int
+    """Which choice of its request it is, from 0 to n - 1."""
     token_ids: bytes
     finish: Finish | None = None
     logprobs: list[TokenLogprobs] | None = None
@@ -290,6 +293,7 @@ def single_tokens(delta: TokenDelta) -> list[TokenDelta]:
     return [
         TokenDelta(
             delta.stream,
+            delta.choice,
             delta.token_ids[4 * i : 4 * i + 4],
             delta.finish if i == num_tokens - 1 else None,
             None if delta.logprobs is None else delta.logprobs[i : i + 1],

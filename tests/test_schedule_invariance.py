@@ -200,7 +200,7 @@ def test_continued_with_what_was_emitted(llama_path: Path, alone: list[list[list
             num_open = params.n
             while num_open:
                 for delta in call.receive():
-                    kept[delta.stream] += unpack_ids(delta.token_ids)
+                    kept[delta.choice] += unpack_ids(delta.token_ids)
                     num_open -= delta.finish is not None
             assert kept == alone[i], params
 

@@ -180,7 +180,7 @@ class BeamSearchStream:
         if num_top is not None:
             logprobs = [_packed(*pair, num_top) for pair in zip(new, beam.logprobs, strict=True)]
         finish = Finish(beam.finish_reason or "length")
-        return TokenDelta(choice, pack_ids(new), finish, logprobs, times=self._times if choice == 0 else None)
+        return TokenDelta(choice, choice, pack_ids(new), finish, logprobs, times=self._times if choice == 0 else None)
 
 
 def _packed(token_id: int, candidates: dict[int, Logprob], num_top: int) -> TokenLogprobs:

@@ -10,7 +10,7 @@ from rayllm.request import Request
 
 
 class RequestStream(Protocol):
-    """The deltas of one request. `TokenDelta.stream` is the choice, from 0 to n - 1.
+    """The deltas of one request.
 
     Ends after every choice had its `Finish`. Raises `EngineError` when the driver is gone.
     """

@@ -310,7 +310,7 @@ class Generation:
                 yield
 
     def _take(self, prompt_index: int, delta: TokenDelta, news: dict[Choice, str]) -> None:
-        choice = self.choices[prompt_index * self.num_choices + delta.stream]
+        choice = self.choices[prompt_index * self.num_choices + delta.choice]
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs[prompt_index] = delta.prompt_logprobs
         if delta.num_cached_tokens:
@@ -354,7 +354,7 @@ class Generation:
     def _end(self, choice: Choice, delta: TokenDelta) -> None:
         self._num_unfinished -= 1
         if delta.finish is None:
-            self._streams[choice.prompt_index].abort_choice(delta.stream)
+            self._streams[choice.prompt_index].abort_choice(delta.choice)
         self._note_end(choice, str(choice.finish_reason))
 
     def _note_end(self, choice: Choice, reason: str) -> None:

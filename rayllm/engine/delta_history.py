@@ -42,7 +42,7 @@ class DeltaHistory:
         self.is_too_long = False
         """Too long to be sent again, to a driver or to a client that adopts it; then it is empty."""
         for delta in deltas:
-            self.append(delta.stream, delta)
+            self.append(delta.choice, delta)
 
     def append(self, choice: int, delta: TokenDelta) -> None:
         if self.is_too_long:
@@ -70,6 +70,7 @@ class DeltaHistory:
         return [
             TokenDelta(
                 first_stream + entry.choice,
+                entry.choice,
                 entry.token_ids.tobytes(),
                 entry.finish,
                 entry.logprobs,

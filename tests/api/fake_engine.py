@@ -84,7 +84,7 @@ class FakeStream:
     def _delta(self, choice: int, ids: Sequence[int], position: int) -> TokenDelta:
         engine, request = self.engine, self.request
         if engine.error is not None:
-            return TokenDelta(choice, b"", engine.error)
+            return TokenDelta(choice, choice, b"", engine.error)
         new = list(ids[position : position + engine.tokens_a_step])
         ended = position + len(new) >= len(ids)
         finish = None
@@ -96,6 +96,7 @@ class FakeStream:
         prompt_k = request.params.prompt_logprobs
         first = position == 0
         return TokenDelta(
+            choice,
             choice,
             pack_ids(new),
             finish,

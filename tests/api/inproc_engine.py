@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
-
 from rayllm.config import EngineConfig
 from rayllm.engine.owner.local import LocalEngine
 from rayllm.engine.owner.resolve import resolve
@@ -30,7 +28,7 @@ class InprocStream:
             raise StopAsyncIteration
         deltas = [delta for delta in self._engine.receive() if delta.stream >= self._first]
         self._num_open -= sum(delta.finish is not None for delta in deltas)
-        return [msgspec.structs.replace(delta, stream=delta.stream - self._first) for delta in deltas]
+        return deltas
 
     def abort_choice(self, choice: int) -> None:
         self._engine.abort(self._first + choice)

@@ -220,7 +220,7 @@ async def test_what_no_number_says_is_shown_as_minus_9999(service: ModelService,
 
     class Stream:
         async def deltas(self) -> Any:
-            yield [TokenDelta(0, pack_ids([50]), Finish("length"), [packed])]
+            yield [TokenDelta(0, 0, pack_ids([50]), Finish("length"), [packed])]
 
         def __aiter__(self) -> Any:
             return self.deltas()

@@ -533,7 +533,7 @@ class World:
             num_batches = 0
             async for deltas in stream:
                 for delta in deltas:
-                    mine[delta.stream].append(delta)
+                    mine[delta.choice].append(delta)
                 num_batches += 1
                 if num_batches == reader.close_after:
                     reader.closed = True

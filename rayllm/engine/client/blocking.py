@@ -44,15 +44,16 @@ class BlockingClient:
     ) -> list[RequestOutput]:
         """The answers, in the order of the prompts. Raises as `LLM.generate` does."""
         builders, call = self._submit(prompts, params)
-        owners = [(builder, choice) for builder in builders for choice in range(builder.request.params.n)]
+        each = (builder for builder in builders for _ in range(builder.request.params.n))
+        owners = dict(zip(call.streams, each, strict=True))
         progress = _progress(len(builders), shows_progress)
         num_open = len(builders)
         try:
             while num_open:
                 for delta in call.receive():
-                    builder, choice = owners[delta.stream]
+                    builder = owners[delta.stream]
                     was_finished = builder.finished
-                    _, ended_by_text = builder.push(choice, delta)
+                    _, ended_by_text = builder.push(delta.choice, delta)
                     if ended_by_text:
                         call.abort(delta.stream)
                     if builder.finished and not was_finished:
@@ -160,7 +161,7 @@ class AnswerStream(Iterator[CompletionOutput]):
             if not self._deltas:
                 raise StopIteration  # closed meanwhile
         delta = self._deltas.popleft()
-        added, ended_by_text = self._builder.push(delta.stream, delta)
+        added, ended_by_text = self._builder.push(delta.choice, delta)
         raise_failed(added)
         if ended_by_text:
             self._call.abort(delta.stream)

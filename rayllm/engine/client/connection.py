@@ -129,17 +129,7 @@ class RequestStream:
         self._ready = []
 
     def _add(self, choice: int, delta: TokenDelta) -> None:
-        self._ready.append(
-            TokenDelta(
-                choice,
-                delta.token_ids,
-                delta.finish,
-                delta.logprobs,
-                delta.prompt_logprobs,
-                delta.num_cached_tokens,
-                delta.times,
-            )
-        )
+        self._ready.append(delta)
         if delta.finish is not None:
             self._open.discard(choice)
         if self._max_held_bytes is not None and not self._begins_late:

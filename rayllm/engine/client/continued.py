@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
-
 from rayllm.engine.client.journal import Journal, is_fault
 from rayllm.engine.owner.local import BlockingEngine
 from rayllm.errors import EngineError
@@ -92,8 +90,7 @@ class ContinuedEngine:
         line = self._lines.get(delta.stream)
         if line is None or is_fault(delta.finish):
             return False
-        number = delta.stream - line.first_stream
-        news = line.journal.append([msgspec.structs.replace(delta, stream=number)])
+        news = line.journal.append([delta])
         if delta.finish is not None:
             del self._lines[delta.stream]
         return bool(news)
@@ -119,4 +116,4 @@ class ContinuedEngine:
             if choice.open:
                 choice.finish = finish
                 del self._lines[line.first_stream + number]
-                self._refusals.append(TokenDelta(line.first_stream + number, b"", finish))
+                self._refusals.append(TokenDelta(line.first_stream + number, number, b"", finish))

@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-import msgspec
-
 from rayllm.engine.owner.local import BlockingEngine
 from rayllm.errors import EngineError
 from rayllm.messages import EngineStats, TokenDelta
@@ -78,21 +76,21 @@ class Call:
 
     def __init__(self, engine: EngineThread, streams: range, arrived: _Arrived):
         self._engine = engine
-        self._streams = streams
+        self.streams = streams
+        """The numbers of the choices of all its requests, in order."""
         self._arrived = arrived
         self._is_closed = False
 
     def receive(self) -> list[TokenDelta]:
-        """The next deltas, in order; waits for some. Their `stream` counts the choices of all the call's requests from
-        0. Empty once the call is closed. Raises `EngineError` when the engine is lost or closed, or in a forked
-        child."""
+        """The next deltas, in order; waits for some. Empty once the call is closed. Raises `EngineError` when the
+        engine is lost or closed, or in a forked child."""
         self._engine.check_not_forked()
         if self._is_closed:
             return []
         deltas: list[TokenDelta] = []
         arrived = self._arrived.get()
         while isinstance(arrived, TokenDelta):
-            deltas.append(msgspec.structs.replace(arrived, stream=arrived.stream - self._streams.start))
+            deltas.append(arrived)
             if self._arrived.empty():
                 return deltas
             arrived = self._arrived.get()
@@ -102,15 +100,15 @@ class Call:
         raise EngineError(str(arrived), code=arrived.code) from arrived
 
     def abort(self, stream: int) -> None:
-        """Wants no more of the choice with this number."""
-        self._engine.abort(self._streams[stream : stream + 1])
+        """Wants no more of the choice with this number (`TokenDelta.stream`)."""
+        self._engine.abort(range(stream, stream + 1))
 
     def close(self) -> None:
         """Aborts what is unfinished; whoever waits in `receive` returns. Idempotent."""
         if not self._is_closed:
             self._is_closed = True
             self._arrived.put(None)
-            self._engine.abort(self._streams)
+            self._engine.abort(self.streams)
 
     def __del__(self) -> None:
         self.close()

@@ -78,12 +78,12 @@ class Journal:
     def append(self, deltas: list[TokenDelta]) -> list[TokenDelta]:
         """Writes down what came and returns what of it is to be sent on: deltas of open choices."""
         self._may_run |= bool(deltas)
-        news = [delta for delta in deltas if self.choices[delta.stream].open and not delta.is_start]
+        news = [delta for delta in deltas if self.choices[delta.choice].open and not delta.is_start]
         for delta in news:
-            self.choices[delta.stream].append(delta)
+            self.choices[delta.choice].append(delta)
             self.has_prompt_logprobs |= delta.prompt_logprobs is not None
             if self.history is not None:
-                self.history.append(delta.stream, delta)
+                self.history.append(delta.choice, delta)
         return news
 
     def note_fault(self, error: EngineError) -> None:

@@ -135,8 +135,8 @@ class EngineLoop:
     def _refuse(self, client: Client, message: Submit, finish: Finish) -> None:
         request = message.request
         log.info("refused (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
-        streams = range(message.stream, message.stream + request.params.n)
-        self._outbox(client, Deltas([TokenDelta(stream, b"", finish) for stream in streams]))
+        choices = range(request.params.n)
+        self._outbox(client, Deltas([TokenDelta(message.stream + c, c, b"", finish) for c in choices]))
 
     def _open_request(self, client: Client, message: Submit) -> None:
         # Clients choose their ids freely; the scheduler's must be unique among all of them.
@@ -169,7 +169,7 @@ class EngineLoop:
         request, choice = found
         self._scheduler.abort_sequence(request.sequences[choice])
         if request.retained is not None and not pauses:
-            request.retained.history.append(choice, TokenDelta(stream, b"", Finish("abort")))
+            request.retained.history.append(choice, TokenDelta(stream, choice, b"", Finish("abort")))
         self._open.close_choice(request, choice, self._clock())
 
     def _adopt(self, client: Client, message: Adopt) -> None:
@@ -186,12 +186,12 @@ class EngineLoop:
             retained.detached_since = self._clock()
             paused = Finish("error", code=READER_PAUSED, message="submit the request again")
             choices = retained.history.unfinished(retained.request.params.n)
-            deltas += [TokenDelta(message.stream + choice, b"", paused) for choice in choices]
+            deltas += [TokenDelta(message.stream + choice, choice, b"", paused) for choice in choices]
         else:
             retained.detached_since = None
             moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the answer goes on at another connection")
             choices = sorted(request.unfinished)
-            self._outbox(request.client, Deltas([TokenDelta(request.stream(c), b"", moved) for c in choices]))
+            self._outbox(request.client, Deltas([TokenDelta(request.stream(c), c, b"", moved) for c in choices]))
             self._open.move(request, client, message.stream)
             log.info("adopted by another client", extra=request.log_fields)
         if deltas:
@@ -221,7 +221,7 @@ class EngineLoop:
 
     def _close_choice(self, request: OpenRequest, choice: int, finish: Finish) -> None:
         """It has ended without another token, of which its client is told."""
-        self._open.send(request, choice, TokenDelta(request.stream(choice), b"", finish))
+        self._open.send(request, choice, TokenDelta(request.stream(choice), choice, b"", finish))
         self._open.close_choice(request, choice, self._clock())
 
     # ------------------------------------------------------------------------------------------------ steps
@@ -424,6 +424,7 @@ class EngineLoop:
 def _delta(stream: int, update: SequenceUpdate, times: Times | None) -> TokenDelta:
     return TokenDelta(
         stream=stream,
+        choice=update.sequence.choice,
         token_ids=pack_ids(update.token_ids),
         finish=update.finish,
         logprobs=update.logprobs,

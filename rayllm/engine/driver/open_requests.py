@@ -149,7 +149,7 @@ class OpenRequests:
 
     def send_start(self, request: OpenRequest, choice: int) -> None:
         """Its client is told with the next `flush` that the choice comes to run."""
-        self._unsent.setdefault(request.client, []).append(TokenDelta(request.stream(choice), b""))
+        self._unsent.setdefault(request.client, []).append(TokenDelta(request.stream(choice), choice, b""))
 
     def flush(self) -> None:
         unsent, self._unsent = self._unsent, {}

@@ -62,10 +62,11 @@ class _FakeDriver:
                     self._answer(client, event)
 
     def _answer(self, client: int, submit: Submit) -> None:
-        streams = range(submit.stream, submit.stream + submit.request.params.n)
+        first, choices = submit.stream, range(submit.request.params.n)
         for token in range(submit.request.max_tokens):
             last = token + 1 == submit.request.max_tokens
-            deltas = [TokenDelta(s, pack_ids([s * 100 + token]), _STOP if last else None) for s in streams]
+            finish = _STOP if last else None
+            deltas = [TokenDelta(first + c, c, pack_ids([(first + c) * 100 + token]), finish) for c in choices]
             self.link.send(client, Deltas(deltas))
 
 
@@ -85,7 +86,7 @@ async def _collect(stream: Any) -> dict[int, list[int]]:
     async for deltas in stream:
         assert deltas
         for delta in deltas:
-            tokens.setdefault(delta.stream, []).extend(unpack_ids(delta.token_ids))
+            tokens.setdefault(delta.choice, []).extend(unpack_ids(delta.token_ids))
     return tokens
 
 

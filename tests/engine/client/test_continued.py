@@ -41,7 +41,7 @@ class _Driver:
     def receive(self, wake: Any = None) -> list[TokenDelta]:
         if self._num_left == 0 and self._last_words is not None:
             words, self._last_words = self._last_words, None
-            return [TokenDelta(stream, b"", words) for stream in self._streams]
+            return [TokenDelta(stream, 0, b"", words) for stream in self._streams]
         self._check()
         self._num_left = None if self._num_left is None else self._num_left - 1
         return self._engine.receive()

@@ -42,7 +42,7 @@ def _tokens(call: Call, num_choices: int) -> list[list[int]]:
     num_open = num_choices
     while num_open:
         for delta in call.receive():
-            tokens[delta.stream] += unpack_ids(delta.token_ids)
+            tokens[call.streams.index(delta.stream)] += unpack_ids(delta.token_ids)
             if delta.finish is not None and delta.finish.reason == "error":
                 raise EngineError(delta.finish.message or "")
             num_open -= delta.finish is not None
@@ -124,11 +124,11 @@ def test_an_aborted_choice_brings_nothing_more_and_its_siblings_go_on(engine: En
     request = make_request([1], n=2, max_tokens=60)
     call = engine.open([request])
     deltas = call.receive()
-    call.abort(0)
-    while all(delta.stream != 1 or delta.finish is None for delta in deltas):
+    call.abort(call.streams[0])
+    while all(delta.choice != 1 or delta.finish is None for delta in deltas):
         deltas += call.receive()
-    assert all(delta.stream != 0 or delta.finish is None for delta in deltas)
-    tokens = [token for delta in deltas if delta.stream == 1 for token in unpack_ids(delta.token_ids)]
+    assert all(delta.choice != 0 or delta.finish is None for delta in deltas)
+    tokens = [token for delta in deltas if delta.choice == 1 for token in unpack_ids(delta.token_ids)]
     assert tokens == expected_tokens(request, 1)
 
 

@@ -65,11 +65,11 @@ class _Stream:
                 raise driver.error
             if driver.num_batches == 0 and isinstance(driver.error, Finish):
                 driver.num_batches = None
-                return [TokenDelta(choice, b"", driver.error) for choice in range(self._num_open)]
+                return [TokenDelta(choice, choice, b"", driver.error) for choice in range(self._num_open)]
             frame = next(self._frames, None)
             if frame is None:
                 raise StopAsyncIteration
-            deltas = [delta for delta in frame if delta.stream not in self._aborted]
+            deltas = [delta for delta in frame if delta.choice not in self._aborted]
             if deltas:
                 if driver.num_batches is not None:
                     driver.num_batches -= 1
@@ -90,7 +90,7 @@ def _frames(request: Request) -> Iterator[list[TokenDelta]]:
     starts = [len(unpack_ids(ids)) for ids in request.emitted] or [0] * params.n
     ended = [c for c in range(params.n) if starts[c] == len(outputs[c])]
     if ended:
-        yield [TokenDelta(c, b"", Finish("stop")) for c in ended]
+        yield [TokenDelta(c, c, b"", Finish("stop")) for c in ended]
     for step in range(request.max_tokens):
         frame = []
         for c, (ids, start) in enumerate(zip(outputs, starts, strict=True)):
@@ -100,6 +100,7 @@ def _frames(request: Request) -> Iterator[list[TokenDelta]]:
             finish = Finish("length" if c == 0 else "stop") if start + step + 1 == len(ids) else None
             frame.append(
                 TokenDelta(
+                    c,
                     c,
                     pack_ids([token]),
                     finish,
@@ -130,9 +131,9 @@ async def _read(
     stream = engine.submit(request)
     async for deltas in stream:
         for delta in deltas:
-            seen[delta.stream].append(delta)
-            if len(seen[delta.stream]) == (stops or {}).get(delta.stream):
-                stream.abort_choice(delta.stream)
+            seen[delta.choice].append(delta)
+            if len(seen[delta.choice]) == (stops or {}).get(delta.choice):
+                stream.abort_choice(delta.choice)
     supplier.cancel()
     await asyncio.gather(supplier, return_exceptions=True)
     return seen

@@ -280,7 +280,7 @@ def _assert_failed(engine: _Engine, reason: str) -> None:
     assert engine.driver.stage == f"failed: {reason}"
     engine.client.submit(7, make_request([1]))
     [refusal] = engine.client.receive()
-    assert refusal == TokenDelta(7, b"", Finish("error", None, "worker_died", reason))
+    assert refusal == TokenDelta(7, 0, b"", Finish("error", None, "worker_died", reason))
     assert engine.client.stats().reason == reason
 
 

@@ -57,7 +57,7 @@ def _events(link: ClientLink, count: int) -> list[Event]:
 
 
 def _deltas(num_bytes: int) -> Deltas:
-    return Deltas([TokenDelta(1, b"x" * num_bytes)])
+    return Deltas([TokenDelta(1, 0, b"x" * num_bytes)])
 
 
 def test_messages_come_with_their_client_in_order(link: ClientLink, join: Callable[..., Channel]) -> None:
@@ -155,7 +155,7 @@ def test_a_slow_reader_gets_everything_in_order_and_delays_nobody(
         client.send(Abort(0))
         [(number, _)] = _events(link, 1)
         numbers.append(number)
-    sent = [Deltas([TokenDelta(n, b"x" * 10_000)]) for n in range(150)]
+    sent = [Deltas([TokenDelta(n, 0, b"x" * 10_000)]) for n in range(150)]
     for message in sent:
         link.send(numbers[0], message)
     assert link.buffered_bytes(numbers[0]) > 0

@@ -31,8 +31,8 @@ class _Open:
         self.requests.check()
 
 
-def _delta(stream: int, token: int) -> TokenDelta:
-    return TokenDelta(stream, pack_ids([token]))
+def _delta(stream: int, token: int, choice: int = 0) -> TokenDelta:
+    return TokenDelta(stream, choice, pack_ids([token]))
 
 
 def test_a_choice_is_found_by_its_clients_number_until_it_is_closed() -> None:
@@ -76,9 +76,9 @@ def test_what_is_kept_of_a_request_has_all_it_was_told_and_knows_when_it_was_ove
     open_ = _Open()
     retained = RetainedRequest(make_sequence([1]).request, DeltaHistory(), "a/5")
     request = open_.add("a", 5, num_choices=2, retained=retained)
-    open_.requests.send(request, 1, _delta(6, 8))
-    open_.requests.send(request, 1, TokenDelta(6, b"", Finish("length")))
-    assert retained.history.deltas() == [_delta(1, 8), TokenDelta(1, b"", Finish("length"))]
+    open_.requests.send(request, 1, _delta(6, 8, choice=1))
+    open_.requests.send(request, 1, TokenDelta(6, 1, b"", Finish("length")))
+    assert retained.history.deltas() == [_delta(1, 8, choice=1), TokenDelta(1, 1, b"", Finish("length"))]
     open_.close(request, 1, now=20.0)
     assert retained.detached_since is None
     open_.close(request, 0, now=30.0)

@@ -222,8 +222,8 @@ def test_what_a_former_driver_sent_is_part_of_it() -> None:
     engine = _Engine()
     request = _by_name([5, 6, 7], max_tokens=10, n=2)
     answers = [expected_tokens(request, choice) for choice in range(2)]
-    sent = [TokenDelta(1, pack_ids(answers[1][:2])), TokenDelta(0, pack_ids(answers[0][:1]))]
-    sent.append(TokenDelta(1, pack_ids(answers[1][2:3])))
+    sent = [TokenDelta(1, 1, pack_ids(answers[1][:2])), TokenDelta(0, 0, pack_ids(answers[0][:1]))]
+    sent.append(TokenDelta(1, 1, pack_ids(answers[1][2:3])))
     assert request.retention is not None
     keep = msgspec.structs.replace(request.retention, history=DeltaHistory(sent).encode())
     emitted = (pack_ids(answers[0][:1]), pack_ids(answers[1][:3]))
@@ -256,7 +256,7 @@ def _deltas(draw: st.DrawFn) -> list[TokenDelta]:
         ids = [draw(st.integers(0, 99)) for _ in range(num_tokens)]
         logprobs = [TokenLogprobs(pack_ids([i]), b"\0\0\0\0", 1) for i in ids] if with_logprobs else None
         if ids or finish:
-            deltas.append(TokenDelta(choice, pack_ids(ids), finish, logprobs))
+            deltas.append(TokenDelta(choice, choice, pack_ids(ids), finish, logprobs))
     return deltas
 
 
@@ -271,7 +271,7 @@ def test_token_by_token_a_history_is_what_was_sent(deltas: list[TokenDelta]) -> 
 def test_long_answers_take_little_more_than_their_tokens() -> None:
     history = DeltaHistory()
     for token in range(10_000):
-        history.append(0, TokenDelta(0, pack_ids([token])))
+        history.append(0, TokenDelta(0, 0, pack_ids([token])))
     assert len(history.deltas()) == 1
     assert history.num_bytes < 45_000
 
@@ -280,7 +280,7 @@ def test_a_history_that_grows_too_long_takes_no_memory(monkeypatch: pytest.Monke
     monkeypatch.setattr(delta_history, "MAX_HISTORY_BYTES", 230)
     history = DeltaHistory()
     for token in range(100):
-        history.append(0, TokenDelta(0, pack_ids([token])))
+        history.append(0, TokenDelta(0, 0, pack_ids([token])))
         assert history.is_too_long == (token > 6)
     assert (history.deltas(), history.num_bytes) == ([], 0)
 
