@@ -57,6 +57,7 @@ class Choice:
         "prefill_s",
         "prompt_index",
         "queued_s",
+        "reasoning_end",
         "shows_reasoning",
         "stop_reason",
         "text",
@@ -81,6 +82,8 @@ class Choice:
         """None where the text is only text."""
         self.shows_reasoning = True
         self.num_reasoning_tokens = 0
+        self.reasoning_end = 0
+        """Tokens from the first on up to the last of the reasoning, with all that marks it."""
         self._events: list[Event] = []
 
     def take(self, delta: TokenDelta) -> str:
@@ -114,6 +117,7 @@ class Choice:
     def _parse(self, parser: OutputParser, text: str, num_tokens: int) -> None:
         if parser.in_reasoning:
             self.num_reasoning_tokens += num_tokens
+            self.reasoning_end = len(self.token_ids)
         if text:
             self._events += parser.push(text)
         if parser.is_done and self.finish_reason is None:

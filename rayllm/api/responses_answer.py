@@ -73,10 +73,9 @@ class OutputItems:
         part = self.items[-1]["content"][0]
         part["text"] += text
         delta: _Event = {"delta": text}
-        logprobs = self._taken_logprobs()
         if kind == "message":
-            part["logprobs"] += logprobs
-            delta["logprobs"] = logprobs
+            delta["logprobs"] = self._taken_logprobs()
+            part["logprobs"] += delta["logprobs"]
         yield self._at_part(f"response.{part['type']}.delta", delta)
 
     def _taken_logprobs(self) -> list[dict[str, Any]]:
@@ -183,7 +182,9 @@ class ResponseAnswer(EventAnswer):
     def _growth(self, choice: Choice, text: str) -> Iterator[_Event]:
         start, choice.num_told = choice.num_told, len(choice.token_ids)
         if self._shows_logprobs:
-            new = choice.logprobs[start : choice.num_told]
+            if choice.reasoning_end > start:
+                self._output.logprobs.clear()  # of what marks the reasoning
+            new = choice.logprobs[max(start, choice.reasoning_end) : choice.num_told]
             as_ids = self._model.config.engine.return_tokens_as_token_ids
             self._output.logprobs += chat_logprobs(self._model.tokenizer, new, as_ids=as_ids)["content"]
         for event in self._events_of(choice, text):

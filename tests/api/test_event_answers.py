@@ -15,6 +15,7 @@ from rayllm.api.anthropic import open_message
 from rayllm.api.response_store import ResponseStore
 from rayllm.api.responses import open_response
 from rayllm.api.service import ModelService
+from rayllm.config import EngineConfig
 from rayllm.errors import RequestError
 from rayllm.text.tokenizer import Tokenizer
 
@@ -40,6 +41,25 @@ def prompt_of(service: ModelService) -> str:
     engine = service.model().engine
     assert isinstance(engine, FakeEngine)
     return service.model().tokenizer.decode(list(engine.requests[-1].prompt_token_ids), False)
+
+
+async def test_a_responses_logprobs_are_those_of_what_follows_the_reasoning(tokenizer: Tokenizer) -> None:
+    thought, said = tokenizer.encode("<think>hm, hm</think>"), tokenizer.encode("Hello")
+    service = ModelService()
+    settings = EngineConfig(reasoning_parser="qwen3")
+    engine = FakeEngine(lambda request, choice: [*thought, *said, EOS_ID])
+    service.set_ready(config(max_model_len=2048, engine=settings), tokenizer, engine)
+    fields = {**RESPONSE, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+    whole = await whole_of((await open_response(fields, service, ResponseStore())).answer)
+    opened = await open_response({**fields, "stream": True}, service, ResponseStore())
+    events = await typed_events_of(opened.answer)
+
+    reasoning, message = whole["output"]
+    assert reasoning["content"][0]["text"] == "hm, hm"
+    logprobs = message["content"][0]["logprobs"]
+    assert [entry["token"] for entry in logprobs] == [tokenizer.token_text(i) for i in (*said, EOS_ID)]
+    assert events[-1]["response"]["output"][1]["content"] == message["content"]
 
 
 async def test_a_call_is_a_block_of_anthropics_message(service: ModelService) -> None:
