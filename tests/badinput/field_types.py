@@ -157,6 +157,22 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(inner, (*path, name))
 
 
+_SHORT = {"max_tokens": 2, "max_output_tokens": 16}
+"""What keeps answers short, where the route has it."""
+
+
+def some_bodies(spec: dict[str, Any], route: str, model: str, num_values: int) -> Iterator[dict[str, Any]]:
+    """Bodies of the route in which each place and each field that it declares has `num_values` of the values, in turn:
+    those that come to a field differ from those of the next."""
+    fields = fields_of(spec, route)
+    base = {"model": model, **BASES[route], **{name: value for name, value in _SHORT.items() if name in fields}}
+    further = [(name,) for name in fields if name not in base]
+    for number, path in enumerate((*places(base), *further)):
+        for turn in range(num_values):
+            value = VALUES[(number + turn * len(VALUES) // num_values) % len(VALUES)]
+            yield replaced(base, path, value)
+
+
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     """The same value with another one at that place; a field that was not there is added."""
     if not path:

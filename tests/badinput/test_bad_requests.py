@@ -23,7 +23,9 @@ from typing import Any
 import httpx
 import pytest
 from badinput.catalogue import ABSENT, CASES, Variables, request_bytes
+from badinput.field_types import BASES, some_bodies
 from badinput.folders import touching_pickle
+from badinput.large_bodies import LARGE_BODIES, naming
 from badinput.waiting import NOT_BEHIND, WAITING
 from badinput.wire import Answer, Exchange, exchange, parse
 from served_process import ServedProcess, running_serve
@@ -44,6 +46,8 @@ _READY_TIMEOUT_S = 150
 _ALLOWANCE_S = 10
 """Added to every time limit: machines that run tests are busy. A hang is still one."""
 _MAX_ERROR_BYTES = 64 * 1024
+_MAX_GROWTH_MB = 512
+"""Of all processes, by one large body: its bytes at HAProxy and at the ingress, and what they are parsed to."""
 _INSIDES = re.compile(
     r"Traceback \(most recent|  File \"| at 0x[0-9a-f]{6}|site-packages|/rl-|"
     + "|".join(re.escape(str(path)) for path in (sys.prefix, Path(rayllm.__file__).parent, Path.home() / "."))
@@ -167,6 +171,37 @@ def test_a_bad_request_is_answered_as_the_catalogue_says_and_harms_nothing(
         assert not re.search(expected["forbid_log_line"], served.logs(), re.MULTILINE)
     assert not served.was_contacted()
     served.check_unharmed()
+
+
+@pytest.mark.catalogue
+@pytest.mark.parametrize("name", LARGE_BODIES)
+def test_a_large_body_is_refused_and_harms_nothing(name: str, served: Served) -> None:
+    """In process, tests/serve/test_large_bodies.py also watches the event loop."""
+    route, body, status = LARGE_BODIES[name]
+    rss_mb = served.rss_mb()
+    headers = {"content-type": "application/json"}
+    answer = served.server.client.post(route, content=naming(body, served.variables.model), headers=headers)
+    _check_error(answer, {status})
+    assert served.rss_mb() - rss_mb < _MAX_GROWTH_MB
+    served.check_unharmed()
+
+
+@pytest.mark.catalogue
+@pytest.mark.parametrize("route", BASES)
+def test_a_value_of_another_type_is_never_the_servers_fault(route: str, served: Served) -> None:
+    """Some values at each place; in process, test_field_types.py tries them all."""
+    spec = served.server.client.get("/openapi.json").json()
+    for body in some_bodies(spec, route, served.variables.model, num_values=2):
+        answer = served.server.client.post(route, json=body)
+        _check_error(answer, {200, 400, 404, 413, 422}, body)
+    served.check_unharmed()
+
+
+def _check_error(answer: httpx.Response, statuses: set[int], sent: Any = None) -> None:
+    assert answer.status_code in statuses, (answer.status_code, answer.text[:500], sent)
+    assert not _INSIDES.search(answer.text), answer.text[:2000]
+    if answer.status_code >= 400:
+        assert answer.json()["error"]["message"], sent
 
 
 def _send(served: Served, request: dict[str, Any], expected: dict[str, Any]) -> Exchange:

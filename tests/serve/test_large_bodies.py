@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import json
 import sys
 import time
 from collections import Counter
@@ -15,19 +14,18 @@ from typing import Any
 import httpx
 import pytest
 from api.fake_engine import FakeEngine, FakeStream
+from badinput.large_bodies import LARGE_BODIES, MESSAGE, body_of
 from serve.served import Served, tokenizer
 
 from rayllm.api.apart import SWITCH_INTERVAL_S
-from rayllm.api.body import MAX_CONTAINERS, MAX_NAMES, MAX_STRINGS, MAX_VALUES, max_body_bytes
+from rayllm.api.body import MAX_CONTAINERS, MAX_NAMES, MAX_STRINGS, max_body_bytes
 from rayllm.request import Request
 from rayllm.serve import body_reader
 
 LONGEST_TURN_S = 0.15
 """Of CPU time, of all threads together, between two turns of a task that only waits. What the loop may be kept waiting
 is 0.05 s of an idle machine's time; what this process computes meanwhile, and caches that others use, come on top."""
-_BYTES = 2_000_000
 _LIMIT = max_body_bytes(128, 288)
-_HEAD = b'{"model":"tiny","prompt":"hi","x":'
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,54 +60,9 @@ async def longest_turn_s(work: asyncio.Task[Any]) -> float:
     return longest_s
 
 
-def _filled(unit: bytes) -> bytes:
-    return unit * (_BYTES // len(unit))
-
-
-def _json(**fields: Any) -> bytes:
-    return json.dumps({"model": "tiny", **fields}).encode()
-
-
-_MESSAGE = {"role": "user", "content": "hi"}
-_PARTS = {"role": "user", "content": [{"type": "text", "text": "x" * 60}]}
-_ITEM = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
-_PARAMETERS = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(100)}}
-_TOOLS = [
-    {"type": "function", "function": {"name": f"f{i}", "parameters": _PARAMETERS, "strict": True}} for i in range(100)
-]
-_NAMES = [str(i) for i in range(MAX_NAMES - 16)]
-HEAVY: dict[str, tuple[str, bytes, int]] = {
-    "31 MB of lists": ("/v1/completions", _HEAD + b"[" + b"[]," * 10_300_000 + b"[]]}", 413),
-    "lists": ("/v1/completions", _HEAD + b"[" + _filled(b"[],") + b"[]]}", 413),
-    "objects": ("/v1/completions", _HEAD + b"[" + _filled(b'{"a":1},') + b"[]]}", 413),
-    "nested lists": ("/v1/completions", _HEAD + b"[[" * 50_000 + b"]]" * 50_000 + b"}", 400),
-    "texts": ("/v1/completions", _HEAD + b"[" + _filled(b'"",') + b"1]}", 413),
-    "numbers": ("/detokenize", b'{"tokens":[' + _filled(b"5,") + b"5]}", 413),
-    "as many lists as may be": ("/v1/completions", _HEAD + b"[" + b"[]," * (MAX_CONTAINERS - 3) + b"1]}", 400),
-    "as many names as may be": (
-        "/v1/completions",
-        _json(logit_bias={str(i): 1 for i in range(39_900)}, prompt="h"),
-        400,
-    ),
-    "unknown names": ("/v1/chat/completions", _json(messages=[_MESSAGE], **{f"k{i}": 1 for i in range(39_900)}), 400),
-    "as many texts as may be": ("/v1/completions", _json(prompt="hi", stop=["ab"] * (MAX_STRINGS - 8)), 400),
-    "100,000 prompts": ("/v1/completions", _json(prompt=["ab"] * 100_000), 400),
-    "ids": ("/v1/completions", _json(prompt=[5] * (MAX_VALUES - 8)), 400),
-    "ids to text": ("/detokenize", _json(tokens=[5] * (MAX_VALUES - 8)), 200),
-    "escaped text": ("/v1/completions", b'{"model":"tiny","prompt":"' + _filled(b"\\u00e9\\n") + b'"}', 400),
-    "brackets in a text": ("/v1/completions", b'{"model":"tiny","prompt":"' + _filled(b'[{\\",:') + b'"}', 400),
-    "a long text": ("/v1/completions", _json(prompt="hello you " * 200_000), 400),
-    "parts": ("/v1/chat/completions", _json(messages=[_PARTS] * 8000), 400),
-    "tools": ("/v1/chat/completions", _json(messages=[_MESSAGE], tools=_TOOLS, tool_choice="required"), 400),
-    "items": ("/v1/responses", _json(input=[_ITEM] * 9000), 400),
-    "blocks": ("/v1/messages", _json(max_tokens=2, messages=[{**_ITEM, "content": "hi"}] * 9000), 400),
-    "documents": ("/v1/rerank", _json(query="q", documents=["x" * 20] * 100_000), 400),
-}
-
-
-@pytest.mark.parametrize("name", HEAVY)
+@pytest.mark.parametrize("name", LARGE_BODIES)
 async def test_no_request_keeps_others_waiting(name: str) -> None:
-    route, body, status = HEAVY[name]
+    route, body, status = LARGE_BODIES[name]
     async with Served().client() as client:
         await client.get("/health")
         work = asyncio.create_task(post(client, route, body))
@@ -193,7 +146,7 @@ async def noted() -> AsyncIterator[Served]:
 )
 async def test_many_choices_are_opened_and_closed_a_part_at_a_time(noted: Served, fields: dict[str, Any]) -> None:
     async with noted.client() as client:
-        answer = await post(client, "/v1/completions", _json(max_tokens=2, **fields))
+        answer = await post(client, "/v1/completions", body_of(max_tokens=2, **fields))
     turns = noted.engine.turns  # type: ignore[attr-defined]
     assert answer.status_code == 200
     assert len(noted.engine.streams) == len(fields["prompt"])
@@ -208,7 +161,7 @@ async def test_many_choices_are_opened_and_closed_a_part_at_a_time(noted: Served
 async def test_choices_whose_client_is_gone_are_all_aborted(noted: Served, num_prompts: int) -> None:
     noted.engine.stall_at = 1
     async with noted.client() as client:
-        work = asyncio.create_task(post(client, "/v1/completions", _json(prompt=["ab"] * num_prompts, max_tokens=3)))
+        work = asyncio.create_task(post(client, "/v1/completions", body_of(prompt=["ab"] * num_prompts, max_tokens=3)))
         await noted.engine.stalled.wait()
         work.cancel()
         await asyncio.wait([work])
@@ -224,14 +177,14 @@ async def test_choices_whose_client_is_gone_are_all_aborted(noted: Served, num_p
         ("/v1/completions", {"prompt": "hello you " * 20_000}, 400),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello <|im_end|> " * 8_000}]}, 400),
         ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hello you " * 20_000}]}, 200),
-        ("/v1/chat/completions", {"messages": [_MESSAGE] * 2000, "max_tokens": 1}, 200),
+        ("/v1/chat/completions", {"messages": [MESSAGE] * 2000, "max_tokens": 1}, 200),
     ],
 )
 async def test_a_long_prompt_is_tokenized_beside_the_loop(route: str, fields: dict[str, Any], status: int) -> None:
     served = Served()
     served.make_ready(max_model_len=40_000)
     async with served.client() as client:
-        work = asyncio.create_task(post(client, route, _json(**fields)))
+        work = asyncio.create_task(post(client, route, body_of(**fields)))
         num_turns = 0
         while not work.done():
             await asyncio.sleep(0.001)
@@ -261,7 +214,7 @@ async def test_what_stands_in_texts_is_not_counted() -> None:
     assert text.count('"') < 2 * MAX_STRINGS
     assert text.count(":") < MAX_NAMES
     async with served.client() as client:
-        answer = await post(client, "/v1/completions", _json(**fields))
+        answer = await post(client, "/v1/completions", body_of(**fields))
     assert answer.status_code == 200, answer.text[:300]
     assert tokenizer().decode(list(served.engine.requests[0].prompt_token_ids)) == text
 
@@ -269,7 +222,7 @@ async def test_what_stands_in_texts_is_not_counted() -> None:
 async def test_what_all_bodies_hold_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_reader, "MAX_HELD_BYTES", 200_000)
     go_on = asyncio.Event()
-    body = _json(prompt="hi", user="x" * 200_000)
+    body = body_of(prompt="hi", user="x" * 200_000)
 
     async def slowly() -> AsyncIterator[bytes]:
         yield body[:150_000]
@@ -308,13 +261,13 @@ async def test_what_all_bodies_hold_together_is_bounded(monkeypatch: pytest.Monk
         ("json", 415),
     ],
 )
-async def test_json_says_that_it_is_json(content_type: str | None, status: int) -> None:
+async def test_json_says_that_it_isbody_of(content_type: str | None, status: int) -> None:
     bodies = {
-        "/v1/completions": _json(prompt="hi"),
-        "/v1/chat/completions": _json(messages=[_MESSAGE]),
-        "/v1/responses": _json(input="hi"),
-        "/v1/messages": _json(messages=[_MESSAGE], max_tokens=4),
-        "/tokenize": _json(prompt="hi"),
+        "/v1/completions": body_of(prompt="hi"),
+        "/v1/chat/completions": body_of(messages=[MESSAGE]),
+        "/v1/responses": body_of(input="hi"),
+        "/v1/messages": body_of(messages=[MESSAGE], max_tokens=4),
+        "/tokenize": body_of(prompt="hi"),
     }
     headers = {} if content_type is None else {"content-type": content_type}
     async with Served().client() as client:
