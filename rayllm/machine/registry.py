@@ -171,13 +171,14 @@ def _free_name(name: str, entries: Sequence[Entry], name_is_given: bool) -> str:
 
 
 def running() -> list[Entry]:
-    """Servers that run now, the oldest first; files of others are removed."""
+    """Servers that run now, the oldest first; files of those that have ended are removed."""
     found = []
     for path in runtime_folder().glob("*.json"):
-        entry = _read(path)
+        content = _read(path)
+        entry = _entry(content)
         if entry is not None and entry.is_alive():
             found.append(entry)
-        else:
+        elif entry is not None or not _is_alive(content):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
     return sorted(found, key=lambda entry: entry.since)
@@ -261,13 +262,29 @@ _KINDS: tuple[Callable[[Entry, str], bool], ...] = (
 """Which words find a server, the surest first."""
 
 
-def _read(path: Path) -> Entry | None:
+def _read(path: Path) -> dict[str, Any]:
+    """What a file says; nothing where it is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        needed = {field.name for field in fields(Entry) if field.default is MISSING or field.name in content}
-        return Entry(**{name: content[name] for name in needed})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_alive(content: dict[str, Any]) -> bool:
+    """Whether the process of another version's file runs."""
+    pid, started = content.get("pid"), content.get("started")
+    if type(pid) is not int or type(started) is not int or content.get("boot") != _boot_id():
+        return False
+    return Process(pid, started).is_alive()
+
+
+def _entry(content: dict[str, Any]) -> Entry | None:
+    """None where the file is another version's, and lacks what this one needs."""
+    needed = {field.name for field in fields(Entry) if field.default is MISSING or field.name in content}
+    if not needed <= content.keys():
         return None
+    return Entry(**{name: content[name] for name in needed})
 
 
 def _boot_id() -> str:

@@ -141,6 +141,18 @@ def test_an_entry_of_an_older_version_is_read_and_one_that_is_no_entry_goes(stac
     assert list(folder.iterdir()) == []
 
 
+def test_a_running_server_of_another_version_is_not_listed_and_its_file_stays(stack: ExitStack, folder: Path) -> None:
+    path = folder / f"{_listed(stack).entry.pid}.json"
+    content = json.loads(path.read_text())
+    other = {name: value for name, value in content.items() if name != "model"}
+    path.write_text(json.dumps(other))
+    assert running() == []
+    assert path.exists()
+    path.write_text(json.dumps({**other, "started": other["started"] + 1}))
+    assert running() == []
+    assert not path.exists()
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_with_the_mend(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
