@@ -25,7 +25,7 @@ from rayllm.api.protocol import (
     read_body,
 )
 from rayllm.api.response_store import ResponseStore, StoredResponse
-from rayllm.api.responses_answer import ResponseAnswer
+from rayllm.api.responses_answer import ResponseAnswer, raw_message
 from rayllm.api.responses_items import chat_messages, chat_tool_choice, chat_tools, read_input, read_tools
 from rayllm.api.sampling import named_as
 from rayllm.api.service import ModelService, ServedModel
@@ -124,7 +124,6 @@ class ResponsesBody(SamplingFields):
         "response_format": ((), "is called text.format here"),
         "reasoning_effort": ((), "is called reasoning.effort here"),
         "n": ((1,), "can only be 1: a response has one answer"),
-        "enable_response_messages": ((False,), "is not supported"),
         "previous_input_messages": ((), "is not supported; give previous_response_id, or all items as input"),
         **{name: NOT_SUPPORTED[name] for name in _NOT_IN_A_CHAT},
     }
@@ -169,6 +168,8 @@ class ResponsesBody(SamplingFields):
     add_special_tokens: bool | None = None
     include_reasoning: bool | None = None
     documents: Objects = None
+    enable_response_messages: bool | None = None
+    """The response holds the prompt and the answer as the model saw and wrote them, text and token ids."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,9 @@ async def open_response(
     with named_as(_PARAMS):
         chat = await _prepare(body, context, tools, model, client_key)
     response = _new_response(chat.request.request_id, model, body, tools)
+    if body.enable_response_messages:
+        response["input_messages"] = [raw_message(chat.prompt_text, chat.request.prompt_token_ids)]
+        response["output_messages"] = []
     stored = StoredResponse(client_key, response, context) if body.store is not False else None
 
     def on_change() -> None:

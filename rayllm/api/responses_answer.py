@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from rayllm.api.chat import PreparedChat
@@ -110,6 +110,11 @@ class OutputItems:
 
     def _at_part(self, kind: str, fields: _Event) -> _Event:
         return self._at_item(kind, {"content_index": 0, **fields})
+
+
+def raw_message(text: str, token_ids: Sequence[int]) -> dict[str, Any]:
+    """What the model read or wrote, in vLLM's shape."""
+    return {"type": "raw_message_tokens", "message": text, "tokens": list(token_ids)}
 
 
 class ResponseAnswer(EventAnswer):
@@ -220,6 +225,10 @@ class ResponseAnswer(EventAnswer):
         self.response |= {"status": status, **fields}
         if status not in _UNFINISHED:
             self.response |= {"output": self._output.items, "usage": self._usage()}
+            if "output_messages" in self.response:
+                token_ids = self.generation.choices[0].token_ids
+                text = self._model.tokenizer.decode(token_ids, skip_special_tokens=False)
+                self.response["output_messages"] = [raw_message(text, token_ids)]
         self._on_change()
 
     def _usage(self) -> dict[str, Any]:

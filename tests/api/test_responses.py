@@ -163,6 +163,29 @@ async def test_what_is_not_to_be_stored_is_not(service: ModelService, store: Res
         store.get("", whole["id"])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_holds_the_raw_prompt_and_answer_where_they_are_asked_for(
+    service: ModelService, engine: FakeEngine, store: ResponseStore, stream: bool
+) -> None:
+    opened = await open_response(body(enable_response_messages=True, stream=stream), service, store)
+    if stream:
+        first, *_, last = await events_of(opened)
+        assert first["response"]["output_messages"] == []
+        whole = last["response"]
+    else:
+        whole = await whole_of(opened)
+
+    [read], [written] = whole["input_messages"], whole["output_messages"]
+    assert read == {
+        "type": "raw_message_tokens",
+        "message": prompt_of(service, engine),
+        "tokens": list(engine.requests[0].prompt_token_ids),
+    }
+    assert written["message"].startswith(ANSWER)
+    assert len(written["tokens"]) == whole["usage"]["output_tokens"]
+    assert "input_messages" not in await whole_of(await open_response(body(), service, store))
+
+
 async def test_a_response_in_the_background_can_be_cancelled(
     service: ModelService, engine: FakeEngine, store: ResponseStore
 ) -> None:

@@ -46,7 +46,13 @@ FILES = (
     "openai/test_return_tokens_as_ids.py",
     "serve/instrumentator/test_basic.py",
     "serve/instrumentator/test_metrics.py",
+    "serve/instrumentator/test_orca_metrics.py",
+    "serve/instrumentator/test_uds.py",
+    "serve/tokenize/test_serving_tokenization.py",
     "serve/tokenize/test_tokenization.py",
+    "tool_parsers/test_granite4_tool_parser.py",
+    "tool_parsers/test_hermes_tool_parser.py",
+    "tool_parsers/test_openai_tool_parser.py",
 )
 """Those that talk to a server which generates text."""
 
@@ -82,7 +88,7 @@ def _own_site_packages() -> list[str]:
 def command(environment: Path) -> tuple[list[str], dict[str, str]]:
     """pytest's command line, in this Python, and the environment variables that it needs more."""
     folder = source_folder(environment)
-    found = [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", "-c", os.devnull]
+    found = [sys.executable, "-m", "pytest", "-q", "-rsx", "--tb=short", "-p", "no:cacheprovider", "-c", os.devnull]
     found += ["--noconftest", "--rootdir", str(folder), "-W", "ignore", "-o", "asyncio_mode=strict", "-n", "0"]
     found += ["-o", "asyncio_default_fixture_loop_scope=function"]
     for plugin in ("vllm_tests.plugin", "tests.entrypoints.conftest", "tests.entrypoints.openai.responses.conftest"):

@@ -96,6 +96,8 @@ def _liking(tokenizer: Any, token_id: int, thinks: bool) -> float:
         return -40.0
     if text == "</think>":
         return 7.0 if thinks else -40.0
+    if text == _END and thinks:
+        return 7.2  # some tests want reasoning models to say more
     return _LIKED.get(text, 0.0)
 
 
