@@ -26,7 +26,7 @@ from typing import Any
 
 from rayllm.cli.random_model import random_model
 from rayllm.config import EngineConfig
-from rayllm.engine.client.connection import BlockingConnection
+from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
 from rayllm.engine.driver.actor import RunningEngine, create_driver
 from rayllm.engine.owner.resolve import resolve
 from rayllm.executor.ray_cluster import connected_ray
@@ -68,13 +68,13 @@ def _requests() -> list[Request]:
     ]
 
 
-def _connect(running: RunningEngine) -> BlockingConnection:
+def _connect(running: RunningEngine) -> BlockingDriverConnection:
     import ray
 
-    return BlockingConnection(ray.get(running.driver.address.remote()))
+    return BlockingDriverConnection(ray.get(running.driver.address.remote()))
 
 
-def _load(client: BlockingConnection, first: int, moment: int | None = None, fault: Any = None) -> Streams:
+def _load(client: BlockingDriverConnection, first: int, moment: int | None = None, fault: Any = None) -> Streams:
     """Runs the requests; calls `fault` when `moment` tokens have come."""
     streams, num_open, num_tokens = Streams(), NUM_STREAMS, 0
     for i, request in enumerate(_requests()):
@@ -97,7 +97,7 @@ def _load(client: BlockingConnection, first: int, moment: int | None = None, fau
     return streams
 
 
-def _one(running: RunningEngine, client: BlockingConnection, kind: str, number: int, expected: Streams) -> Fault:
+def _one(running: RunningEngine, client: BlockingDriverConnection, kind: str, number: int, expected: Streams) -> Fault:
     import ray
 
     pid = ray.get(running.driver.describe.remote()).workers[number % 2].pid

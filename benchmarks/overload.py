@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.demo import model_path
 from rayllm.engine.address import DriverAddress
-from rayllm.engine.client.connection import BlockingConnection
+from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
 from rayllm.engine.driver.actor import create_driver
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.owner.local import build_scheduler
@@ -81,7 +81,7 @@ class DriverLoop:
 
     def __init__(self, address: DriverAddress, outbox: Callable[[str, DriverMessage], None]):
         self._address, self._outbox = address, outbox
-        self._figures = BlockingConnection(address)
+        self._figures = BlockingDriverConnection(address)
         self._connection = self._connect()
 
     def submit(self, client: str, message: Submit) -> None:
@@ -104,12 +104,12 @@ class DriverLoop:
         self._connection.close()
         self._figures.close()
 
-    def _connect(self) -> BlockingConnection:
-        connection = BlockingConnection(self._address)
+    def _connect(self) -> BlockingDriverConnection:
+        connection = BlockingDriverConnection(self._address)
         threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
         return connection
 
-    def _receive(self, connection: BlockingConnection) -> None:
+    def _receive(self, connection: BlockingDriverConnection) -> None:
         with contextlib.suppress(EngineError):  # the end of the connection
             while True:
                 deltas = connection.receive()

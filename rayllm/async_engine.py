@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client.engine_thread import check_not_forked, closed_error
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.journaled_client import JournaledClient
 from rayllm.engine.client.outputs import (
     Conversation,
     OutputBuilder,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class _Attachment:
     """An engine as one event loop has it."""
 
-    engine: JournaledEngine
+    engine: JournaledClient
     keeper: asyncio.Task[None]
 
     def end(self) -> None:
@@ -131,7 +131,7 @@ class AsyncEngine:
         finally:
             deltas.close()
 
-    def _attached(self) -> JournaledEngine:
+    def _attached(self) -> JournaledClient:
         """The engine as the running event loop has it."""
         self._check_usable()
         loop = asyncio.get_running_loop()
@@ -139,11 +139,11 @@ class AsyncEngine:
             for other in [other for other in self._attachments if other.is_closed()]:
                 del self._attachments[other]
             if loop not in self._attachments:
-                engine = JournaledEngine(self.config.engine.driver_wait_s)
+                engine = JournaledClient(self.config.engine.driver_wait_s)
                 self._attachments[loop] = _Attachment(engine, loop.create_task(self._keep(engine)))
             return self._attachments[loop].engine
 
-    async def _keep(self, engine: JournaledEngine) -> None:
+    async def _keep(self, engine: JournaledClient) -> None:
         try:
             await self._keep_attached(engine)
         except Exception as error:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.config import ContentFormat, ResolvedConfig
 from rayllm.engine.client.beam_search import BeamSearchOutput, BeamSearchParams
-from rayllm.engine.client.blocking import AnswerStream, BlockingClient, ShowsProgress, per_prompt
 from rayllm.engine.client.engine_thread import check_not_forked, closed_error
 from rayllm.engine.client.outputs import (
     Conversation,
     Prompt,
     prepare_prompt,
 )
+from rayllm.engine.client.prompt_runner import AnswerStream, PromptRunner, ShowsProgress, per_prompt
 from rayllm.engine.owner.generation_config import default_sampling_params
 from rayllm.engine.owner.program import finalizer, open_engine, program_config, resolve_for_program
 from rayllm.errors import RequestError
@@ -48,7 +48,7 @@ class LLM:
         self._tokenizer = Tokenizer.from_config(self.config)
         self._pid = os.getpid()
         with contextlib.ExitStack() as cleanup:
-            self._client = BlockingClient(open_engine(self.config, cleanup), self.config, self._tokenizer)
+            self._client = PromptRunner(open_engine(self.config, cleanup), self.config, self._tokenizer)
             self._ends = finalizer(self, cleanup.pop_all())
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -160,7 +160,7 @@ class LLM:
     ) -> Sequence[SamplingParams]:
         return per_prompt(self.get_default_sampling_params() if given is None else given, num_prompts)
 
-    def _usable(self) -> BlockingClient:
+    def _usable(self) -> PromptRunner:
         """Raises `EngineError` where this LLM is closed, or this process is a forked child."""
         check_not_forked(self._pid)
         if not self._ends.alive:

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from rayllm.async_engine import AsyncEngine
 from rayllm.config import RAY_NAMESPACE, Environment, ResolvedConfig
-from rayllm.engine.client.connection import EngineConnection, connect_by_name
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.driver_connection import DriverConnection
+from rayllm.engine.client.journaled_client import JournaledClient
+from rayllm.engine.client.named_connection import connect_by_name
 from rayllm.engine.client.outputs import Conversation, Prompt
 from rayllm.engine.client.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
 from rayllm.engine.discovery import find_driver, known_engines
@@ -221,13 +222,13 @@ class RemoteEngine:
 
 
 def _keep_attached(name: str, namespace: str) -> KeepAttached:
-    async def connect_again() -> EngineConnection:
+    async def connect_again() -> DriverConnection:
         return await connect_by_name(name, namespace=namespace)
 
     async def on_unreachable(error: Exception) -> None:
         """Whatever it is: the next driver may do better."""
 
-    async def keep(engine: JournaledEngine) -> None:
+    async def keep(engine: JournaledClient) -> None:
         await engine.keep_attached(connect_again, on_unreachable)
 
     return keep

@@ -13,7 +13,7 @@ from docs import fenced
 import rayllm
 from rayllm import SamplingParams, remote
 from rayllm.config import RAY_NAMESPACE
-from rayllm.engine.client.connection import EngineConnection, connect
+from rayllm.engine.client.driver_connection import DriverConnection, connect
 from rayllm.engine.driver.actor import Driver
 from rayllm.engine.owner.program import program_config, resolve_for_program
 from rayllm.errors import ConfigError, EngineUnreachableError, RequestError
@@ -40,7 +40,7 @@ def released(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Has every engine be the driver's; the names of those that were given up."""
     names: list[str] = []
 
-    async def connect_by_name(name: str, *, namespace: str) -> EngineConnection:
+    async def connect_by_name(name: str, *, namespace: str) -> DriverConnection:
         return await connect(driver.address())
 
     def by_name(name: str | None, namespace: str) -> _Found:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rayllm.api.engine import AdoptedStream, EngineClient, RequestStream
 from rayllm.api.errors import error_of, shorten
 from rayllm.engine.client.beam_search import (
     MAX_BEAM_WIDTH,
@@ -24,6 +23,7 @@ from rayllm.engine.client.beam_search import (
     step_params,
 )
 from rayllm.engine.client.outputs import read_logprobs
+from rayllm.engine.client.protocols import EngineClient, RequestStream
 from rayllm.errors import EngineError, RequestError
 from rayllm.messages import EngineStats, Finish, Times, TokenDelta, TokenLogprobs
 from rayllm.request import CompletionOutput, Logprob, Request, SamplingParams, pack_ids
@@ -108,7 +108,7 @@ class BeamSearchClient:
     async def stats(self) -> EngineStats:
         return await self.engine.stats()
 
-    async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> AdoptedStream | None:
+    async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> RequestStream | None:
         return await self.engine.adopt(client_key, answer_id, takes_over)
 
     def forget(self, client_key: str, answer_id: str) -> None:

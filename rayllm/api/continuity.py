@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from rayllm.api.engine import AdoptedStream
+from rayllm.engine.client.protocols import RequestStream
 from rayllm.request import Retention
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -44,7 +44,7 @@ class Continuity:
     in_background: bool = False
     created_s: int = field(default_factory=lambda: int(time.time()))
     answer_id: str | None = None
-    adopted: AdoptedStream | None = None
+    adopted: RequestStream | None = None
 
     def keep(self, answer_id: str) -> Retention | None:
         """What the driver is asked to keep; None where the body is too large for that."""
@@ -60,7 +60,7 @@ def kept_name(path: str, answer_id: str) -> str:
     return f"{path}:{answer_id}"
 
 
-def adopted(path: str, answer_id: str, stream: AdoptedStream) -> Continuity:
+def adopted(path: str, answer_id: str, stream: RequestStream) -> Continuity:
     """Of an answer that is made again from a kept request."""
     keep = stream.request.retention
     assert keep is not None

@@ -12,10 +12,10 @@ import msgspec
 
 from rayllm.api import continuity
 from rayllm.api.apart import in_turns
-from rayllm.api.engine import EngineClient, RequestStream
 from rayllm.api.errors import error_of
 from rayllm.api.events import Event, Reasoning, Text, joined
 from rayllm.api.output_parser import OutputParser
+from rayllm.engine.client.protocols import EngineClient, RequestStream
 from rayllm.errors import EngineError
 from rayllm.messages import ADOPTED_BY_ANOTHER, TokenDelta, TokenLogprobs, single_tokens
 from rayllm.observability.metrics import Metrics

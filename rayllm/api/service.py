@@ -13,9 +13,9 @@ from typing import Literal
 
 from rayllm.api.body import max_body_bytes, max_values
 from rayllm.api.chat_format import ChatFormat
-from rayllm.api.engine import EngineClient
 from rayllm.api.errors import NotReadyError, shorten
 from rayllm.config import ResolvedConfig
+from rayllm.engine.client.protocols import EngineClient
 from rayllm.errors import ContextLengthError, RayLLMError, RequestError
 from rayllm.messages import EngineStats
 from rayllm.observability.metrics import Metrics

@@ -11,7 +11,7 @@ import math
 import time
 
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.client.connection import connect_by_name
+from rayllm.engine.client.named_connection import connect_by_name
 from rayllm.engine.owner.owner import OwnedEngine, await_free
 from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import EngineError, EngineUnreachableError

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from rayllm.api import apart
 from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
-from rayllm.engine.client.connection import EngineConnection, connect_by_name
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.driver_connection import DriverConnection
+from rayllm.engine.client.journaled_client import JournaledClient
+from rayllm.engine.client.named_connection import connect_by_name
 from rayllm.engine.discovery import find_driver
 from rayllm.engine.driver.fault_injection import kill_worker
 from rayllm.engine.owner.stage_board import published_stage
@@ -149,13 +150,13 @@ async def keep_connected(
     With `reports`, its figures are left with the driver, for other ingresses.
     Open requests go on with the next driver; when this is cancelled, they end. So they do when the Ray of our own dies
     in which this runs; then this returns."""
-    engine = JournaledEngine(driver_wait_s, on_replay=service.note_replay)
+    engine = JournaledClient(driver_wait_s, on_replay=service.note_replay)
     ray = ray_watch() if is_own_ray() else RayWatch([])  # in a cluster, other nodes' engines may go on without ours
     ended = EngineError("the server stops", code="shutting_down")
     waiting_for = "starting the engine"
     config: ResolvedConfig | None = None
 
-    async def connect() -> EngineConnection:
+    async def connect() -> DriverConnection:
         nonlocal config
         found, connection = await _connect(engine_name)
         if (found.model_path, found.tokenizer_path) != (expected.model_path, expected.tokenizer_path):
@@ -191,7 +192,7 @@ async def keep_connected(
         engine.end(ended)
 
 
-async def _report(service: ModelService, engine: JournaledEngine) -> None:
+async def _report(service: ModelService, engine: JournaledClient) -> None:
     """Leaves this ingress's figures with the driver, for the others, which may be asked for them."""
     while True:
         if service.metrics is not None:
@@ -199,7 +200,7 @@ async def _report(service: ModelService, engine: JournaledEngine) -> None:
         await asyncio.sleep(_REPORT_PERIOD_S)
 
 
-async def _connect(engine_name: str) -> tuple[ResolvedConfig, EngineConnection]:
+async def _connect(engine_name: str) -> tuple[ResolvedConfig, DriverConnection]:
     import ray
 
     try:

@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from rayllm.api.chat import open_chat
 from rayllm.api.service import ModelService
 from rayllm.config import EngineConfig
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.journaled_client import JournaledClient
 from rayllm.errors import RequestError
 from rayllm.messages import TokenDelta
 from rayllm.request import Request, unpack_ids
@@ -415,7 +415,7 @@ async def test_a_driver_lost_within_a_call_changes_nothing(serve: Serve, tokeniz
 
     first, second = _Driver(say), _Driver(say)
     first.fault_at = cut
-    engine = JournaledEngine()
+    engine = JournaledClient()
     service = ModelService()
     service.set_ready(config(max_model_len=2048), tokenizer, engine)
     engine.attach(first)

@@ -19,7 +19,7 @@ from rayllm.api.tool_formats import HERMES
 from rayllm.api.tool_grammar import GrammarWriter, Thinking
 from rayllm.api.tools import read_tools
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.client.continued import ContinuedEngine
+from rayllm.engine.client.blocking_journaled_client import BlockingJournaledClient
 from rayllm.engine.owner.owner import OwnedEngine
 from rayllm.engine.owner.resolve import resolve
 from rayllm.messages import EngineStats, Finish, TokenLogprobs
@@ -116,7 +116,7 @@ class Engine:
         self._seen: set[int] = set()
         try:
             self.owned.start()
-            self.client = ContinuedEngine(self.owned.connect(), self.owned.reconnect)
+            self.client = BlockingJournaledClient(self.owned.connect(), self.owned.reconnect)
         except BaseException:
             self.owned.close()
             raise

@@ -107,7 +107,7 @@ def test_rubbish_in_place_of_a_plan_is_a_failure(served: tuple[int, Channel, Fut
 def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:
     code = (
         "import sys, rayllm.executor.worker, rayllm.executor.group;"
-        "import rayllm.engine.driver.actor, rayllm.engine.client.connection;"
+        "import rayllm.engine.driver.actor, rayllm.engine.client.driver_connection;"
         "print([name for name in ('torch', 'transformers', 'fastapi') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -16,8 +16,8 @@ from tiny import make_checkpoint
 
 from rayllm.api.service import ModelService
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.client.connection import EngineConnection, connect
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.driver_connection import DriverConnection, connect
+from rayllm.engine.client.journaled_client import JournaledClient
 from rayllm.engine.driver.actor import Driver
 from rayllm.engine.owner.resolve import resolve
 from rayllm.executor.inproc import InprocExecutor
@@ -90,10 +90,10 @@ class _Ingress:
     def __init__(self, config: ResolvedConfig):
         self._config = config
         self.service = ModelService()
-        self.engine = JournaledEngine()
+        self.engine = JournaledClient()
         self.app = create_app(self.service)
         self.service.set_ready(config, Tokenizer.from_path(config.tokenizer_path), self.engine)
-        self.connection: EngineConnection | None = None
+        self.connection: DriverConnection | None = None
 
     async def attach(self, driver: Driver) -> None:
         self.connection = await connect(driver.address())

@@ -16,8 +16,8 @@ from serve.served import completion, tokenizer
 
 from rayllm.api.service import ModelService
 from rayllm.engine.address import DriverAddress
-from rayllm.engine.client.connection import connect
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.driver_connection import connect
+from rayllm.engine.client.journaled_client import JournaledClient
 from rayllm.engine.driver.link import ClientGone, ClientLink
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.owner.local import build_scheduler
@@ -76,7 +76,7 @@ class _Client:
 
 @contextlib.asynccontextmanager
 async def _served(max_num_seqs: int) -> AsyncIterator[tuple[_Engine, Any]]:
-    engine, client, service = _Engine(max_num_seqs), JournaledEngine(), ModelService()
+    engine, client, service = _Engine(max_num_seqs), JournaledClient(), ModelService()
     try:
         async with await connect(DriverAddress("node", engine.link.unix_path, engine.link.token)) as connection:
             client.attach(connection)

@@ -7,7 +7,7 @@ import pytest
 from api.fake_engine import config
 
 from rayllm.api.service import READY, ModelService
-from rayllm.engine.client import journal
+from rayllm.engine.client import journaled_client
 from rayllm.errors import EngineUnreachableError
 from rayllm.serve import ingress
 from rayllm.serve.ingress import keep_connected
@@ -58,7 +58,7 @@ class Driver:
         self.config = config()
         monkeypatch.setattr(ingress, "_connect", self._connect)
         monkeypatch.setattr(ingress, "_stage", self._say)
-        monkeypatch.setattr(journal, "RETRY_S", 0.001)
+        monkeypatch.setattr(journaled_client, "RETRY_S", 0.001)
 
     async def _connect(self, engine_name: str) -> tuple[Any, FakeConnection]:
         if self.error is not None:

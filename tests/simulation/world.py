@@ -18,8 +18,8 @@ from scheduler.simulated_worker import EOS, VOCAB_SIZE, expected_answer
 from simulation.faults import DriverKilled, Faults, FaultyExecutor
 
 from rayllm.config import ModelShape, ResolvedConfig
-from rayllm.engine.client.connection import EngineConnection
-from rayllm.engine.client.journal import JournaledEngine, JournaledStream
+from rayllm.engine.client.driver_connection import DriverConnection
+from rayllm.engine.client.journaled_client import JournaledClient, JournaledStream
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.driver.retained_requests import HOLD_S
 from rayllm.engine.owner.local import build_scheduler
@@ -58,7 +58,7 @@ class Pipe:
 
 
 class Socket:
-    """One ingress's connection to one driver: the transport of its `EngineConnection`, and the driver's end, which
+    """One ingress's connection to one driver: the transport of its `DriverConnection`, and the driver's end, which
     knows it as `client`."""
 
     def __init__(self, client: int, ingress: int):
@@ -66,7 +66,7 @@ class Socket:
         self.ingress = ingress
         self.up, self.down = Pipe(), Pipe()
         self.closed = False
-        self.connection = EngineConnection()
+        self.connection = DriverConnection()
         self.connection._wire.connection_made(self)  # type: ignore[arg-type]
         self._reader = FrameReader("an ingress")
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
@@ -103,7 +103,7 @@ class Socket:
 class SmallBuffers:
     """A driver whose readers are paused after a few tokens that they leave."""
 
-    def __init__(self, connection: EngineConnection, max_held_bytes: int):
+    def __init__(self, connection: DriverConnection, max_held_bytes: int):
         self._connection = connection
         self._max_held_bytes = max_held_bytes
 
@@ -181,7 +181,7 @@ class World:
         self.num_blocks = -(-MAX_MODEL_LEN // self.block_size) + rng.choice([0, 1, 3, 40])
         self.max_inflight_steps = rng.choice([1, 2])
         self.config = self._config()
-        self.engines = [JournaledEngine() for _ in range(rng.choice([1, 1, 2]))]
+        self.engines = [JournaledClient() for _ in range(rng.choice([1, 1, 2]))]
         self.lost_ingresses: set[int] = set()
         self.deadline_share = rng.choice([0.0, 0.0, 0.3])
         self.num_client_keys = rng.choice([1, 1, 3])

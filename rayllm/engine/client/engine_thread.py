@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from rayllm.engine.owner.local import BlockingEngine
+from rayllm.engine.client.protocols import BlockingEngineClient
 from rayllm.errors import EngineError
 from rayllm.messages import EngineStats, TokenDelta
 from rayllm.request import Request
@@ -117,7 +117,7 @@ class Call:
 class EngineThread:
     """Runs `engine` on a thread of its own, from the constructor until `close`, which also closes the engine."""
 
-    def __init__(self, engine: BlockingEngine):
+    def __init__(self, engine: BlockingEngineClient):
         self.engine = engine
         """For that thread alone."""
         self._pid = os.getpid()
@@ -141,7 +141,7 @@ class EngineThread:
             self._post(functools.partial(self._submit, first, requests, arrived))
         return Call(self, range(first, self._next_stream), arrived)
 
-    def ask(self, question: Callable[[BlockingEngine], _T]) -> _T:
+    def ask(self, question: Callable[[BlockingEngineClient], _T]) -> _T:
         """What `question` returns for the engine, on its thread. Raises what it raises, and as `open` does."""
         answer: Future[_T] = Future()
         self._check()
@@ -221,7 +221,7 @@ class EngineThread:
             if self._open.pop(stream, None) is not None:
                 self.engine.abort(stream)
 
-    def _answer(self, question: Callable[[BlockingEngine], _T], answer: Future[_T]) -> None:
+    def _answer(self, question: Callable[[BlockingEngineClient], _T], answer: Future[_T]) -> None:
         try:
             if self._ended is not None:
                 raise self._ended

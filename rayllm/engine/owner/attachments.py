@@ -1,4 +1,4 @@
-"""Keep a `JournaledEngine` attached to drivers of this process's own making."""
+"""Keep a `JournaledClient` attached to drivers of this process's own making."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Callable
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.client.connection import EngineConnection, connect
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.driver_connection import DriverConnection, connect
+from rayllm.engine.client.journaled_client import JournaledClient
 from rayllm.engine.driver.actor import Driver
 from rayllm.engine.owner.owner import OwnedEngine
 from rayllm.errors import EngineError
@@ -23,13 +23,13 @@ class OwnedDrivers:
         self._was_lost = False
         self._watch: asyncio.Task[None] | None = None
 
-    async def keep_attached(self, engine: JournaledEngine) -> None:
+    async def keep_attached(self, engine: JournaledClient) -> None:
         try:
             await engine.keep_attached(self._connect, self._on_unreachable, on_lost=self._on_lost)
         finally:
             self._on_lost("")
 
-    async def _connect(self) -> EngineConnection:
+    async def _connect(self) -> DriverConnection:
         owned = self._owned
         if self._was_lost:
             await asyncio.to_thread(owned.replace_if_failed)
@@ -37,7 +37,7 @@ class OwnedDrivers:
         self._watch = asyncio.create_task(self._close_when_failed(connection))
         return connection
 
-    async def _close_when_failed(self, connection: EngineConnection) -> None:
+    async def _close_when_failed(self, connection: DriverConnection) -> None:
         await self._owned.wait_failed()
         connection.close()
 
@@ -65,7 +65,7 @@ class LocalDriver:
             with contextlib.suppress(RuntimeError):  # the program has left that event loop
                 listener(reason)
 
-    async def keep_attached(self, engine: JournaledEngine) -> None:
+    async def keep_attached(self, engine: JournaledClient) -> None:
         loop = asyncio.get_running_loop()
         failed: asyncio.Future[str] = loop.create_future()
 

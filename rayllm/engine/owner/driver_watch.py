@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from typing import Any
 
-from rayllm.engine.client.connection import connect_by_name
-from rayllm.engine.owner.running_engine import RunningEngine
+from rayllm.engine.client.named_connection import connect_by_name
+from rayllm.engine.owner.driver_handle import DriverHandle
 from rayllm.errors import EngineError
 from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.executor.worker_process import WorkerPlace, death_reason, is_stopped, kill_process
@@ -21,7 +21,7 @@ _MAX_SILENCE_S = 30.0
 class DriverWatch:
     """Over one driver of the engine of that name."""
 
-    def __init__(self, running: RunningEngine, name: str):
+    def __init__(self, running: DriverHandle, name: str):
         self._running = running
         self._driver: Any = running.driver
         self._name = name

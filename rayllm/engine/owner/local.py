@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.driver.loop import EngineLoop
@@ -11,25 +10,6 @@ from rayllm.executor.executor import Executor, Selectable, wait_readable
 from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, ResetPrefixCache, Submit, TokenDelta
 from rayllm.request import Request
 from rayllm.scheduler.scheduler import Scheduler
-
-
-class BlockingEngine(Protocol):
-    """An engine as one thread sees it: the caller numbers its streams, choice i of a request is `stream + i`."""
-
-    def submit(self, stream: int, request: Request) -> None: ...
-
-    def abort(self, stream: int) -> None: ...
-
-    def receive(self, wake: Selectable | None = None) -> list[TokenDelta]:
-        """The next deltas; waits for some. With `wake`, it may also return none, and does when that is readable.
-        Raises `EngineError` when the engine is lost."""
-
-    def stats(self) -> EngineStats: ...
-
-    def reset_prefix_cache(self) -> None:
-        """Nothing computed before is used for requests that come after."""
-
-    def close(self) -> None: ...
 
 
 def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
@@ -46,7 +26,7 @@ def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
 
 
 class LocalEngine:
-    """A `BlockingEngine` that computes in `receive`, on the caller's thread; given a `wake`, one step at most."""
+    """A `BlockingEngineClient` that computes in `receive`, on the caller's thread; given a `wake`, one step at most."""
 
     def __init__(
         self, config: ResolvedConfig, executor: Executor, after_step: Callable[[EngineLoop], None] | None = None

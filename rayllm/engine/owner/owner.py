@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.client.connection import BlockingConnection
+from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
 from rayllm.engine.discovery import known_engines
+from rayllm.engine.owner.driver_handle import DriverHandle, create_driver
 from rayllm.engine.owner.driver_watch import DriverWatch
-from rayllm.engine.owner.running_engine import RunningEngine, create_driver
 from rayllm.engine.owner.stage_board import publish_stage
 from rayllm.errors import EngineError, EngineUnreachableError, NoRoomError
 from rayllm.executor.placement import give_back
@@ -72,7 +72,7 @@ class OwnedEngine:
         self._replacing = threading.Lock()
         self.has_given_up = False
         """Whether `replace` has failed."""
-        self._running: RunningEngine = create_driver(config, runner_factory)
+        self._running: DriverHandle = create_driver(config, runner_factory)
 
     @property
     def driver(self) -> Any:
@@ -80,7 +80,7 @@ class OwnedEngine:
         return self._running.driver
 
     def start(self, on_stage: Callable[[str], None] | None = None) -> None:
-        """Brings the engine up; see `RunningEngine.start`. After an error `close` it."""
+        """Brings the engine up; see `DriverHandle.start`. After an error `close` it."""
         while True:
             try:
                 self._running.start(self.config, on_stage)
@@ -97,7 +97,7 @@ class OwnedEngine:
     def name(self) -> str:
         return self.config.engine.name
 
-    def connect(self) -> BlockingConnection:
+    def connect(self) -> BlockingDriverConnection:
         """A client of the driver, for one thread. Raises `EngineError` where the driver does not answer."""
         import ray
 
@@ -110,13 +110,13 @@ class OwnedEngine:
             raise EngineError(message, code="engine_timeout") from None
         except ray.exceptions.RayActorError as error:
             raise EngineError(f"the driver died: {death_reason(error)}", code="engine_gone") from None
-        connection = BlockingConnection(address)
+        connection = BlockingDriverConnection(address)
         if address.node_id != node_id:
             arguments = self._running, connection
             threading.Thread(target=_close_with_node, args=arguments, name="node-watch", daemon=True).start()
         return connection
 
-    def reconnect(self, reason: str) -> BlockingConnection:
+    def reconnect(self, reason: str) -> BlockingDriverConnection:
         """The same after the connection was lost for `reason`: to another driver where this one is lost too."""
         while True:
             self.replace_if_failed()
@@ -222,7 +222,7 @@ class OwnedEngine:
             publish_stage(self.name, "")
 
 
-def _close_with_node(running: RunningEngine, connection: BlockingConnection) -> None:
+def _close_with_node(running: DriverHandle, connection: BlockingDriverConnection) -> None:
     """Closes the connection once the driver's node is lost: of one that is frozen or unreachable it would not end."""
     while not connection.is_closed and ray_is_initialized():
         with contextlib.suppress(Exception):  # Ray does not answer just now

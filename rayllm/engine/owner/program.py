@@ -12,7 +12,7 @@ from typing import Any
 
 from rayllm.compatibility import notes
 from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.client.continued import ContinuedEngine
+from rayllm.engine.client.blocking_journaled_client import BlockingJournaledClient
 from rayllm.engine.client.engine_thread import EngineThread
 from rayllm.engine.owner.local import LocalEngine
 from rayllm.engine.owner.resolve import resolve
@@ -61,7 +61,7 @@ def open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> Engine
         cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.layout.num_ranks))
         joined = cleanup.enter_context(contextlib.ExitStack())
         watched = start_watched(config, cleanup)
-        thread = EngineThread(ContinuedEngine(watched.connect(), watched.reconnect))
+        thread = EngineThread(BlockingJournaledClient(watched.connect(), watched.reconnect))
         joined.callback(thread.join)  # after `watched.close`, by which a replacement fails, and before Ray ends
     cleanup.callback(thread.close)
     return thread

@@ -7,8 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.client.connection import BlockingConnection
-from rayllm.engine.client.journal import JournaledEngine
+from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
+from rayllm.engine.client.journaled_client import JournaledClient
 from rayllm.engine.owner.owner import OwnedEngine
 from rayllm.errors import EngineError
 from rayllm.executor.ray_connection import ray_watch
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 45.0
 
-KeepAttached = Callable[[JournaledEngine], Coroutine[Any, Any, None]]
+KeepAttached = Callable[[JournaledClient], Coroutine[Any, Any, None]]
 """Attaches drivers to an engine until it is cancelled, or raises where there will be none."""
 
 
 def while_ray_lives(keep_attached: KeepAttached) -> KeepAttached:
     """The same until this process's Ray dies: `EngineError` with code `ray_died` then."""
 
-    async def keep(engine: JournaledEngine) -> None:
+    async def keep(engine: JournaledClient) -> None:
         await ray_watch().until_lost(keep_attached(engine))
 
     return keep
@@ -42,15 +42,15 @@ class WatchedEngine:
         """Brings the engine up; after an error `close` it."""
         self._watch.call(self.owned.start)
 
-    def connect(self) -> BlockingConnection:
+    def connect(self) -> BlockingDriverConnection:
         """A client of the driver, for one thread."""
         return self._watched(self._watch.call(self.owned.connect))
 
-    def reconnect(self, reason: str) -> BlockingConnection:
+    def reconnect(self, reason: str) -> BlockingDriverConnection:
         """The same after the connection was lost for `reason`: to another driver where this one is lost too."""
         return self._watched(self._watch.call(lambda: self.owned.reconnect(reason)))
 
-    def _watched(self, connection: BlockingConnection) -> BlockingConnection:
+    def _watched(self, connection: BlockingDriverConnection) -> BlockingDriverConnection:
         self._watch.on_lost(lambda error: connection.cut())
         return connection
 

@@ -17,13 +17,14 @@ import pytest
 from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 
 from rayllm.config import ResolvedConfig
-from rayllm.engine.client.connection import BlockingConnection, connect_by_name
+from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
+from rayllm.engine.client.named_connection import connect_by_name
 from rayllm.engine.discovery import find_address, find_driver, known_engines
 from rayllm.engine.driver.actor import Driver
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.engine.driver.supervisor import FIRST_STEPS_S
+from rayllm.engine.owner.driver_handle import create_driver
 from rayllm.engine.owner.local import build_scheduler
-from rayllm.engine.owner.running_engine import create_driver
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError, WorkerDiedError
 from rayllm.executor.executor import Selectable
 from rayllm.messages import Finish, Submit, TokenDelta
@@ -83,7 +84,7 @@ class _Engine:
         self.driver = Driver(lambda config, on_stage: executor)
         self.failures: list[str] = []
         self.driver.start(fake_config(), on_failed=self.failures.append)
-        self.client = BlockingConnection(self.driver.address())
+        self.client = BlockingDriverConnection(self.driver.address())
 
     def close(self) -> None:
         self.client.close()
@@ -103,7 +104,7 @@ def make_engine() -> Iterator[Callable[..., _Engine]]:
         engine.close()
 
 
-def _finish(client: BlockingConnection, stream: int) -> tuple[list[int], Finish]:
+def _finish(client: BlockingDriverConnection, stream: int) -> tuple[list[int], Finish]:
     """The tokens of one stream to its end; other streams' deltas are dropped."""
     tokens: list[int] = []
     while True:
@@ -114,7 +115,7 @@ def _finish(client: BlockingConnection, stream: int) -> tuple[list[int], Finish]
                     return tokens, delta.finish
 
 
-def _receive_forever(client: BlockingConnection) -> None:
+def _receive_forever(client: BlockingDriverConnection) -> None:
     while True:
         client.receive()
 
@@ -129,7 +130,7 @@ def _until(condition: Callable[[], bool]) -> None:
 def test_requests_of_several_clients_are_served_over_their_sockets(make_engine: Callable[..., _Engine]) -> None:
     engine = make_engine()
     assert engine.driver.stage == "ready"
-    other = BlockingConnection(engine.driver.address())
+    other = BlockingDriverConnection(engine.driver.address())
     mine, theirs = make_request([1, 2, 3], max_tokens=9), make_request([4], max_tokens=5, seed=3)
     engine.client.submit(0, mine)
     other.submit(0, theirs)
@@ -140,7 +141,7 @@ def test_requests_of_several_clients_are_served_over_their_sockets(make_engine: 
 
 def test_a_client_that_goes_takes_its_requests_with_it(make_engine: Callable[..., _Engine]) -> None:
     engine = make_engine()
-    leaver = BlockingConnection(engine.driver.address())
+    leaver = BlockingDriverConnection(engine.driver.address())
     for stream in range(3):
         leaver.submit(stream, make_request([1], max_tokens=120))
     engine.executor.hold_results()  # mid-step while the client leaves

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rayllm.engine.address import DriverAddress
-from rayllm.engine.client.connection import BlockingConnection
-from rayllm.engine.client.continued import ContinuedEngine
+from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
+from rayllm.engine.client.blocking_journaled_client import BlockingJournaledClient
 from rayllm.engine.client.engine_thread import EngineThread
 from rayllm.engine.driver.link import ClientLink
 from rayllm.engine.owner import watched
@@ -31,10 +31,10 @@ class _Owned:
     def start(self) -> None:
         pass
 
-    def connect(self) -> BlockingConnection:
-        return BlockingConnection(DriverAddress("", self.link.unix_path, self.link.token, None, None))
+    def connect(self) -> BlockingDriverConnection:
+        return BlockingDriverConnection(DriverAddress("", self.link.unix_path, self.link.token, None, None))
 
-    def reconnect(self, reason: str) -> BlockingConnection:
+    def reconnect(self, reason: str) -> BlockingDriverConnection:
         threading.Event().wait()
         raise AssertionError
 
@@ -71,7 +71,7 @@ def engine(raylet: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> 
 def test_callers_of_an_engine_whose_ray_dies_are_told_and_it_closes(
     engine: WatchedEngine, raylet: subprocess.Popen[bytes]
 ) -> None:
-    thread = EngineThread(ContinuedEngine(engine.connect(), engine.reconnect))
+    thread = EngineThread(BlockingJournaledClient(engine.connect(), engine.reconnect))
     call = thread.open([_request("r")])
     threading.Timer(0.2, raylet.kill).start()
     with pytest.raises(EngineError, match="raylet") as raised:

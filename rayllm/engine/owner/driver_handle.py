@@ -23,7 +23,7 @@ _SHUTDOWN_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class RunningEngine:
+class DriverHandle:
     """A driver and its placement group, as their maker holds them; both go when the maker goes."""
 
     driver: Any
@@ -110,7 +110,7 @@ class RunningEngine:
 
 def create_driver(
     config: ResolvedConfig, runner_factory: RunnerFactory | None = None, previous_group: Any = None
-) -> RunningEngine:
+) -> DriverHandle:
     """Places an engine and makes its driver actor, not yet started: call `driver.start.remote(config_json)`
     and ask `driver.stage` meanwhile. Raises `ConfigError` where there is no room or the name is taken.
 
@@ -143,4 +143,4 @@ def create_driver(
         if isinstance(error, ValueError):
             raise ConfigError(f"cannot make the driver of engine {name!r}: {error}") from None
         raise
-    return RunningEngine(driver, group, bundle_nodes(group))
+    return DriverHandle(driver, group, bundle_nodes(group))

@@ -29,7 +29,7 @@ ShowsProgress = bool | Callable[..., Any]
 """Whether to show a progress bar, or what makes one (as `tqdm.tqdm`)."""
 
 
-class BlockingClient:
+class PromptRunner:
     """Submits requests to an engine that other threads use too, each call as if it were alone."""
 
     def __init__(self, engine: EngineThread, config: ResolvedConfig, tokenizer: Tokenizer):

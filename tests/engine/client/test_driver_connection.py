@@ -11,7 +11,8 @@ import pytest
 from fakes import make_request
 
 from rayllm.engine.address import MAX_CLIENT_FRAME_BYTES, DriverAddress
-from rayllm.engine.client.connection import BlockingConnection, EngineConnection, connect
+from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
+from rayllm.engine.client.driver_connection import DriverConnection, connect
 from rayllm.engine.driver.link import ClientGone, ClientLink
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.channel import FrameTooLargeError
@@ -228,7 +229,7 @@ async def test_addresses_that_lead_nowhere_say_why(driver: _FakeDriver, kind: st
         if kind == "asyncio":
             (await connect(address, timeout_s=1.0)).close()
         else:
-            (await asyncio.to_thread(BlockingConnection, address, timeout_s=1.0)).close()
+            (await asyncio.to_thread(BlockingDriverConnection, address, timeout_s=1.0)).close()
 
     with pytest.raises(EngineUnreachableError, match="refused this client"):
         await join(replace(driver.address, token="guess"))
@@ -242,7 +243,7 @@ async def test_addresses_that_lead_nowhere_say_why(driver: _FakeDriver, kind: st
 
 
 async def test_submitting_does_not_wait_for_a_driver_that_is_busy(driver: _FakeDriver) -> None:
-    connection: EngineConnection = await connect(driver.address)
+    connection: DriverConnection = await connect(driver.address)
     streams = [connection.submit(make_request(list(range(5000)), max_tokens=1)) for _ in range(200)]
     for number, stream in enumerate(streams):
         assert await _collect(stream) == {0: [number * 100]}
@@ -250,7 +251,7 @@ async def test_submitting_does_not_wait_for_a_driver_that_is_busy(driver: _FakeD
 
 
 def test_one_thread_can_submit_receive_and_ask(driver: _FakeDriver) -> None:
-    connection = BlockingConnection(driver.address)
+    connection = BlockingDriverConnection(driver.address)
     connection.submit(0, make_request([1], max_tokens=2))
     connection.submit(5, make_request([1], max_tokens=1))
     connection.submit(9, make_request([1], seed=1))

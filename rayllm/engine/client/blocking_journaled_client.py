@@ -1,4 +1,4 @@
-"""The journal for one thread that blocks: what `engine.client.journal.JournaledEngine` is for an asyncio program."""
+"""The journal for one thread that blocks: what `engine.client.journal.JournaledClient` is for an asyncio program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rayllm.engine.client.journal import Journal, is_fault
-from rayllm.engine.owner.local import BlockingEngine
+from rayllm.engine.client.protocols import BlockingEngineClient
 from rayllm.errors import EngineError
 from rayllm.executor.executor import Selectable
 from rayllm.messages import EngineStats, Finish, TokenDelta
@@ -22,14 +22,14 @@ class _Line:
     journal: Journal
 
 
-class ContinuedEngine:
-    """A `BlockingEngine` over as many drivers as it takes.
+class BlockingJournaledClient:
+    """A `BlockingEngineClient` over as many drivers as it takes.
 
     `next_driver(reason)` returns a connection to the driver that follows the one lost for `reason`; it raises
     `EngineError` where there will be none, and so does then whichever method met the loss.
     """
 
-    def __init__(self, driver: BlockingEngine, next_driver: Callable[[str], BlockingEngine]):
+    def __init__(self, driver: BlockingEngineClient, next_driver: Callable[[str], BlockingEngineClient]):
         self._driver = driver
         self._next_driver = next_driver
         self._lines: dict[int, _Line] = {}  # by stream, as long as its choice is open

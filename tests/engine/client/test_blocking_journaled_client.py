@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from fakes import FakeExecutor, expected_tokens, fake_config, make_request
 
-from rayllm.engine.client.continued import ContinuedEngine
+from rayllm.engine.client.blocking_journaled_client import BlockingJournaledClient
 from rayllm.engine.client.journal import MAX_FAULTS
-from rayllm.engine.owner.local import BlockingEngine, LocalEngine
+from rayllm.engine.client.protocols import BlockingEngineClient
+from rayllm.engine.owner.local import LocalEngine
 from rayllm.errors import EngineError
 from rayllm.messages import EngineStats, Finish, TokenDelta
 from rayllm.request import Request, unpack_ids
@@ -54,19 +55,19 @@ class _Driver:
         self.closed = True
 
 
-def _engine(*drivers: _Driver) -> ContinuedEngine:
+def _engine(*drivers: _Driver) -> BlockingJournaledClient:
     rest = iter(drivers)
 
-    def next_driver(reason: str) -> BlockingEngine:
+    def next_driver(reason: str) -> BlockingEngineClient:
         driver = next(rest, None)
         if driver is None:
             raise EngineError(f"no driver is left: {reason}")
         return driver
 
-    return ContinuedEngine(next(rest), next_driver)
+    return BlockingJournaledClient(next(rest), next_driver)
 
 
-def _run(engine: ContinuedEngine, num_choices: int) -> dict[int, list[int]]:
+def _run(engine: BlockingJournaledClient, num_choices: int) -> dict[int, list[int]]:
     tokens: dict[int, list[int]] = {}
     num_open = num_choices
     while num_open:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayllm.engine import delta_history
-from rayllm.engine.client.journal import MAX_FAULTS, JournaledEngine, JournaledStream
+from rayllm.engine.client.journal import MAX_FAULTS
+from rayllm.engine.client.journaled_client import JournaledClient, JournaledStream
 from rayllm.errors import EngineError
 from rayllm.messages import READER_PAUSED, EngineStats, Finish, TokenDelta, TokenLogprobs
 from rayllm.request import Request, Retention, pack_ids, unpack_ids
@@ -114,7 +115,7 @@ def _frames(request: Request) -> Iterator[list[TokenDelta]]:
 
 
 async def _read(
-    engine: JournaledEngine, request: Request, drivers: list[_Driver], stops: dict[int, int] | None = None
+    engine: JournaledClient, request: Request, drivers: list[_Driver], stops: dict[int, int] | None = None
 ) -> dict[int, list[TokenDelta]]:
     """All deltas by choice; a new driver is there as soon as one is lost. `stops`: choice to the number of tokens
     after which the reader wants no more of it."""
@@ -155,7 +156,7 @@ def test_wherever_drivers_are_lost_the_client_sees_the_undisturbed_stream(
 
     def run(drivers: list[_Driver]) -> dict[int, list[TokenDelta]]:
         async def read() -> dict[int, list[TokenDelta]]:
-            return await asyncio.wait_for(_read(JournaledEngine(), request, drivers, stops), 10)
+            return await asyncio.wait_for(_read(JournaledClient(), request, drivers, stops), 10)
 
         return asyncio.run(read())
 
@@ -167,7 +168,7 @@ async def test_ended_choices_are_not_asked_for_again(cut: int) -> None:
     request = make_request([1], max_tokens=5, n=3, prompt_logprobs=0)
     first, second = _Driver(cut), _Driver()
 
-    seen = await _read(JournaledEngine(), request, [first, second])
+    seen = await _read(JournaledClient(), request, [first, second])
 
     assert [sum(len(d.token_ids) // 4 for d in seen[c]) for c in range(3)] == [5, 4, 3]
     if cut < 5:
@@ -183,7 +184,7 @@ async def test_ended_choices_are_not_asked_for_again(cut: int) -> None:
 async def test_a_driver_that_says_it_failed_is_lost_too_but_a_refusal_is_final() -> None:
     request = make_request([1], max_tokens=4)
     failing = _Driver(2, Finish("error", code="worker_died", message="worker rank 1 failed"))
-    engine = JournaledEngine()
+    engine = JournaledClient()
     engine.attach(failing)
     reading = asyncio.create_task(_collect(engine.submit(request)))
     await asyncio.sleep(0.01)
@@ -199,7 +200,7 @@ async def test_a_driver_that_says_it_failed_is_lost_too_but_a_refusal_is_final()
 
 async def test_a_request_that_ran_at_three_faults_is_refused_alone() -> None:
     poison, other = make_request([1], max_tokens=6), make_request([2], max_tokens=6)
-    engine = JournaledEngine()
+    engine = JournaledClient()
     drivers = [_Driver(1) for _ in range(MAX_FAULTS)]
     with pytest.raises(EngineError, match="failed 3 times") as caught:
         await _read(engine, poison, drivers)
@@ -213,7 +214,7 @@ async def test_a_request_that_ran_at_three_faults_is_refused_alone() -> None:
 async def test_a_request_that_only_waited_when_drivers_were_lost_is_not_refused(
     error: EngineError, is_refused: bool
 ) -> None:
-    request, engine = make_request([1], max_tokens=6), JournaledEngine()
+    request, engine = make_request([1], max_tokens=6), JournaledClient()
     stream = engine.submit(request)
     reading = asyncio.create_task(_collect(stream))
     for driver in [*(_Driver(0, error) for _ in range(2 * MAX_FAULTS)), _Driver()]:
@@ -231,7 +232,7 @@ async def test_a_request_that_only_waited_when_drivers_were_lost_is_not_refused(
 @pytest.mark.parametrize("max_bytes", [150, 1500])
 async def test_a_history_too_long_to_be_sent_again_is_not(monkeypatch: pytest.MonkeyPatch, max_bytes: int) -> None:
     monkeypatch.setattr(delta_history, "MAX_HISTORY_BYTES", max_bytes)
-    engine, first, second = JournaledEngine(), _Driver(num_batches=2), _Driver()
+    engine, first, second = JournaledClient(), _Driver(num_batches=2), _Driver()
     engine.attach(first)
     request = msgspec.structs.replace(make_request([1, 2], max_tokens=5), retention=Retention("a", b""))
     stream = engine.submit(request)
@@ -245,11 +246,11 @@ async def test_a_history_too_long_to_be_sent_again_is_not(monkeypatch: pytest.Mo
 
 
 async def test_a_request_waits_for_a_driver_only_so_long() -> None:
-    engine = JournaledEngine(driver_wait_s=0.02)
+    engine = JournaledClient(driver_wait_s=0.02)
     with pytest.raises(EngineError, match=r"after waiting 0.02 s \(driver_wait_s=0.02\): no driver has started yet"):
         await _collect(engine.submit(make_request([1])))
 
-    patient = JournaledEngine(driver_wait_s=60)
+    patient = JournaledClient(driver_wait_s=60)
     late = msgspec.structs.replace(make_request([1]), deadline_s=time.time() + 0.02)
     with pytest.raises(EngineError) as caught:
         await _collect(patient.submit(late))
@@ -257,7 +258,7 @@ async def test_a_request_waits_for_a_driver_only_so_long() -> None:
 
 
 async def test_when_no_driver_will_do_any_more_requests_end_at_their_drivers_loss() -> None:
-    engine, driver = JournaledEngine(), _Driver(1)
+    engine, driver = JournaledClient(), _Driver(1)
     waiting = asyncio.create_task(_collect(engine.submit(make_request([1]))))
     await asyncio.sleep(0)
     engine.end(EngineError("the server stops", code="shutting_down"))
@@ -270,7 +271,7 @@ async def test_when_no_driver_will_do_any_more_requests_end_at_their_drivers_los
 
 
 async def test_a_request_that_met_no_driver_starts_with_the_first() -> None:
-    engine, driver = JournaledEngine(), _Driver()
+    engine, driver = JournaledClient(), _Driver()
     request = make_request([1])
     reading = asyncio.create_task(_collect(engine.submit(request)))
     await asyncio.sleep(0)
@@ -281,7 +282,7 @@ async def test_a_request_that_met_no_driver_starts_with_the_first() -> None:
 
 async def test_a_paused_reader_goes_on_at_the_same_driver_and_no_fault_is_counted() -> None:
     request, driver = make_request([1], max_tokens=4), _Driver(2, EngineError("slow", code=READER_PAUSED))
-    engine = JournaledEngine()
+    engine = JournaledClient()
     engine.attach(driver)
     stream = engine.submit(request)
     assert await _collect(stream) == expected_tokens(request)
@@ -291,7 +292,7 @@ async def test_a_paused_reader_goes_on_at_the_same_driver_and_no_fault_is_counte
 
 async def test_gaps_and_recomputed_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
     told: list[tuple[float, int]] = []
-    engine = JournaledEngine(on_replay=lambda gap_s, num_tokens: told.append((gap_s, num_tokens)))
+    engine = JournaledClient(on_replay=lambda gap_s, num_tokens: told.append((gap_s, num_tokens)))
     request = msgspec.structs.replace(make_request([1, 2, 3], max_tokens=5), log_id="job-7")
     await _read(engine, request, [_Driver(2), _Driver()])
     assert [vars(record)["request_id"] for record in caplog.records] == ["job-7", "job-7"]
@@ -301,7 +302,7 @@ async def test_gaps_and_recomputed_tokens_are_told(caplog: pytest.LogCaptureFixt
 
 
 async def test_closing_aborts_and_ends_the_stream() -> None:
-    engine, driver = JournaledEngine(), _Driver()
+    engine, driver = JournaledClient(), _Driver()
     engine.attach(driver)
     stream = engine.submit(make_request([1], n=2))
     await anext(stream)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from rayllm.engine.address import DriverAddress
-from rayllm.engine.client import follow
-from rayllm.engine.client.follow import leave_when_replaced
+from rayllm.engine.client import named_connection
+from rayllm.engine.client.named_connection import leave_when_replaced
 from rayllm.errors import EngineError, EngineUnreachableError
 
 
@@ -38,8 +38,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
             raise EngineUnreachableError("no engine")
         return DriverAddress("node", "/path", token)
 
-    monkeypatch.setattr(follow, "find_address", find_address)
-    monkeypatch.setattr(follow, "_LOOK_PERIOD_S", 0.0)
+    monkeypatch.setattr(named_connection, "find_address", find_address)
+    monkeypatch.setattr(named_connection, "_LOOK_PERIOD_S", 0.0)
     return found
 
 
