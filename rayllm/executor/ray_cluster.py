@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import os
-import shutil
+import secrets
 import socket
 import sys
 import tempfile
@@ -21,7 +21,7 @@ from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
 from rayllm.executor.ray_access import check_access
 from rayllm.executor.ray_connection import await_goodbye, disconnect, ray_is_initialized, watch_own_ray
 from rayllm.machine.folders import check_working_folder
-from rayllm.machine.orphan_cleanup import cleanup_if_killed
+from rayllm.machine.orphan_cleanup import clear, ray_folder
 from rayllm.machine.ray_token import ensure_ray_token
 
 logger = logging.getLogger(__name__)
@@ -80,27 +80,32 @@ def _own_ray(
     num_cpus: int, environment: Callable[[str], Mapping[str, str]], meanwhile: Callable[[], None] | None
 ) -> Iterator[None]:
     prepare_environment(own_cluster=True)
-    # A short path: the sockets below it may have 107 bytes at most.
-    folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if os.path.isdir("/tmp") else None)
     pid = os.getpid()
-    with cleanup_if_killed(folder):
+    with ray_folder(_new_folder_path()) as folder:
         try:
-            os.environ.update(environment(folder))
+            os.environ.update(environment(folder.path))
             _connect(
                 meanwhile,
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=folder,
+                _temp_dir=folder.path,
             )
-            watch_own_ray(folder)
+            watch_own_ray(folder.path)
+            folder.is_up = True
             yield
         finally:
             if os.getpid() == pid:  # a forked child that leaves the block must not end its parent's Ray
-                disconnect(folder)
-                if await_goodbye(0):  # else Ray's own end would make it again: it goes when this process has ended
-                    shutil.rmtree(folder, ignore_errors=True)
+                disconnect(folder.path)
+                # Where Ray's own end is still under way it would make the folder again: it goes with this process.
+                if await_goodbye(0) and not clear(folder.path):
+                    logger.warning("the temporary folder %s of Ray cannot be removed: remove it by hand", folder.path)
+
+
+def _new_folder_path() -> str:
+    """A short one: paths of the sockets below it may have 107 bytes at most."""
+    return os.path.join("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"rl-{secrets.token_hex(4)}")
 
 
 def _connect(meanwhile: Callable[[], None] | None, **options: Any) -> None:

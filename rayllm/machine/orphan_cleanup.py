@@ -1,8 +1,8 @@
-"""Ends a Ray of our own, and removes its folder, when the program that started it is killed: a small process beside
-that program, which outlives it by a second.
+"""The temporary folder of a Ray of our own, and a small process beside the program that ends that Ray and removes the
+folder when the program is killed or interrupted; it outlives the program by seconds.
 
-It needs no Ray and imports nothing heavy, because it is there for the whole life of the program. A program that ends
-in order says so through a pipe, and the process leaves everything alone.
+The process needs no Ray and imports nothing heavy, because it runs as long as the program. A program that has removed
+the folder itself says so through a pipe, and the process ends without doing anything.
 """
 
 from __future__ import annotations
@@ -19,29 +19,48 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from rayllm.machine.processes import Process, end_all_of, this_process
+from rayllm.machine.processes import Process, end_all_of, processes_of, this_process
 
 SOCKET_FOLDERS = "rllm-*"
 """As `executor.channel.SocketDir` names them; that module is too heavy for here."""
 _LOOK_PERIOD_S = 0.5
 _END_POLL_S = 0.05
+_CLEAR_POLL_S = 0.02
 _GRACE_S = 0.5
 _WATCH_END_S = 5.0
+_SETTLE_S = 1.5
+"""For how long the folder must stay away. A process that was being started when its Ray ended writes there, or has
+ended, by then."""
+_CLEAR_TIMEOUT_S = 10.0
 _IN_ORDER = b"."
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
+@dataclass
+class RayFolder:
+    """The temporary folder of a Ray of our own."""
+
+    path: str
+    is_up: bool = False
+    """Set once the Ray has started: from then on it starts no process that cannot be found."""
+
+
 @contextlib.contextmanager
-def cleanup_if_killed(folder: str) -> Iterator[None]:
-    """For the length of the block: if this process is killed, the Ray whose temporary folder is `folder` ends, and the
-    folder goes. Children that this process started otherwise are left alone. A block that has ended its Ray in order
-    has removed the folder; where it has not, because it was interrupted, that is done when this process ends."""
+def ray_folder(path: str) -> Iterator[RayFolder]:
+    """Makes the folder, for the length of the block. If this process is killed, the processes of the Ray whose
+    temporary folder it is end, and the folder is removed. Children that this process started otherwise are left alone.
+
+    A block that ends normally has ended its Ray and removed the folder. Where it has not, because it was interrupted,
+    or where the interrupt came before the Ray was up, that is done when this process ends. No interrupt can leave the
+    folder: it is made after the process that removes it has started.
+    """
     reader, writer = os.pipe()
     me = this_process()
-    command = [sys.executable, "-m", __spec__.name, str(reader), str(me.pid), str(me.started), folder]
-    path = os.pathsep.join(filter(None, (_SOURCE_ROOT, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", __spec__.name, str(reader), str(me.pid), str(me.started), path]
+    search_path = os.pathsep.join(filter(None, (_SOURCE_ROOT, os.environ.get("PYTHONPATH"))))
     try:
         watch = subprocess.Popen(
             command,
@@ -49,17 +68,44 @@ def cleanup_if_killed(folder: str) -> Iterator[None]:
             start_new_session=True,  # a Ctrl-C is meant for the program
             stdin=subprocess.DEVNULL,
             cwd="/",  # `-m` imports from there, and the program's own folder may hold anything, or be deleted
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": search_path},
         )
     finally:
         os.close(reader)
+    folder = RayFolder(path)
     try:
-        yield
+        os.mkdir(path, 0o700)
+        yield folder
+    except Exception:  # the program may go on for long: its start has failed, and nothing is left for later
+        if os.getpid() == me.pid and not folder.is_up:
+            clear(path, settle_s=_SETTLE_S)
+            folder.is_up = True
+        raise
     finally:
         if os.getpid() == me.pid:  # else a forked child, which has nothing to say
-            if not os.path.exists(folder):
+            if folder.is_up and not os.path.lexists(path):
                 _send_home(watch, writer)
             os.close(writer)
+
+
+def clear(path: str, *, settle_s: float = 0.0, timeout_s: float = _CLEAR_TIMEOUT_S) -> bool:
+    """Ends the processes of the Ray whose temporary folder this is and removes it, again and again until it has stayed
+    away for `settle_s`: a process that was just starting may make it again. False where that takes too long."""
+    deadline = time.monotonic() + settle_s + timeout_s
+    gone_since: float | None = None
+    while True:
+        now = time.monotonic()
+        if os.path.lexists(path) or processes_of(path):
+            gone_since = None
+            end_all_of(path, grace_s=0)
+            shutil.rmtree(path, ignore_errors=True)
+        elif gone_since is None:
+            gone_since = now
+        if gone_since is not None and now - gone_since >= settle_s:
+            return True
+        if now > deadline:
+            return False
+        time.sleep(_CLEAR_POLL_S)
 
 
 def _send_home(watch: subprocess.Popen[bytes], writer: int) -> None:
@@ -77,13 +123,14 @@ def is_orphan_cleanup(process: Process) -> bool:
     return f"-m {__spec__.name} " in process.command_line()
 
 
-def watch(pipe: int, program: Process, folder: str) -> None:
-    """Returns when the program has ended, and, unless it said that it did in order, nothing of its Ray is left."""
+def watch(pipe: int, program: Process, path: str) -> None:
+    """Returns when the program has ended, and, unless it said that it has removed the folder itself, nothing of its Ray
+    is left."""
     if _ends_in_order(pipe, program):
         return
-    end_all_of(folder, grace_s=_GRACE_S)
+    end_all_of(path, grace_s=_GRACE_S)
+    clear(path, settle_s=_SETTLE_S)
     remove_dead_sockets()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ends_in_order(pipe: int, program: Process) -> bool:

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+_RAY_FOLDER_OPTIONS = tuple(f"--{kind}{sep}dir=" for kind in ("temp", "session", "log") for sep in "-_")
+"""How Ray 2.60 names its folders to the processes that it starts (`ray/_private/services.py`)."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -34,6 +37,14 @@ class Process:
         stat = _read_stat(self.pid)
         return stat is not None and stat.started == self.started and stat.state == "T"
 
+    def names_as_its_ray(self, folder: str) -> bool:
+        """Whether it was started for the Ray with this temporary folder, by its arguments: Ray's agents and workers
+        show those until they have taken a title."""
+        folders = (
+            argument.partition("=")[2] for argument in self.arguments() if argument.startswith(_RAY_FOLDER_OPTIONS)
+        )
+        return any(given == folder or given.startswith(f"{folder}/") for given in folders)
+
     def writes_into(self, folder: str) -> bool:
         """Whether its standard output or standard error is a file below `folder`; of one of Ray's own that has named
         itself so (`ray::...`), whether any open file is: the output of Ray's agents goes into pipes of the raylet."""
@@ -56,11 +67,15 @@ class Process:
 
     def command_line(self) -> str:
         """Its arguments joined by spaces, as it shows them; empty when it is gone."""
+        return " ".join(self.arguments()).rstrip()
+
+    def arguments(self) -> list[str]:
+        """Its arguments; none when it is gone."""
         try:
             shown = Path(f"/proc/{self.pid}/cmdline").read_bytes()
         except OSError:
-            return ""
-        return shown.replace(b"\0", b" ").decode(errors="replace").rstrip()
+            return []
+        return shown.decode(errors="replace").removesuffix("\0").split("\0")
 
     def send(self, number: int) -> None:
         if self.is_alive():
@@ -124,16 +139,22 @@ def _below(roots: list[int], stats: Mapping[int, _Stat]) -> set[Process]:
 
 def processes_of(folder: str) -> set[Process]:
     """The processes of the Ray whose temporary folder this is, and all below them, whoever their parent is by now:
-    their output goes into that folder, or, as HAProxy's, their configuration lies there. Never this process."""
+    their output goes into that folder, their arguments name it as Ray's, or, as HAProxy's, their configuration lies
+    there. Never this process."""
     stats = _read_stats()
     found = set()
     for pid, stat in stats.items():
         process = Process(pid, stat.started)
-        has_settings_there = process.command() == "haproxy" and f"{folder}/" in process.command_line()
-        if pid != os.getpid() and stat.state not in "ZX" and (process.writes_into(folder) or has_settings_there):
+        if pid != os.getpid() and stat.state not in "ZX" and _is_of_ray(process, folder):
             found.add(process)
     below = _below([process.pid for process in found], stats)
     return {process for process in found | below if process.pid != os.getpid()}
+
+
+def _is_of_ray(process: Process, folder: str) -> bool:
+    if process.writes_into(folder) or process.names_as_its_ray(folder):
+        return True
+    return process.command() == "haproxy" and f"{folder}/" in process.command_line()
 
 
 def end_all_of(folder: str, *, grace_s: float, timeout_s: float = 5.0) -> set[Process]:
