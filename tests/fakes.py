@@ -13,9 +13,27 @@ from rayllm.config import EngineConfig, ModelShape, ResolvedConfig
 from rayllm.errors import WorkerDiedError
 from rayllm.messages import StepPlan, StepResult
 from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
 
 VOCAB_SIZE = 1000
 EOS_ID = 999
+
+
+def fake_spec(vocab_size: int = VOCAB_SIZE, num_layers: int = 1) -> DecoderSpec:
+    """A small model of no architecture."""
+    norm = NormSpec("rms", 1e-6)
+    attention = GroupedAttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
+    layer = LayerSpec(attention, MlpSpec(128, "silu", gated=True), norm)
+    return DecoderSpec(
+        architecture="FakeForCausalLM",
+        dtype="float32",
+        vocab_size=vocab_size,
+        hidden_size=64,
+        layers=(layer,) * num_layers,
+        final_norm=norm,
+        tied_embeddings=False,
+        max_model_len=4096,
+    )
 
 
 def fake_config(**changes: Any) -> ResolvedConfig:
@@ -33,6 +51,7 @@ def fake_config(**changes: Any) -> ResolvedConfig:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "shape": ModelShape(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS_ID,), num_layers=1),
+        "spec": fake_spec(),
         "num_threads": 1,
     }
     return ResolvedConfig(**{**fields, **changes})

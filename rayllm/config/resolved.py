@@ -7,6 +7,7 @@ from typing import Literal
 from rayllm.config.base import BaseConfig
 from rayllm.config.engine import Backend, EngineConfig
 from rayllm.config.generation import GenerationDefaults
+from rayllm.spec import DecoderSpec
 
 
 class ModelShape(BaseConfig):
@@ -34,8 +35,10 @@ class ResolvedConfig(BaseConfig):
     max_num_seqs: int
     max_num_batched_tokens: int
     shape: ModelShape
+    spec: DecoderSpec
+    """What the model is made of: its config.json is read once, when this is resolved."""
     architecture_module: str = ""
-    """Import path of the module that reads the model's architecture, where it is not one of RayLLM's own."""
+    """Import path of the module that has the model's architecture, where it is not one of RayLLM's own."""
     num_threads: int
     """OpenMP threads of each worker on CPU."""
     generation: GenerationDefaults = GenerationDefaults()

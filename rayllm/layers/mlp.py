@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.linear import RowParallelLinear, column_parallel
-from rayllm.layers.spec import MlpSpec
+from rayllm.spec import MlpSpec
 from rayllm.weights.source import Outputs, WeightSource
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rayllm.layers.spec import RopeSpec
+from rayllm.spec import RopeSpec
 
 
 class RotaryEmbedding:

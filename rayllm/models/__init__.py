@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rayllm.layers.batch import Batch
     from rayllm.layers.kv_cache import KVPool, KVSpec
     from rayllm.models.decoder import Decoder
-    from rayllm.models.spec import DecoderSpec
+    from rayllm.spec import DecoderSpec
     from rayllm.weights.source import WeightSource
 
 
@@ -53,11 +53,13 @@ def load_model(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
+    architecture_module: str = "",
 ) -> Model:
     """This rank's share of the model in folder `model_path`, read slice by slice.
 
     `load_format`: "auto", "safetensors" or "pt" reads the folder; "dummy" draws weights from `seed`, whatever the
-    number of ranks, and needs no weight file. Faults of the folder are `ConfigError`.
+    number of ranks, and needs no weight file. `architecture_module`: where the architecture is not in this process's
+    registry (`ResolvedConfig.architecture_module`). Faults of the folder are `ConfigError`.
     """
     from rayllm.models.registry import weight_names
     from rayllm.weights.checkpoint import Checkpoint
@@ -68,7 +70,9 @@ def load_model(
         return build_model(spec, DummyWeights(seed, dtype, device), tp, dtype, device)
     if load_format not in ("auto", "safetensors", "pt"):
         raise ConfigError(f"load_format={load_format!r} is not known; known are auto, safetensors, pt, dummy")
-    weights = CheckpointWeights(Checkpoint(model_path, load_format), weight_names(spec), dtype, device)
+    weights = CheckpointWeights(
+        Checkpoint(model_path, load_format), weight_names(spec, architecture_module), dtype, device
+    )
     model = build_model(spec, weights, tp, dtype, device)
     weights.report_unused()
     return model

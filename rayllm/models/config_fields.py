@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from rayllm.errors import ConfigError, did_you_mean
-from rayllm.models.spec import Activation, RopeSpec
+from rayllm.spec import Activation, RopeSpec
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from rayllm.layers.kv_cache import KVSpec, LayerKV
 from rayllm.layers.rope import RotaryEmbedding
 from rayllm.linear import Linear, dense_linear
 from rayllm.models.layer import DecoderLayer, make_norm
-from rayllm.models.spec import DecoderSpec
+from rayllm.spec import DecoderSpec
 from rayllm.weights.source import Outputs, WeightSource
 
 

@@ -14,8 +14,7 @@ from rayllm.layers.attention import AttentionBackend, GroupedAttention
 from rayllm.layers.kv_cache import LayerKV
 from rayllm.layers.mlp import Mlp
 from rayllm.layers.norm import NORMS, Norm
-from rayllm.layers.spec import GroupedAttentionSpec, MlpSpec, NormSpec
-from rayllm.models.spec import LayerSpec
+from rayllm.spec import GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
 from rayllm.weights.source import WeightSource
 
 ATTENTION_LAYERS: dict[type, type[GroupedAttention]] = {GroupedAttentionSpec: GroupedAttention}

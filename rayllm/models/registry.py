@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.errors import ConfigError, did_you_mean
 from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields
-from rayllm.models.spec import DecoderSpec
+from rayllm.spec import DecoderSpec
 from rayllm.weights.config_file import read_config
 from rayllm.weights.stored_dtype import stored_dtype
 
@@ -67,17 +67,17 @@ def architecture_module(name: str) -> str | None:
     return _modules.get(name) or _entry_points().get(name)
 
 
-def weight_names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
-    """Where the parameters of a model with this spec stand in its checkpoint."""
-    path = architecture_module(spec.architecture)
+def weight_names(spec: DecoderSpec, module: str = "") -> Mapping[str, str | Stored]:
+    """Where the parameters of a model with this spec stand in its checkpoint, by the architecture's `outside_module`,
+    if given."""
+    path = module or architecture_module(spec.architecture)
     assert path is not None, spec.architecture
     names: Mapping[str, str | Stored] = _check_module(spec.architecture, path).names(spec)
     return names
 
 
-def read_spec(model_path: str | Path, module: str = "") -> DecoderSpec:
-    """The spec of the model in a folder, read by the architecture's `outside_module`, if given. `ConfigError` names
-    config.json and the field that cannot be served.
+def read_spec(model_path: str | Path) -> DecoderSpec:
+    """The spec of the model in a folder. `ConfigError` names config.json and the field that cannot be served.
 
     Where config.json says no dtype, or "auto", it is that of the weights' files, as with `transformers`.
     """
@@ -85,8 +85,6 @@ def read_spec(model_path: str | Path, module: str = "") -> DecoderSpec:
     if all(config.get(name) in (None, "auto") for name in ("dtype", "torch_dtype")):
         config = {**config, "dtype": stored_dtype(model_path), "torch_dtype": None}
     try:
-        if module:
-            register_architecture(config["architectures"][0], module)
         return spec_of(config)
     except ConfigError as error:
         raise ConfigError(f"{Path(model_path) / 'config.json'}: {error}") from None

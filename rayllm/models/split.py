@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayllm.errors import ConfigError
 from rayllm.layout import ParallelLayout
-from rayllm.models.spec import DecoderSpec
+from rayllm.spec import DecoderSpec
 
 
 def check_split(spec: DecoderSpec, layout: ParallelLayout) -> None:

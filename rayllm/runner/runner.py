@@ -20,7 +20,6 @@ from rayllm.layers.kv_cache import KVPool
 from rayllm.messages import Finish, RowParams, RowStart, StepPlan, StepResult
 from rayllm.models import load_model
 from rayllm.models.decoder import kv_bytes_per_block
-from rayllm.models.registry import read_spec
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
 from rayllm.runner.device_check import check_device, device_name
@@ -64,7 +63,7 @@ class Runner:
         self._device = device or _own_device(config)
         check_device(config, tp.rank, self._device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        spec = read_spec(config.model_path, config.architecture_module)
+        spec = config.spec
         self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
         self._model = load_model(
             config.model_path,
@@ -74,6 +73,7 @@ class Runner:
             device=self._device,
             load_format=config.engine.load_format,
             seed=config.engine.seed,
+            architecture_module=config.architecture_module,
         )
         backend = self._model.backend.name
         log.info("attention backend %r in %s on %s", backend, config.dtype, device_name(self._device))

@@ -7,6 +7,8 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from fakes import fake_spec
+
 from rayllm.config import EngineConfig, ModelShape, ResolvedConfig
 from rayllm.errors import EngineError
 from rayllm.messages import EngineStats, Finish, Times, TokenDelta, TokenLogprobs
@@ -31,6 +33,7 @@ def config(**changes: object) -> ResolvedConfig:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "shape": ModelShape(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS_ID,), num_layers=2),
+        "spec": fake_spec(VOCAB_SIZE, num_layers=2),
         "num_threads": 1,
     }
     return ResolvedConfig(**{**values, **changes})  # type: ignore[arg-type]

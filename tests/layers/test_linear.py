@@ -8,8 +8,8 @@ import torch
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.embedding import VocabEmbedding, vocab_part
 from rayllm.layers.mlp import Mlp
-from rayllm.layers.spec import Activation, MlpSpec
 from rayllm.linear import PackedLinear, WidenedLinear, dense_linear, widened
+from rayllm.spec import Activation, MlpSpec
 from rayllm.weights.source import DummyWeights
 from rayllm_kernels.activation import ACTIVATIONS
 

@@ -23,7 +23,7 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import ConfigError
 from rayllm.models import registry
-from rayllm.models.registry import known_architectures, read_spec, register_architecture
+from rayllm.models.registry import known_architectures, read_spec, register_architecture, weight_names
 
 SEQUENCES = [[(7 * i + 13 * n) % 120 for i in range(n)] for n in (23, 9, 1)]
 CUTS = [[23] * 3, [5] * 3, [1] * 3]
@@ -106,7 +106,9 @@ def test_a_process_that_is_given_the_resolved_config_knows_the_architecture(tmp_
     sent = resolve(EngineConfig(model=str(path), device="cpu")).model_dump_json()
     registry._modules.pop("GPTNeoXForCausalLM")  # as in a worker process
     received = ResolvedConfig.model_validate_json(sent)
-    assert read_spec(received.model_path, received.architecture_module).layers[0].parallel
+    assert received == ResolvedConfig.model_validate_json(received.model_dump_json())
+    assert received.spec.layers[0].parallel
+    assert weight_names(received.spec, received.architecture_module) == toy_neox.names(received.spec)
 
 
 def test_an_entry_point_is_found_without_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """GPT-2: matrices stored as [inputs, outputs], the fused one cut by columns; learned positions; tied embeddings."""
 
 from rayllm.models.config_fields import ConfigFields
-from rayllm.models.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, PositionsSpec
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, PositionsSpec
 from rayllm.weights.stored import Rows, Tensor, Transposed
 
 MODEL_TYPES = ("gpt2",)

@@ -2,7 +2,7 @@
 rotary positions on a part of each head, and attention and feed-forward in parallel."""
 
 from rayllm.models.config_fields import ConfigFields, read_activation, read_dtype, read_rope
-from rayllm.models.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
 from rayllm.weights.stored import interleaved_rows
 
 MODEL_TYPES = ("gpt_neox",)

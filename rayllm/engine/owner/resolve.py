@@ -77,6 +77,7 @@ def resolve(
             eos_token_ids=_end_token_ids(config, path, tokenizer, spec.vocab_size),
             num_layers=spec.num_layers,
         ),
+        spec=spec,
         architecture_module=outside_module(spec.architecture),
         num_threads=max(1, num_cores // size),
         generation=generation_defaults(config, path),

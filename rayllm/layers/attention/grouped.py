@@ -14,8 +14,8 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
 from rayllm.layers.kv_cache import KVSpec, LayerKV
 from rayllm.layers.linear import RowParallelLinear
-from rayllm.layers.spec import GroupedAttentionSpec
 from rayllm.linear import Linear
+from rayllm.spec import GroupedAttentionSpec
 from rayllm.weights.source import Outputs, WeightSource
 from rayllm_kernels.norm import rms_norm
 from rayllm_kernels.rope import rope

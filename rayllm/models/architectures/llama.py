@@ -18,7 +18,7 @@ from rayllm.models.config_fields import (
     read_rope,
     scaled_context,
 )
-from rayllm.models.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
 
 MODEL_TYPES = ("llama",)
 _NAMES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from rayllm.models.architectures import llama
 from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields
-from rayllm.models.spec import DecoderSpec
+from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("mistral",)
 names = llama.names

@@ -16,7 +16,7 @@ from rayllm.models.config_fields import (
     read_dtype,
     read_heads,
 )
-from rayllm.models.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, PositionsSpec
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, PositionsSpec
 
 MODEL_TYPES = ("opt",)
 _NAMES = {

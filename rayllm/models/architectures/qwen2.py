@@ -9,7 +9,7 @@ from typing import Any
 from rayllm.errors import ConfigError
 from rayllm.models.architectures import llama
 from rayllm.models.config_fields import MAX_LAYERS, MAX_POSITIONS, ConfigFields
-from rayllm.models.spec import DecoderSpec
+from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen2",)
 names = llama.names

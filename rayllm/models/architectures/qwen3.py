@@ -8,7 +8,7 @@ from typing import Any
 
 from rayllm.models.architectures import llama
 from rayllm.models.architectures.qwen2 import layer_windows
-from rayllm.models.spec import DecoderSpec
+from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen3",)
 names = llama.names

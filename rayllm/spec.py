@@ -1,0 +1,144 @@
+"""What a model is made of, as plain data: a difference between models is a field here. A resolved config carries it to
+every process of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """Root-mean-square norm, or layer norm with a bias."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary embedding of the first `rotary_dim` channels of each head."""
+
+    theta: float
+    rotary_dim: int
+    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    """Context of pretraining (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    """Multiplies cosine and sine."""
+    in_pairs: bool = False
+    """Neighbouring channels turn together, else those half the width apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class PositionsSpec:
+    """A learned vector for each position; position p is row p + offset of a table of `num_positions + offset`."""
+
+    num_positions: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedAttentionSpec:
+    """Attention with keys and values of their own for each group of query heads; `num_kv_heads` = `num_heads` is
+    multi-head attention, 1 is multi-query attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    rope: RopeSpec | None = None
+    qk_norm: NormSpec | None = None
+    """Applied to each head of queries and keys, before the rotation."""
+    window: int | None = None
+    """A token attends to itself and the `window - 1` tokens before it; None: to all before it."""
+    soft_cap: float | None = None
+    """Scores become c * tanh(score / c)."""
+    has_sinks: bool = False
+    """Each head has one more score in its softmax, a parameter, that takes weight and gives no value."""
+    alibi_slopes: tuple[float, ...] = ()
+    """One for each head, where positions enter by ALiBi."""
+
+
+@dataclass(frozen=True, slots=True)
+class MlpSpec:
+    """A dense feed-forward layer."""
+
+    intermediate_size: int
+    activation: Activation
+    gated: bool
+    """activation(gate) * up, else activation(up)."""
+    bias: bool = False
+
+
+AttentionSpec = GroupedAttentionSpec
+"""The union of all kinds of attention; `rayllm.layers.attention` has the layer of each."""
+FeedForwardSpec = MlpSpec
+"""The union of all kinds of feed-forward layers; `rayllm.layers.feed_forward` has the layer of each."""
+
+NormPlacement = Literal["input", "sum", "output", "input_and_output"]
+"""Where norms stand for both attention and feed-forward: on the input of each (Llama), on the residual sum after each
+(the original Transformer), on the output of each before it is added (OLMo 2), or on input and output (Gemma 2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    attention: AttentionSpec
+    feed_forward: FeedForwardSpec
+    norm: NormSpec
+    norm_placement: NormPlacement = "input"
+    parallel: bool = False
+    """Attention and feed-forward both read the layer's input, and both are added to it (GPT-J, GPT-NeoX)."""
+    shares_norm: bool = False
+    """Of a parallel layer: one norm serves both."""
+    residual_scale: float = 1.0
+    """Outputs of attention and feed-forward are multiplied by it before they are added."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A whole model."""
+
+    architecture: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of the checkpoint."""
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    final_norm: NormSpec | None
+    tied_embeddings: bool
+    max_model_len: int
+    """Tokens of context the model is made for."""
+    positions: PositionsSpec | None = None
+    embedding_scale: float = 1.0
+    """Token embeddings are multiplied by it, rounded to their dtype."""
+    logits_scale: float = 1.0
+    logits_soft_cap: float | None = None
+    """Logits become c * tanh(logit / c)."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def attentions(self) -> Iterator[AttentionSpec]:
+        """Each layer's."""
+        return (layer.attention for layer in self.layers)
+
+    def max_activation_width(self, tp_size: int) -> int:
+        """Elements of a token's widest activation on a rank: what a step needs beside weights and KV, roughly."""
+        inner = max(
+            layer.feed_forward.intermediate_size * (2 if layer.feed_forward.gated else 1) for layer in self.layers
+        )
+        heads = max((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim for spec in self.attentions())
+        return max(self.hidden_size, inner // tp_size, heads // tp_size)
