@@ -27,7 +27,7 @@ from typing import Any
 from rayllm.cli.random_model import random_model
 from rayllm.config import EngineConfig
 from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
-from rayllm.engine.driver.actor import RunningEngine, create_driver
+from rayllm.engine.owner.driver_handle import DriverHandle, create_driver
 from rayllm.engine.owner.resolve import resolve
 from rayllm.executor.ray_cluster import connected_ray
 from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
@@ -68,7 +68,7 @@ def _requests() -> list[Request]:
     ]
 
 
-def _connect(running: RunningEngine) -> BlockingDriverConnection:
+def _connect(running: DriverHandle) -> BlockingDriverConnection:
     import ray
 
     return BlockingDriverConnection(ray.get(running.driver.address.remote()))
@@ -97,7 +97,7 @@ def _load(client: BlockingDriverConnection, first: int, moment: int | None = Non
     return streams
 
 
-def _one(running: RunningEngine, client: BlockingDriverConnection, kind: str, number: int, expected: Streams) -> Fault:
+def _one(running: DriverHandle, client: BlockingDriverConnection, kind: str, number: int, expected: Streams) -> Fault:
     import ray
 
     pid = ray.get(running.driver.describe.remote()).workers[number % 2].pid
@@ -127,7 +127,7 @@ def _one(running: RunningEngine, client: BlockingDriverConnection, kind: str, nu
     return found
 
 
-def _await_standby(running: RunningEngine) -> None:
+def _await_standby(running: DriverHandle) -> None:
     import ray
 
     deadline = time.monotonic() + STANDBY_TIMEOUT_S

@@ -31,8 +31,8 @@ from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.demo import model_path
 from rayllm.engine.address import DriverAddress
 from rayllm.engine.client.blocking_driver_connection import BlockingDriverConnection
-from rayllm.engine.driver.actor import create_driver
 from rayllm.engine.driver.loop import EngineLoop
+from rayllm.engine.owner.driver_handle import create_driver
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import EngineError

@@ -53,7 +53,7 @@ def prefill(scheduler: Scheduler, num_seqs: int) -> tuple[float, int]:
         plan = scheduler.plan()
         spent_s += time.perf_counter() - start
         assert plan is not None
-        rows = pack_ids(sequence.row for sequence in scheduler._flights[0].by_row.values() if sequence.num_pending)
+        rows = pack_ids(sequence.row for sequence in scheduler._in_flight[0].by_row.values() if sequence.num_pending)
         start = time.perf_counter()
         scheduler.commit(answer(plan, rows))
         spent_s += time.perf_counter() - start

@@ -1,0 +1,39 @@
+"""Every benchmark starts: its imports resolve, and the one that needs no model and no Ray runs."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docs import ROOT
+
+SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return runpy.run_path(str(ROOT / "benchmarks" / name), run_name="imported")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_benchmark_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(name, monkeypatch)["__doc__"]
+
+
+def test_the_benchmark_of_the_scheduler_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["scheduler.py", "--seqs", "4", "--prompt-len", "32", "--steps", "20"])
+    load("scheduler.py", monkeypatch)["main"]()
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_the_readme_lists_every_benchmark() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    scripts = [name for name in SCRIPTS if 'if __name__ == "__main__"' in Path(ROOT, "benchmarks", name).read_text()]
+    assert len(scripts) > 5
+    assert not [name for name in scripts if f"| `{name}` |" not in text]
