@@ -14,6 +14,7 @@ from typing import Any
 from rayllm.config import ResolvedConfig, count_cores
 from rayllm.errors import NoRoomError
 from rayllm.executor.nodes import cluster_raylets, describe_lost, find_lost
+from rayllm.executor.ray_private import free_resources
 
 _SMALL_CPU_SHARE = 0.01
 _CPUS_LEFT_FOR_OTHERS = 2
@@ -220,9 +221,8 @@ def _group_name(config: ResolvedConfig) -> str:
 def cluster_nodes() -> list[Node]:
     """The cluster's living nodes with what they have and what is free."""
     import ray
-    from ray._private.state import available_resources_per_node
 
-    free = available_resources_per_node()
+    free = free_resources()
     return [
         Node(node["NodeID"], node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]
     ]

@@ -54,12 +54,15 @@ class ProcessGroup:
         try:
             dist.init_process_group(backend, store=self._store, rank=rank, world_size=self._size, timeout=timeout)
         except BaseException:
-            # A group that failed to form still counts, and peers find each other under the count.
-            dist.distributed_c10d._world.group_count = 0
+            from rayllm.torch_private import forget_group_count
+
+            forget_group_count()
             raise
 
     def abort(self) -> None:
         """Makes a collective, or a `join`, that another thread of this process waits in fail."""
+        from rayllm.torch_private import abort_collectives
+
         abort_collectives()
         if self._store is not None:
             cut_connections(self._store.port)
@@ -74,14 +77,6 @@ class ProcessGroup:
             with contextlib.suppress(Exception):  # a broken group may fail to say goodbye
                 dist.destroy_process_group()
         self._store = None
-
-
-def abort_collectives() -> None:
-    """Makes a collective that another thread of this process waits in fail."""
-    import torch.distributed.distributed_c10d as c10d
-
-    with contextlib.suppress(Exception):  # there may be no group
-        c10d._abort_process_group()
 
 
 def cut_connections(port: int) -> None:

@@ -9,17 +9,22 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rayllm.config import RAY_NAMESPACE, Environment
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError
 from rayllm.executor.ray_access import check_access
 from rayllm.executor.ray_connection import await_goodbye, disconnect, ray_is_initialized, watch_own_ray
+from rayllm.executor.ray_private import (
+    keep_working_folder_out,
+    latest_cluster,
+    read_environment_again,
+    redirect_messages,
+)
 from rayllm.machine.folders import check_working_folder
 from rayllm.machine.orphan_cleanup import clear, ray_folder
 from rayllm.machine.ray_token import ensure_ray_token
@@ -72,7 +77,7 @@ def leave_ray_at_fork() -> None:
     """Has children that this process forks end without Ray's own end, which waits for threads that a child has not."""
     import ray
 
-    os.register_at_fork(after_in_child=functools.partial(atexit.unregister, ray._private.worker.shutdown))
+    os.register_at_fork(after_in_child=functools.partial(atexit.unregister, ray.shutdown))
 
 
 @contextlib.contextmanager
@@ -132,36 +137,23 @@ def _connect(meanwhile: Callable[[], None] | None, **options: Any) -> None:
         raise EngineError(f"Ray did not start, is the machine too busy or short of memory? {reason}") from error
 
 
-class _DriversPath(list[str]):
-    """Folders that workers take modules from: of those that Ray would add, what this process takes modules from too."""
-
-    def extend(self, folders: Iterable[str]) -> None:
-        own = {os.path.abspath(folder) for folder in sys.path}
-        super().extend(folder for folder in folders if os.path.abspath(folder) in own)
-
-
 def job_config() -> Any:
     """Ray's settings of a job, with which workers do not take modules from this process's working folder where the
     process itself does not: Ray would put it before all installed packages, whatever lies there."""
     from ray.job_config import JobConfig
 
     config = JobConfig()
-    config._py_driver_sys_path = _DriversPath()  # Ray has no public way
+    keep_working_folder_out(config)
     return config
 
 
 def running_cluster() -> str:
     """`host:port` of the Ray cluster of this machine, the latest that `ray start` started or joined where there are
     several. `EngineUnreachableError` without any."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    try:
-        found = canonicalize_bootstrap_address("auto")
-    except ConnectionError:
-        found = None
+    found = latest_cluster()
     if found is None:
         raise _unreachable("auto", "none runs on this machine")
-    return str(found)
+    return found
 
 
 def check_reachable(address: str) -> None:
@@ -189,15 +181,9 @@ def _unreachable(address: str, reason: str) -> EngineUnreachableError:
 
 
 def quieten_ray() -> None:
-    """What raylets say to this program ("A worker died ...", also of those that it ended itself) goes to the log. Ray
-    prints it on standard output, which is for answers, and has no setting for that."""
-    from ray._private import worker
-
-    def note(said: dict[str, Any], ignore_prefix: bool = False) -> None:
-        for line in said["lines"]:
-            logger.info("Ray: %s", line)
-
-    worker.print_to_stdstream = note
+    """What raylets have this program print goes to the log: standard output is for answers. It is also about workers
+    that this program ended itself."""
+    redirect_messages(lambda line: logger.info("Ray: %s", line))
 
 
 def prepare_environment(*, own_cluster: bool) -> None:
@@ -219,8 +205,7 @@ def prepare_environment(*, own_cluster: bool) -> None:
         os.environ.setdefault(name, value)
     if os.environ["RAY_AUTH_MODE"] == "token":
         ensure_ray_token()
-    if "ray" in sys.modules:  # the program has imported it, and it has read the old settings
-        sys.modules["ray"]._raylet.Config.initialize("")
+    read_environment_again(also_token=False)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayllm.executor.ray_private import connected_node
 from rayllm.executor.ray_watch import RayProcess, RayWatch
 from rayllm.machine.orphan_cleanup import remove_dead_sockets
 from rayllm.machine.processes import Process, end_all_of, process_of, processes_of
@@ -56,7 +57,7 @@ def ray_watch() -> RayWatch:
     """The watch over the Ray that this process is connected to; the same for all who ask. Of a Ray of our own it
     watches head and raylet; of one that was joined, the raylet of this node: a head may come back there. Without a
     connection, or with a Ray Client's, it sees nothing."""
-    node = _node()
+    node = connected_node()
     if node is None:
         return RayWatch([])
     folder = str(node.get_temp_dir_path())
@@ -68,12 +69,12 @@ def watch_own_ray(folder: str) -> RayWatch:
     core = [RayProcess(each.command(), each) for each in processes_of(folder) if each.command() in _CORE]
     noted = [(each.name, each.process.pid, each.process.started) for each in core]
     (Path(folder) / _CORE_FILE).write_text(json.dumps(noted), encoding="utf-8")
-    return _watch_for(_node(), lambda: RayWatch(core, ends_stopped=True))
+    return _watch_for(connected_node(), lambda: RayWatch(core, ends_stopped=True))
 
 
 def is_own_ray() -> bool:
     """Whether the Ray that this process is connected to was started by a program of ours, and ends with it."""
-    node = _node()
+    node = connected_node()
     return node is not None and (Path(node.get_temp_dir_path()) / _CORE_FILE).exists()
 
 
@@ -114,11 +115,6 @@ def await_goodbye(timeout_s: float = _LATE_GOODBYE_TIMEOUT_S) -> bool:
         _current.goodbye.join(timeout_s)
         return not _current.goodbye.is_alive()
     return True
-
-
-def _node() -> Any:
-    """Ray's node of this process; None where there is none."""
-    return sys.modules["ray"]._private.worker._global_node if ray_is_initialized() else None
 
 
 def _watch_for(node: Any, make: Any) -> RayWatch:

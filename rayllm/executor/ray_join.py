@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -17,6 +16,7 @@ from rayllm.config import RAY_NAMESPACE
 from rayllm.errors import EngineUnreachableError
 from rayllm.executor.ray_cluster import job_config, prepare_environment, quieten_ray
 from rayllm.executor.ray_connection import disconnect, ray_is_initialized
+from rayllm.executor.ray_private import asks_for_token, read_environment_again
 from rayllm.machine.folders import check_working_folder
 from rayllm.machine.ray_token import read_ray_token
 
@@ -80,9 +80,7 @@ def cluster_address() -> str:
 
 def ray_token_in_use() -> str:
     """The token by which this process's Ray knows it; empty where that Ray asks for none."""
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
-
-    return read_ray_token() if is_token_auth_enabled() else ""
+    return read_ray_token() if asks_for_token() else ""
 
 
 def _settings(address: str, token: str) -> dict[str, str]:
@@ -99,7 +97,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     """The environment with `settings`, also as Ray's library has read it, for the length of the block."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    _read_again()
+    read_environment_again(also_token=True)
     try:
         yield
     finally:
@@ -108,15 +106,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _read_again()
-
-
-def _read_again() -> None:
-    """Has Ray, where it is imported, read mode and token again: it keeps both."""
-    if "ray" in sys.modules:
-        library = sys.modules["ray"]._raylet
-        library.Config.initialize("")
-        library.AuthenticationTokenLoader.instance().reset_cache()
+        read_environment_again(also_token=True)
 
 
 def _check_answers(address: str, token: str) -> None:

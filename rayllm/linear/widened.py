@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rayllm.linear.dense import DenseLinear
+from rayllm.torch_private import has_native_products
 
 _MIN_WIDENED_ROWS = 8
 """With fewer, reading the weight costs more than multiplying: torch's own product is faster."""
@@ -21,9 +22,7 @@ class WidenedLinear(DenseLinear):
         """Whether torch would multiply this weight's 16-bit floats one by one, for want of instructions."""
         if weight_OI.device.type != "cpu" or weight_OI.dtype not in (torch.bfloat16, torch.float16):
             return False
-        name = "bf16" if weight_OI.dtype == torch.bfloat16 else "fp16"
-        supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-        return supported is not None and not supported()
+        return has_native_products(weight_OI.dtype) is False
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         if x_TI.shape[0] < _MIN_WIDENED_ROWS:

@@ -17,7 +17,7 @@ from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import EngineError, EngineUnreachableError
 from rayllm.executor.placement import cluster_devices
 from rayllm.observability.logs import setup_logging
-from rayllm.serve.proxy.replica_sockets import prepare_replica_sockets
+from rayllm.serve.serve_private import prepare_replica_sockets
 
 _IDLE_POLL_S = 0.1
 _CLOSE_TIME_S = 15.0

@@ -29,7 +29,7 @@ from rayllm.executor.ray_connection import is_own_ray, ray_watch
 from rayllm.executor.ray_watch import RayWatch
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.trace import open_tracer
-from rayllm.serve.proxy.replica_sockets import prepare_replica_sockets
+from rayllm.serve.serve_private import prepare_replica_sockets
 from rayllm.structured.trial import GrammarTrials
 from rayllm.text.tokenizer import Tokenizer
 

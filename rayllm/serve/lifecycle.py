@@ -28,10 +28,12 @@ from rayllm.errors import ConfigError, EngineError
 from rayllm.executor.ray_cluster import connected_ray, free_port
 from rayllm.executor.ray_connection import ray_is_initialized, ray_watch
 from rayllm.executor.ray_join import cluster_address, ray_token_in_use
+from rayllm.executor.ray_private import connected_node
 from rayllm.executor.ray_watch import RayWatch
 from rayllm.machine.ports import port_holder
 from rayllm.serve.proxy.early_port import EarlyPort
 from rayllm.serve.proxy.haproxy import proxy_environment
+from rayllm.serve.serve_private import serve_address
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
@@ -341,20 +343,13 @@ def joins_serve(server: ServerConfig) -> bool:
             f"engine {taken.removeprefix(_APP_PREFIX)!r} is served in this Ray cluster already, which has one address: "
             f"stop it first ('rayllm stop', or 'serve delete {taken}'), or unset RAY_ADDRESS for a Ray of its own"
         )
-    host, port = _serve_address()
+    host, port = serve_address()
     if (host, port) != (server.host, server.port):
         raise ConfigError(
             f"Serve runs in this Ray cluster already, at {host}:{port}, and not at {server.host}:{server.port}: "
             f"give --host {host} --port {port}"
         )
     return True
-
-
-def _serve_address() -> tuple[str, int]:
-    from ray.serve.context import _get_global_client  # Serve has no public way to ask
-
-    options = _get_global_client().http_config
-    return options.host, options.port
 
 
 def _start_serve(server: ServerConfig) -> None:
@@ -454,9 +449,7 @@ def _drained(running: RunningServer, timeout_s: float, *, end: bool) -> bool:
 
 def _log_what_processes_said() -> None:
     """Copies the ends of Ray's log files that hold errors into our log, before they go with Ray's folder."""
-    import ray
-
-    node = ray._private.worker._global_node
+    node = connected_node()
     if node is None:
         return
     folder = Path(node.get_session_dir_path()) / "logs"

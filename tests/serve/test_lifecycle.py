@@ -61,7 +61,7 @@ def serves(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     applications: dict[str, Any] = {}
     status = ray.serve.schema.ServeStatus(proxies={"node": "HEALTHY"}, applications=applications)
     monkeypatch.setattr(ray.serve, "status", lambda: status)
-    monkeypatch.setattr(lifecycle, "_serve_address", lambda: ("127.0.0.1", 8123))
+    monkeypatch.setattr(lifecycle, "serve_address", lambda: ("127.0.0.1", 8123))
     return applications
 
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import contextlib
 
-_NAMESPACE = b"rayllm"
+from rayllm.executor.ray_private import kv_delete, kv_get, kv_put
 
 
 def publish_stage(engine: str, stage: str) -> None:
     """Says at which stage the engine of that name is; an empty one takes back what was said."""
     import ray
-    from ray.experimental import internal_kv
 
     if not ray.is_initialized():
         return
     with contextlib.suppress(Exception):  # Ray does not answer: nobody could read it either
         if stage:
-            internal_kv._internal_kv_put(_key(engine), stage.encode(), overwrite=True, namespace=_NAMESPACE)
+            kv_put(_key(engine), stage.encode())
         else:
-            internal_kv._internal_kv_del(_key(engine), namespace=_NAMESPACE)
+            kv_delete(_key(engine))
 
 
 def published_stage(engine: str) -> str:
     """What was said last; empty where nothing was, or where Ray does not answer."""
-    from ray.experimental import internal_kv
-
     try:
-        stage = internal_kv._internal_kv_get(_key(engine), namespace=_NAMESPACE)
+        stage = kv_get(_key(engine))
     except Exception:
         return ""
     return stage.decode() if stage else ""

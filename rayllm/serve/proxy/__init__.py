@@ -1,1 +1,1 @@
-"""What stands before an ingress: HAProxy, the port until there is an ingress, and the sockets that Serve opens."""
+"""What stands before an ingress: HAProxy, and the port until there is an ingress."""

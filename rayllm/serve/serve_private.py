@@ -1,12 +1,15 @@
-"""The sockets that Serve opens in a replica, as we want them. Serve has no settings for either.
+"""The private names of Serve that RayLLM uses, read in Ray 2.60; no other module names any
+(tests/test_private_names.py).
+
+The sockets that Serve opens in a replica have no settings:
 
 - Its gRPC port, for calls between deployments, listens on all interfaces. Where the whole cluster is one machine, it
   listens on loopback. Our deployments make no such calls.
 - Behind HAProxy, its HTTP port's connections let the kernel hold megabytes for a client that does not read. They get a
   small send buffer, so that the ingress notices after kilobytes.
 
-This is the only place that touches private names of Serve's; where a version of Ray has no such name, nothing happens,
-and the tests that scan the listeners and stall a reader say so.
+Where a version of Ray has no function of that name, nothing is changed, and the tests that scan the listeners and stall
+a reader fail.
 """
 
 from __future__ import annotations
@@ -18,6 +21,14 @@ from typing import Any
 from rayllm.config import Environment
 
 _SEND_BUFFER_BYTES = 16 * 1024
+
+
+def serve_address() -> tuple[str, int]:
+    """Host and port at which Serve's proxy in this cluster listens. Serve has no public way to ask."""
+    from ray.serve.context import _get_global_client
+
+    options = _get_global_client().http_config
+    return options.host, options.port
 
 
 def prepare_replica_sockets() -> None:
