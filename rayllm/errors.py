@@ -1,4 +1,4 @@
-"""Every error a user can meet. Each message names the value, the limit and the mend."""
+"""Every error a user can meet. Each message names the value, the limit and the fix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NoRoomError(ConfigError):
 
 
 class RequestError(RayLLMError, ValueError):
-    """A request that cannot be served as it is: the client's fault, and the client can mend it.
+    """A request that cannot be served as it is: the client's fault, and the client can fix it.
 
     `param` is the field at fault, `code` a machine-readable word (OpenAI's error envelope), `status` the HTTP status.
     """

@@ -125,7 +125,7 @@ def test_without_room_the_engine_waits_for_a_node_and_says_so(running: Running) 
         for node in running.nodes.ids():
             running.nodes.remove(node)
         deadline = lost_at + 60
-        while "waiting for room in the Ray cluster" not in (said := running.served.health()[1]):
+        while "waiting for free resources in the Ray cluster" not in (said := running.served.health()[1]):
             assert time.monotonic() < deadline, said
             time.sleep(0.2)
         assert "tensor_parallel_size=2 asks for 2 CPUs, one a worker, and the cluster has 0" in said

@@ -100,8 +100,8 @@ def test_the_driver_adds_queue_prefill_and_decode_which_follow_each_other() -> N
     traced, now = _Traced(), [0.0]
     config, executor = fake_config(max_num_seqs=1), FakeExecutor(max_inflight_steps=1, dies=[4])
     scheduler = build_scheduler(config, executor.num_blocks)
-    loop = EngineLoop(config, scheduler, executor, lambda client, message: None, clock=lambda: now[0])
-    loop.tracer = traced.tracer
+    clock, tracer = lambda: now[0], traced.tracer
+    loop = EngineLoop(config, scheduler, executor, lambda client, message: None, clock=clock, tracer=tracer)
     request = make_request([1, 2, 3], max_tokens=6)
     loop.submit("a", Submit(0, request))
     now[0] += 2  # it waits, untraced requests before it

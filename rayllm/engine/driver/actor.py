@@ -42,13 +42,11 @@ _JOIN_TIMEOUT_S = 10.0
 class Steps(Protocol):
     """What the thread drives: `EngineLoop`."""
 
-    meanwhile: Callable[[float], None] | None
-
     def submit(self, client: int, message: Any) -> None: ...
 
     def client_gone(self, client: int) -> None: ...
 
-    def step(self) -> bool: ...
+    def step(self, poll: Callable[[float], None] | None = None) -> bool: ...
 
     def check(self) -> None: ...
 
@@ -68,9 +66,9 @@ def run_loop(
 ) -> None:
     """The loop's thread: messages in, a step, and so on until `stop` is set (and `link.wake` called). Without
     work it blocks until a message comes, a worker is lost or a request's deadline passes. Messages are taken while a
-    step runs too: a refusal, an abort or figures do not wait for it.
+    step runs too: a refusal, an abort or stats do not wait for it.
 
-    A lost worker is the loop's to have replaced. When that fails, `on_failed` is told once, and from then on the loop
+    The loop has a lost worker replaced. When that fails, `on_failed` is called once, and from then on the loop
     only answers: new requests are refused with the reason.
     """
     with selectors.DefaultSelector() as waiting:
@@ -95,15 +93,14 @@ def run_loop(
                 watched = results
             waiting.select(timeout_s)
 
-        def meanwhile(timeout_s: float) -> None:
+        def poll(timeout_s: float) -> None:
             wait(executor.result_socket(), timeout_s)
             take_messages()
 
-        loop.meanwhile = meanwhile
         while not stop.is_set():
             take_messages()
             try:
-                if loop.step():
+                if loop.step(poll):
                     continue
                 loop.check()
             except EngineError as error:
@@ -161,14 +158,20 @@ class Driver:
         from rayllm.engine.owner.local import build_scheduler
 
         self.config, self._on_failed = config, on_failed
-        self._because = f" (the driver before it failed: {previous_failure})" if previous_failure else ""
+        self._because = f" (the previous driver failed: {previous_failure})" if previous_failure else ""
         try:
             self.executor = self._make_executor(config, self._set_stage)
             self.link = ClientLink()
             scheduler = build_scheduler(config, self.executor.num_blocks)
-            loop = EngineLoop(config, scheduler, self.executor, self.link.send, wake=self.link.wake)
-            loop.counters.num_driver_restarts = num_restarts
-            loop.tracer = open_tracer(config.engine.otlp_traces_endpoint, "driver")
+            loop = EngineLoop(
+                config,
+                scheduler,
+                self.executor,
+                self.link.send,
+                wake=self.link.wake,
+                tracer=open_tracer(config.engine.otlp_traces_endpoint, "driver"),
+                num_driver_restarts=num_restarts,
+            )
         except BaseException as error:
             self._set_stage(f"failed: {error}")
             self.close()
@@ -205,8 +208,8 @@ class Driver:
             run_loop(*arguments)
         except Exception as error:
             if not self._stop.is_set():
-                log.exception("the loop's thread ended")
-                self._fail(EngineError(f"the loop's thread ended: {type(error).__name__}: {error}"))
+                log.exception("the step loop's thread died")
+                self._fail(EngineError(f"the step loop's thread died: {type(error).__name__}: {error}"))
 
     def _say_statistics(self, loop: EngineLoop) -> None:
         assert self.config is not None

@@ -1,4 +1,4 @@
-"""What one step loop counts, and the figures that are made of it."""
+"""What the step loop counts, and the stats made from it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from rayllm.scheduler.scheduler import Scheduler
 
 
 class EngineCounters:
-    """The loop notes what happens; others ask how things stand. Totals only grow."""
+    """The loop counts events; others read stats. Totals only grow."""
 
-    def __init__(self, scheduler: Scheduler, supervisor: Supervisor, clock: Callable[[], float]):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        supervisor: Supervisor,
+        clock: Callable[[], float],
+        num_driver_restarts: int = 0,
+    ):
         self._scheduler = scheduler
         self._supervisor = supervisor
         self._clock = clock
         self.progress_at = clock()
         """When the last step was finished, or there was work again."""
-        self.num_driver_restarts = 0
-        """Drivers that this one comes after."""
+        self._num_driver_restarts = num_driver_restarts
         self._step_after_idleness = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -89,7 +94,7 @@ class EngineCounters:
         stalled_s = self._clock() - self.progress_at if scheduler.has_work else 0.0
         reason = failure or supervisor.problem
         if not reason and stalled_s > 2 * supervisor.limit_s():
-            reason = f"work waits and no step was finished for {stalled_s:.1f} s"
+            reason = f"no step finished for {stalled_s:.1f} s while requests were waiting"
         return EngineStats(
             ticket=ticket,
             healthy=not reason,
@@ -116,7 +121,7 @@ class EngineCounters:
             recovery_s=faults.recovery_s,
             faults=dict(faults.by_kind),
             refusals=dict(self._refusals),
-            num_driver_restarts=self.num_driver_restarts,
+            num_driver_restarts=self._num_driver_restarts,
             step_tokens=self._step_tokens.snapshot(),
             step_gaps=self._step_gaps.snapshot(),
             fault_detections=faults.detections.snapshot(),

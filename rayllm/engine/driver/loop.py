@@ -50,12 +50,12 @@ from rayllm.scheduler.sequence import SequenceUpdate
 log = logging.getLogger(__name__)
 
 MAX_FAULTS_OF_REQUEST = 3
-"""A request in the plans at so many faults is refused: it may be what kills the workers."""
+"""A request that was in flight at so many faults is refused: it may be what kills the workers."""
 QUARANTINE_TOKENS = 32
-"""Tokens of a request since its second fault, after which it need not run by itself any more: the next fault is its
-second again. What was computed at the faults has been computed again by then, and the other quarantined wait for it."""
+"""Tokens that a request computes in quarantine, which begins with its second fault, before it is released: by then it
+has recomputed what it was computing at the faults, and other requests in quarantine wait for it."""
 MAX_QUARANTINE_RELEASES = 2
-"""Of one request: it may be what kills the workers now and then."""
+"""Per request: it may be what kills the workers only now and then."""
 _MAX_SLEEP_S = 3600.0  # `select` does not take any number
 
 
@@ -64,7 +64,8 @@ class EngineLoop:
 
     `outbox(client, message)` delivers; it must not block. `wall_clock` is Unix time, for deadlines; `clock` is
     monotonic. `wake` is called from another thread when `step` has something to do again after a fault; without it
-    workers are replaced inside `step`.
+    workers are replaced inside `step`. `tracer` takes spans of requests that carry a `traceparent`.
+    `num_driver_restarts`: drivers of this engine before this one, for `stats`.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class EngineLoop:
         wall_clock: Callable[[], float] = time.time,
         wake: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        tracer: Tracer | None = None,
+        num_driver_restarts: int = 0,
     ):
         self._config = config
         self._scheduler = scheduler
@@ -90,16 +93,13 @@ class EngineLoop:
         self._retained = RetainedRequests(self._drop)
         self._reports: dict[Client, IngressReport] = {}
         self._failure: EngineError | None = None
-        self.counters = EngineCounters(scheduler, self._supervisor, clock)
-        self.meanwhile: Callable[[float], None] | None = None
-        """Waits at most so long for a sign of the workers, and has messages taken that come meanwhile."""
-        self.tracer: Tracer | None = None
-        """Where spans of requests that carry a `traceparent` go."""
+        self.counters = EngineCounters(scheduler, self._supervisor, clock, num_driver_restarts)
+        self._tracer = tracer
 
     # ------------------------------------------------------------------------------------------------ requests in
 
     def submit(self, client: Client, message: ClientMessage) -> None:
-        """Takes one message of a client: a request, an abort, an adoption, figures or a question for them."""
+        """Handles one message of a client: a request, an abort, an adoption, its stats or a query for stats."""
         if isinstance(message, Submit):
             self._submit(client, message)
         elif isinstance(message, Abort):
@@ -134,7 +134,7 @@ class EngineLoop:
 
     def _refuse(self, client: Client, message: Submit, finish: Finish) -> None:
         request = message.request
-        log.info("refused (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
+        log.info("request refused (%s): %s", finish.code, finish.message, extra={"request_id": request.log_id})
         choices = range(request.params.n)
         self._outbox(client, Deltas([TokenDelta(message.stream + c, c, b"", finish) for c in choices]))
 
@@ -153,7 +153,7 @@ class EngineLoop:
             deadline_s=request.deadline_s,
             arrived_at=now,
             log_id=request.log_id,
-            spans=DriverSpans(self.tracer, request.traceparent, now) if self.tracer and request.traceparent else None,
+            spans=DriverSpans(self._tracer, request.traceparent, now) if self._tracer and request.traceparent else None,
             retained=retained,
         )
         self._open.add(opened)
@@ -173,7 +173,7 @@ class EngineLoop:
         self._open.close_choice(request, choice, self._clock())
 
     def _adopt(self, client: Client, message: Adopt) -> None:
-        """Gives a retained request to this client, from its first token on; who had it is told."""
+        """Gives a retained request to this client, from its first token on. The client that had it is notified."""
         retained = self._retained.find(message.client_key, message.answer_id)
         if retained is not None and not (message.takes_over or retained.is_free):
             retained = None
@@ -184,35 +184,35 @@ class EngineLoop:
         request = self._open.get(retained.open_id)
         if request is None or request.retained is not retained:
             retained.detached_since = self._clock()
-            paused = Finish("error", code=READER_PAUSED, message="submit the request again")
+            paused = Finish("error", code=READER_PAUSED, message="the reader was paused: submit the request again")
             choices = retained.history.unfinished(retained.request.params.n)
             deltas += [TokenDelta(message.stream + choice, choice, b"", paused) for choice in choices]
         else:
             retained.detached_since = None
-            moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the answer goes on at another connection")
+            moved = Finish("error", code=ADOPTED_BY_ANOTHER, message="the response continues on another connection")
             choices = sorted(request.unfinished)
             self._outbox(request.client, Deltas([TokenDelta(request.stream(c), c, b"", moved) for c in choices]))
             self._open.move(request, client, message.stream)
-            log.info("adopted by another client", extra=request.log_fields)
+            log.info("request adopted by another client", extra=request.log_fields)
         if deltas:
             self._outbox(client, Deltas(deltas))
 
     def client_gone(self, client: Client) -> None:
-        """A client left: everything of its is aborted and its KV freed at once, but for what is retained."""
+        """A client disconnected: its requests are aborted and their KV freed at once, except for retained ones."""
         for request in self._open.of_client(client):
             if request.retained is not None and self._retained.holds(request.retained):
                 request.retained.detached_since = self._clock()
-                log.info("goes on without its client", extra=request.log_fields)
+                log.info("client disconnected; the request is retained and keeps running", extra=request.log_fields)
                 continue
-            log.info("aborted: its client is gone", extra=request.log_fields)
+            log.info("request aborted: its client disconnected", extra=request.log_fields)
             self._abort_all(request)
         self._reports.pop(client, None)
 
     def _drop(self, retained: RetainedRequest) -> None:
-        """Nobody can adopt it any more: where it has no client, it goes on for no one."""
+        """It can no longer be adopted: if it has no client, it is aborted."""
         request = self._open.get(retained.open_id)
         if request is not None and request.retained is retained and retained.detached_since is not None:
-            log.info("aborted: no client will come for it", extra=request.log_fields)
+            log.info("request aborted: no client adopted it in time", extra=request.log_fields)
             self._abort_all(request)
 
     def _abort_all(self, request: OpenRequest) -> None:
@@ -220,23 +220,24 @@ class EngineLoop:
             self._abort_stream(request.client, request.stream(choice))
 
     def _close_choice(self, request: OpenRequest, choice: int, finish: Finish) -> None:
-        """It has ended without another token, of which its client is told."""
+        """Ends a choice without another token, and notifies its client."""
         self._open.send(request, choice, TokenDelta(request.stream(choice), choice, b"", finish))
         self._open.close_choice(request, choice, self._clock())
 
     # ------------------------------------------------------------------------------------------------ steps
 
-    def step(self) -> bool:
+    def step(self, poll: Callable[[float], None] | None = None) -> bool:
         """One turn: plan and send where the pipeline has room, then take the oldest result when it is full or nothing
         more can be planned. False: there is nothing to do until a message comes, or a lost worker is replaced.
 
-        Raises `EngineError` when the executor is lost for good; by then every open request has been told.
+        `poll(timeout_s)` waits for workers or clients and submits messages; without it a step waits for workers alone.
+        Raises `EngineError` when the executor is lost for good; by then every open request has ended with the reason.
         """
         if self._failure is not None:
             return False
         self._expire()
         try:
-            return self._has_recovered() and self._turn()
+            return self._has_recovered() and self._turn(poll)
         except EngineError as error:
             self.fail(error)
             raise
@@ -266,7 +267,7 @@ class EngineLoop:
             except WorkerDiedError as fault:
                 self._supervisor.recover(fault)
 
-    def _turn(self) -> bool:
+    def _turn(self, poll: Callable[[float], None] | None) -> bool:
         scheduler, executor = self._scheduler, self._executor
         plan = scheduler.plan() if scheduler.num_uncommitted < executor.max_inflight_steps else None
         if plan is not None:
@@ -277,7 +278,7 @@ class EngineLoop:
         if scheduler.num_uncommitted == 0:
             return False
         try:
-            result = self._receive()
+            result = self._receive(poll)
         except TimeoutError:
             self._supervisor.investigate()
             return True
@@ -288,9 +289,9 @@ class EngineLoop:
         self._deliver(scheduler.commit(result))
         return True
 
-    def _receive(self) -> StepResult:
+    def _receive(self, poll: Callable[[float], None] | None) -> StepResult:
         """The oldest plan's result. Raises as `Supervisor.receive` does."""
-        if self.meanwhile is None:
+        if poll is None:
             return self._supervisor.receive()
         limit_s = self._supervisor.limit_s()
         began_at = looked_at = self._clock()
@@ -300,11 +301,11 @@ class EngineLoop:
             now = self._clock()
             left_s = began_at + limit_s - now
             if left_s <= 0 or self._supervisor.sees_stopped_rank():
-                raise TimeoutError(f"no result of the step within {limit_s:g} s, or a rank is stopped")
+                raise TimeoutError(f"no step result within {limit_s:g} s, or the process of a rank is stopped")
             if now - looked_at >= LOOK_S:
                 looked_at = now
                 self._expire()
-            self.meanwhile(min(left_s, LOOK_S))
+            poll(min(left_s, LOOK_S))
 
     def _note_plan(self, plan: StepPlan) -> None:
         self.counters.note_plan(plan)
@@ -318,10 +319,10 @@ class EngineLoop:
                 request.note_started(sequence.choice, now)
                 if sequence.request.emitted:
                     self._open.send_start(request, sequence.choice)
-        self._open.flush()  # before the step: should it be the driver's last, the client knows whom it may blame
+        self._open.flush()  # before the step: if the driver dies in it, the client knows which requests were running
 
     def _has_recovered(self) -> bool:
-        """Whether steps may go on; after a fault, from the tokens committed and with nothing else."""
+        """Whether steps can run; after a fault they resume from the committed tokens."""
         if not self._supervisor.recovering:
             return True
         outcome = self._supervisor.outcome()
@@ -337,7 +338,7 @@ class EngineLoop:
             if request.spans is not None:
                 request.spans.fault()
             log.warning(
-                "running when a worker failed, %d times now; it goes on from its tokens",
+                "request was running when a worker failed (%d times so far); resuming from its tokens",
                 request.num_faults,
                 extra=request.log_fields,
             )
@@ -346,13 +347,15 @@ class EngineLoop:
         scheduler.rewind(self._supervisor.epoch, quarantined=[request.request_id for request in blamed])
         for request in blamed:
             if request.num_faults >= MAX_FAULTS_OF_REQUEST:
-                message = f"workers failed {request.num_faults} times while this request ran: it is not tried again"
+                message = (
+                    f"workers failed {request.num_faults} times while this request was running, so it is not retried"
+                )
                 self._end(request, Finish("error", code="poison_request", message=message))
             request.num_survived_tokens = 0
         self._open.flush()
 
     def _note_survival(self, request: OpenRequest, num_tokens: int) -> None:
-        """Of a request that was in the plans at two faults."""
+        """Counts tokens of a request in quarantine, and releases it after enough of them."""
         request.num_survived_tokens += num_tokens
         if (
             request.num_survived_tokens >= QUARANTINE_TOKENS
@@ -396,15 +399,15 @@ class EngineLoop:
             if request.deadline_s <= now:
                 message = "the request's deadline passed before it was finished"
             elif token_s and request.deadline_s < now + token_s * request.max_tokens and request.is_queued:
-                message = "the request waited for so long that it could not be finished before its deadline"
+                message = "the request waited too long to finish before its deadline"
             else:
                 continue
             self._end(request, Finish("error", code="deadline_exceeded", message=message))
         self._open.flush()
 
     def _end(self, request: OpenRequest, finish: Finish) -> None:
-        """Ends what is unfinished of it, for this reason."""
-        log.warning("ended (%s): %s", finish.code, finish.message, extra=request.log_fields)
+        """Ends its unfinished choices."""
+        log.warning("request ended (%s): %s", finish.code, finish.message, extra=request.log_fields)
         for choice in sorted(request.unfinished):
             self._scheduler.abort_sequence(request.sequences[choice])
             self._close_choice(request, choice, finish)

@@ -1,7 +1,7 @@
-"""What happens when a step does not come back: who is to blame, when to wait on, when to give up. No Ray in here.
+"""What happens when a step does not return: which rank failed, when to keep waiting, when to give up. No Ray in here.
 
-A crash is told by the executor. A hang is told by nobody: a step that takes far longer than such steps do is
-suspicious, and the ranks are asked whether they live. Recovery runs beside the loop, which goes on answering clients.
+The executor reports a crash. Nothing reports a hang: when a step takes far longer than steps of its size do, the ranks
+are asked whether they are alive. Recovery runs in a thread beside the loop, which keeps answering clients.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class StepTimes:
     @property
     def typical_s(self) -> float | None:
         """The median of the last steps of all sizes; None before the first."""
-        recent = [elapsed_s for times in self._by_size.values() for elapsed_s in list(times)[-_NUM_FIRST_STEPS:]]
-        return statistics.median(recent) if recent else None
+        latest = [elapsed_s for times in self._by_size.values() for elapsed_s in list(times)[-_NUM_FIRST_STEPS:]]
+        return statistics.median(latest) if latest else None
 
     def limit_s(self, num_tokens: int) -> float:
         """Seconds that a step of so many tokens may take: 20 times the slowest of the last hundred of its size (which
@@ -115,7 +115,7 @@ class Outcome(Enum):
     RECOVERED = "recovered"
     """All ranks are ready for a new epoch and know no row."""
     ALL_ALIVE = "all alive"
-    """Nobody hangs: the step may yet come, and is given longer, once."""
+    """All ranks answer: the step may still finish and gets more time, once."""
 
 
 class Supervisor:
@@ -134,7 +134,7 @@ class Supervisor:
         self.fault_counters = FaultCounters()
         self.epoch = 0
         self.problem = ""
-        """What is being looked into or mended; empty while all is well."""
+        """What is being investigated or recovered from; empty while all is well."""
         self._executor = executor
         self._wake = wake
         self._clock = clock
@@ -175,7 +175,10 @@ class Supervisor:
         if self._stopwatch is not None:
             self._stopwatch.lap("first step")
             self.fault_counters.recovery_s, self._stopwatch = self._stopwatch.laps, None
-            log.warning("steps go on; seconds: %s", in_words(self.fault_counters.recovery_s))
+            log.warning(
+                "recovered: the first step after the fault finished; seconds per stage: %s",
+                in_words(self.fault_counters.recovery_s),
+            )
         return result
 
     def _await_result(self, timeout_s: float | None) -> StepResult:
@@ -221,8 +224,8 @@ class Supervisor:
         return self._recovery is not None or self._outcome is not None
 
     def investigate(self) -> None:
-        """The step did not come in time."""
-        self.problem = f"a step was not finished within {self.limit_s():.1f} s; the ranks are asked whether they live"
+        """The step did not finish in time."""
+        self.problem = f"a step did not finish within {self.limit_s():.1f} s; checking whether its ranks are alive"
         self._begin(None)
 
     def recover(self, fault: WorkerDiedError) -> None:
@@ -231,7 +234,7 @@ class Supervisor:
         self._begin(fault)
 
     def outcome(self) -> Outcome | None:
-        """What came of it, once; None while it goes on. Raises `EngineError` where it cannot be mended."""
+        """The outcome of an investigation, once; None while it runs. Raises `EngineError` if recovery failed."""
         outcome = self._outcome
         if outcome is None:
             return None
@@ -276,7 +279,7 @@ class Supervisor:
         return Outcome.RECOVERED
 
     def _note(self, kind: str, fault: WorkerDiedError) -> None:
-        """Counts the fault. Raises the last word of a rank that keeps failing."""
+        """Counts the fault. Raises the last error of a rank that keeps failing."""
         now = self._clock()
         self.fault_counters.note_fault(kind, now - self._sign_of_life_at)
         if self._sizes and self._gap_began_at is None:
@@ -297,5 +300,5 @@ class Supervisor:
 
 def _hang(silent: list[int]) -> WorkerDiedError:
     if silent:
-        return WorkerDiedError(silent[0], "it hangs: its process does not answer")
-    return WorkerDiedError(0, "the ranks live and their step does not end: all are replaced")
+        return WorkerDiedError(silent[0], "its process hangs: it does not answer")
+    return WorkerDiedError(0, "its step did not finish although all ranks are alive; all ranks are being replaced")

@@ -27,10 +27,10 @@ class RecentGrowth:
         """Adds what came since the last look, where that `counts`."""
         if counts:
             elapsed_s = now - self._looked_at
-            kept = max(0.0, 1.0 - elapsed_s / _MEMORY_S)
-            self.seconds = self.seconds * kept + elapsed_s
+            weight = max(0.0, 1.0 - elapsed_s / _MEMORY_S)
+            self.seconds = self.seconds * weight + elapsed_s
             news = zip(self.growth, totals, self._totals, strict=True)
-            self.growth = [value * kept + total - before for value, total, before in news]
+            self.growth = [value * weight + total - before for value, total, before in news]
         self._looked_at, self._totals = now, totals
 
 
@@ -85,9 +85,9 @@ class ThroughputEstimate:
         it. Else it is the time for `num_tokens_ahead`.
         """
         if backlog is not None:
-            recent = self._backlogs[backlog]
-            if recent.seconds >= _BACKLOG_WATCH_S and recent.growth[0]:
-                return backlog.num_tokens * recent.seconds / recent.growth[0]
+            growth = self._backlogs[backlog]
+            if growth.seconds >= _BACKLOG_WATCH_S and growth.growth[0]:
+                return backlog.num_tokens * growth.seconds / growth.growth[0]
         started_tokens = self._all.growth[0]
         return num_tokens_ahead * self._all.seconds / started_tokens if started_tokens else None
 

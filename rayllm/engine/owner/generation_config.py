@@ -64,11 +64,11 @@ def default_sampling_params(defaults: GenerationDefaults) -> SamplingParams:
     return SamplingParams(**fields)
 
 
-def _checked(given: Mapping[str, Any], where: str, mend: str = "") -> dict[str, Any]:
+def _checked(given: Mapping[str, Any], where: str, hint: str = "") -> dict[str, Any]:
     found = {name: given[name] for name in GENERATION_FIELDS if given.get(name) is not None}
     for name, value in found.items():
         try:
             SamplingParams(**{"max_tokens" if name == "max_new_tokens" else name: value})
         except ValueError as error:
-            raise ConfigError(f"{where}: {str(error).replace('max_tokens', name)}{mend}") from None
+            raise ConfigError(f"{where}: {str(error).replace('max_tokens', name)}{hint}") from None
     return found

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _QUICK_FAILURE_S = 60.0
 _MAX_QUICK_FAILURES = 3
 _NOTICE_S = 2.0
-"""For Ray to tell of a driver's death, after its socket did."""
+"""For Ray to report a driver's death after its socket closed."""
 _NAME_WAIT_S = 10.0
 _ADDRESS_TIMEOUT_S = 10.0
 _ROOM_LOOK_S = 1.0
@@ -89,7 +89,7 @@ class OwnedEngine:
                 lost = self._running.lost_nodes()
                 if not lost or self._closed:
                     raise
-                log.warning("engine %r did not start (%s): it starts elsewhere", self.name, error)
+                log.warning("engine %r did not start (%s); starting it on other nodes", self.name, error)
             self._make_next(self._end_driver(lost))
         publish_stage(self.name, "")
 
@@ -146,11 +146,11 @@ class OwnedEngine:
         import ray
 
         _check_connected()
-        told = self.driver.wait_failed.remote()
+        reported = self.driver.wait_failed.remote()
         if lost := self._running.why_lost():
             return f"its driver is lost: {lost}"
         try:
-            return str(ray.get(told, timeout=_NOTICE_S))
+            return str(ray.get(reported, timeout=_NOTICE_S))
         except ray.exceptions.GetTimeoutError:
             return None
         except ray.exceptions.RayActorError as error:
@@ -167,7 +167,7 @@ class OwnedEngine:
             log.error("engine %r failed: %s", self.name, reason)
             lost = self._running.lost_nodes(_KNOWN_SILENCE_S)
             if not lost and not self._restarts.allows(time.monotonic()):  # a lost node is no fault of the engine's
-                raise EngineError(f"engine {self.name!r} keeps failing; last: {reason}")
+                raise EngineError(f"engine {self.name!r} keeps failing; last failure: {reason}")
             publish_stage(self.name, f"restarting the engine ({reason})")
             try:
                 self._make_next(self._end_driver(lost))
@@ -184,7 +184,7 @@ class OwnedEngine:
         self.has_given_up = False
         publish_stage(self.name, "")
         total_s = time.monotonic() - failed_s
-        log.warning("engine %r runs again after %.2f s, of which %.2f s to clear up", self.name, total_s, cleared_s)
+        log.warning("engine %r recovered after %.2f s, of which %.2f s were cleanup", self.name, total_s, cleared_s)
 
     def _end_driver(self, lost: Collection[str]) -> Any:
         """Ends what is left of the driver; returns its placement group, unless a node of it is lost."""
@@ -196,7 +196,7 @@ class OwnedEngine:
 
     def _make_next(self, group: Any) -> None:
         """Makes another driver in that placement group, or in another one once there is room."""
-        deadline_s, told = time.monotonic() + self._room_wait_s, ""
+        deadline_s, logged = time.monotonic() + self._room_wait_s, ""
         while True:
             try:
                 self._running = create_driver(self.config, self._runner_factory, group)
@@ -204,10 +204,10 @@ class OwnedEngine:
             except NoRoomError as error:
                 if self._closed or time.monotonic() > deadline_s:
                     raise
-                if str(error) != told:
-                    told = str(error)
-                    log.error("engine %r waits for room: %s", self.name, error)
-                    publish_stage(self.name, f"waiting for room in the Ray cluster: {error}")
+                if str(error) != logged:
+                    logged = str(error)
+                    log.error("engine %r is waiting for free resources: %s", self.name, error)
+                    publish_stage(self.name, f"waiting for free resources in the Ray cluster: {error}")
             group = None  # it was removed
             time.sleep(_ROOM_LOOK_S)
         if self._closed:
@@ -236,7 +236,8 @@ def _check_connected() -> None:
     """Ray would start a cluster of its own for whoever asks it something."""
     if not ray_is_initialized():
         raise EngineError(
-            "the engine ended when this process left Ray (ray.shutdown): make it anew", code="engine_gone"
+            "the engine ended when this process disconnected from Ray (ray.shutdown): create a new one",
+            code="engine_gone",
         )
 
 

@@ -29,7 +29,7 @@ def resolve(
     """Decides all that `config` leaves open. `num_gpus` and `num_cores` are what the engine's machine has (default:
     this machine); `backend` is what to use where the config does not say (default: ray for more than one worker).
 
-    Raises `ConfigError`, one line with the mend, for whatever can be known to fail before loading weights.
+    Raises `ConfigError`, one line that says how to fix it, for whatever can be known to fail before loading weights.
     """
     num_gpus = count_gpus() if num_gpus is None else num_gpus
     num_cores = count_cores() if num_cores is None else num_cores

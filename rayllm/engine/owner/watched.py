@@ -61,4 +61,4 @@ class WatchedEngine:
         try:
             self._watch.call(self.owned.close, _CLOSE_TIMEOUT_S)
         except (EngineError, TimeoutError) as error:
-            log.warning("the engine did not end in order: %s", error)
+            log.warning("the engine did not shut down cleanly: %s", error)

@@ -170,22 +170,22 @@ def test_a_step_that_lasts_keeps_nobody_waiting(make_engine: Callable[..., _Engi
 
 @pytest.mark.parametrize(("stopped", "limit_s"), [([], FIRST_STEPS_S), ([1], 1.6)])
 def test_a_step_that_does_not_end_is_noticed_in_its_time(stopped: list[int], limit_s: float) -> None:
-    """Messages that come meanwhile give it no more time; a rank that is stopped takes it away."""
+    """Messages that come during it give it no more time; a rank that is stopped takes it away."""
     now = [100.0]
     config, executor = fake_config(), FakeExecutor(num_blocks=64)
     loop = EngineLoop(config, build_scheduler(config, 64), executor, lambda client, message: None, clock=lambda: now[0])
 
-    def meanwhile(timeout_s: float) -> None:
+    def poll(timeout_s: float) -> None:
         now[0] += min(timeout_s, 0.4)
 
     def receive(timeout_s: float | None) -> Any:
         raise TimeoutError
 
-    loop.meanwhile, executor.receive = meanwhile, receive  # type: ignore[method-assign]
+    executor.receive = receive  # type: ignore[method-assign]
     executor.stopped_ranks = lambda: stopped  # type: ignore[method-assign]
     loop.submit("me", Submit(0, make_request([1], max_tokens=2)))
-    loop.step()  # fills the pipeline
-    loop.step()
+    loop.step(poll)  # fills the pipeline
+    loop.step(poll)
     assert now[0] - 100.0 == pytest.approx(limit_s)
 
 
@@ -215,16 +215,16 @@ def test_a_deadline_is_kept_while_a_step_lasts() -> None:
     scheduler, clock = build_scheduler(config, 64), lambda: now[0]
     loop = EngineLoop(config, scheduler, executor, lambda *message: told_at.append(now[0]), clock, clock=clock)
 
-    def meanwhile(timeout_s: float) -> None:
+    def poll(timeout_s: float) -> None:
         now[0] += timeout_s
 
     def receive(timeout_s: float | None) -> Any:
         raise TimeoutError
 
-    loop.meanwhile, executor.receive = meanwhile, receive  # type: ignore[method-assign]
+    executor.receive = receive  # type: ignore[method-assign]
     loop.submit("me", Submit(0, msgspec.structs.replace(make_request([1], max_tokens=20), deadline_s=100.2)))
-    loop.step()  # fills the pipeline
-    loop.step()
+    loop.step(poll)  # fills the pipeline
+    loop.step(poll)
     assert told_at == [100.5]
     assert now[0] == 100.0 + FIRST_STEPS_S
 
@@ -316,7 +316,7 @@ def test_a_driver_that_follows_one_that_failed_says_why_until_it_is_ready() -> N
     driver = Driver(make_executor)
     with pytest.raises(ConfigError):
         driver.start(fake_config(), 2, "worker rank 1 failed: its device forgets")
-    because = " (the driver before it failed: worker rank 1 failed: its device forgets)"
+    because = " (the previous driver failed: worker rank 1 failed: its device forgets)"
     assert stages == [f"loading weights{because}"] * 2
     assert driver.stage == f"failed: no weights in this folder{because}"
     driver.close()

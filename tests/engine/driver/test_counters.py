@@ -140,7 +140,7 @@ def test_what_befalls_a_request_is_logged_under_the_clients_id(caplog: pytest.Lo
 
     assert _ids_of(caplog, "refused (overloaded)") == ["job-2"]
     assert _ids_of(caplog, "running when a worker failed") == ["job-0"]
-    assert _ids_of(caplog, "its client is gone") == ["job-7"]
+    assert _ids_of(caplog, "client disconnected") == ["job-7"]
     assert _ids_of(caplog, "ended (deadline_exceeded)") == ["job-8"]
 
 

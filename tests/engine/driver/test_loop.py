@@ -442,7 +442,10 @@ def test_work_that_waits_without_progress_is_not_healthy() -> None:
     now[0] = 1003.0
     assert (loop.stats().healthy, loop.stats().stalled_s) == (True, 3.0)
     now[0] = 1200.0
-    assert (loop.stats().healthy, loop.stats().reason) == (False, "work waits and no step was finished for 200.0 s")
+    assert (loop.stats().healthy, loop.stats().reason) == (
+        False,
+        "no step finished for 200.0 s while requests were waiting",
+    )
     _run(loop)
     assert loop.stats().healthy
 

@@ -96,7 +96,7 @@ def test_drivers_that_keep_failing_are_given_up(made: _Made) -> None:
     for _ in range(3):
         engine.replace("it died")
         assert not engine.has_given_up
-    with pytest.raises(EngineError, match="engine 'default' keeps failing; last: it died"):
+    with pytest.raises(EngineError, match="engine 'default' keeps failing; last failure: it died"):
         engine.replace("it died")
     assert engine.has_given_up
     assert [running.num_restarts for running, _ in made] == [None, 1, 2, 3]
@@ -123,7 +123,7 @@ def test_a_driver_that_does_not_start_is_replaced_as_one_that_was_lost(made: _Ma
 def test_drivers_that_never_start_are_given_up(made: _Made) -> None:
     engine = OwnedEngine(fake_config())
     made.errors = [EngineError("rank 0 died")] * 9
-    with pytest.raises(EngineError, match=r"keeps failing; last: it died; the next .*rank 0 died"):
+    with pytest.raises(EngineError, match=r"keeps failing; last failure: it died; the next .*rank 0 died"):
         engine.replace("it died")
     assert len(made) == 4
     assert engine.has_given_up
@@ -146,7 +146,7 @@ def test_the_next_driver_waits_for_room_without_an_end_where_its_owner_serves(
     made.refusals = [NoRoomError("free are 0 CPUs")] * 5 + [NoRoomError("free are 1 CPUs")] * 5
     engine.replace("it died")
     assert made[1] == (made[1][0], None)  # a group that has no room is not offered again
-    waiting = "waiting for room in the Ray cluster: free are"
+    waiting = "waiting for free resources in the Ray cluster: free are"
     assert told == ["restarting the engine (it died)", f"{waiting} 0 CPUs", f"{waiting} 1 CPUs", ""]
 
 
