@@ -178,7 +178,7 @@ def _parts() -> dict[str, Callable[[], Any]]:
 
     from rayllm.api.answer import new_id
     from rayllm.api.body import parse_object
-    from rayllm.api.chat import ChatAnswer, prepare_chat, render
+    from rayllm.api.openai.chat import ChatAnswer, prepare_chat, render
     from rayllm.api.protocol import ChatBody, read_body
     from rayllm.api.sampling import build_request, sampling_params
 

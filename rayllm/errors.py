@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 STRUCTURED_OUTPUTS_FAILED = "structured_outputs_failed"
 """Code of the error that ends a choice whose grammar could not be followed any further."""
@@ -119,3 +120,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         beginning = [name for name in by_lowered if name.startswith(word.lower())]
         near = beginning if len(beginning) == 1 else []
     return f"; did you mean {by_lowered[near[0]]!r}?" if near else ""
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """A value as it was sent, for a message, however large it is."""
+    if isinstance(value, (list, dict, str)) and len(value) > limit:
+        if isinstance(value, str):
+            return f"{value[:limit]!r}..."
+        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

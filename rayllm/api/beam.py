@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rayllm.api.errors import error_of, shorten
+from rayllm.api.errors import error_of
 from rayllm.engine.client.beam_search import (
     MAX_BEAM_WIDTH,
     BeamSearch,
@@ -24,7 +24,7 @@ from rayllm.engine.client.beam_search import (
 )
 from rayllm.engine.client.outputs import read_logprobs
 from rayllm.engine.client.protocols import EngineClient, RequestStream
-from rayllm.errors import EngineError, RequestError
+from rayllm.errors import EngineError, RequestError, shorten
 from rayllm.messages import EngineStats, Finish, Times, TokenDelta, TokenLogprobs
 from rayllm.request import CompletionOutput, Logprob, Request, SamplingParams, pack_ids
 

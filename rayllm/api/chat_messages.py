@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rayllm.api.errors import shorten
-from rayllm.errors import RequestError, did_you_mean
+from rayllm.errors import RequestError, did_you_mean, shorten
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """OpenAI's roles and the names that templates know them by. Others are for templates that know more."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rayllm.api.chat import render
+from rayllm.api.openai.chat import render
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.service import TextModel
 from rayllm.config import ContentFormat, ResolvedConfig

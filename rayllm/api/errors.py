@@ -17,6 +17,7 @@ from rayllm.errors import (
     OverloadedError,
     RayLLMError,
     RequestError,
+    shorten,
     without_paths,
 )
 from rayllm.messages import Finish
@@ -130,16 +131,6 @@ def error_of(finish: Finish) -> RayLLMError:
     if finish.code == NO_TOKEN_LEFT:
         return RequestError(message, param="bad_words", code=finish.code)
     return EngineError(message, code=finish.code)
-
-
-def shorten(value: Any, limit: int = 80) -> str:
-    """A value as it was sent, for a message, however large it is."""
-    if isinstance(value, (list, dict, str)) and len(value) > limit:
-        if isinstance(value, str):
-            return f"{value[:limit]!r}..."
-        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def request_error_of(error: ValidationError) -> RequestError:

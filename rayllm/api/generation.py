@@ -13,13 +13,13 @@ import msgspec
 from rayllm.api import continuity
 from rayllm.api.apart import in_turns
 from rayllm.api.errors import error_of
-from rayllm.api.events import Event, Reasoning, Text, joined
-from rayllm.api.output_parser import OutputParser
 from rayllm.engine.client.protocols import EngineClient, RequestStream
 from rayllm.errors import EngineError
 from rayllm.messages import ADOPTED_BY_ANOTHER, TokenDelta, TokenLogprobs, single_tokens
 from rayllm.observability.metrics import Metrics
 from rayllm.observability.request_context import current_request
+from rayllm.parsing.events import Event, Reasoning, Text, joined
+from rayllm.parsing.output_parser import OutputParser
 from rayllm.request import Request, unpack_ids
 from rayllm.text.detokenizer import ChoiceText
 from rayllm.text.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, FiniteFloat, ValidationError, WithJsonSchema
 
-from rayllm.api.errors import request_error_of, shorten
-from rayllm.errors import RequestError, did_you_mean
+from rayllm.api.errors import request_error_of
+from rayllm.errors import RequestError, did_you_mean, shorten
 
 MAX_PROMPTS = 2048
 MAX_CHOICES_IN_ALL = 4096

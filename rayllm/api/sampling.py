@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rayllm.api.errors import shorten
 from rayllm.api.protocol import (
     MAX_BAD_WORD_CHARACTERS,
     MAX_CACHE_SALT_CHARACTERS,
@@ -21,7 +20,7 @@ from rayllm.api.protocol import (
 from rayllm.api.structured import structured_outputs
 from rayllm.config import ResolvedConfig
 from rayllm.engine.request_checks import check_request, resolve_logprobs, resolve_max_tokens
-from rayllm.errors import RequestError
+from rayllm.errors import RequestError, shorten
 from rayllm.request import MAX_SEED, Request, SamplingParams, pack_ids
 from rayllm.text.bad_words import with_bad_word_ids
 

@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Literal
 
 from rayllm.api.body import max_body_bytes, max_values
-from rayllm.api.chat_format import ChatFormat
-from rayllm.api.errors import NotReadyError, shorten
+from rayllm.api.errors import NotReadyError
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client.protocols import EngineClient
-from rayllm.errors import ContextLengthError, RayLLMError, RequestError
+from rayllm.errors import ContextLengthError, RayLLMError, RequestError, shorten
 from rayllm.messages import EngineStats
 from rayllm.observability.metrics import Metrics
+from rayllm.parsing.chat_format import ChatFormat
 from rayllm.structured.trial import GrammarTrials
 from rayllm.text.tokenizer import Tokenizer
 

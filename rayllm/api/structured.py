@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rayllm.api.errors import shorten
-from rayllm.errors import RequestError, did_you_mean
+from rayllm.errors import RequestError, did_you_mean, shorten
 from rayllm.request import STRUCTURED_KINDS, Request, StructuredOutputsParams
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import rayllm
-from rayllm.api.chat import open_chat
-from rayllm.api.completions import open_completion
-from rayllm.api.errors import answer, envelope, shaped, shorten
+from rayllm.api.errors import answer, envelope, shaped
+from rayllm.api.openai.chat import open_chat
+from rayllm.api.openai.completions import open_completion
 from rayllm.api.resume import RESUME_HEADER
 from rayllm.api.service import READY, Health, ModelService
-from rayllm.errors import RequestError, without_paths
+from rayllm.errors import RequestError, shorten, without_paths
 from rayllm.observability.metrics import CONTENT_TYPE
 from rayllm.observability.trace import Tracer
 from rayllm.serve import openapi

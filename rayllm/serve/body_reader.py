@@ -13,9 +13,8 @@ from starlette.types import Message, Receive
 
 from rayllm.api.apart import MAX_LARGE_AT_ONCE, apart, large_request
 from rayllm.api.body import LARGE_BODY_BYTES, parse_object
-from rayllm.api.errors import shorten
 from rayllm.api.service import ModelService
-from rayllm.errors import RequestError
+from rayllm.errors import RequestError, shorten
 from rayllm.serve.http_responses import ClientGoneError
 
 BODY_TIMEOUT_S = 60.0

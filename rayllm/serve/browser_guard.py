@@ -16,7 +16,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import Scope
 
-from rayllm.api.errors import ErrorAnswer, answer, shorten
+from rayllm.api.errors import ErrorAnswer, answer
+from rayllm.errors import shorten
 from rayllm.serve.http_responses import error_response
 from rayllm.serve.routes.pages import PAGE_PATHS
 

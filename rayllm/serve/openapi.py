@@ -13,10 +13,10 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api.anthropic import CountTokensBody, MessagesBody
-from rayllm.api.pooling import ClassifyBody, EmbeddingsBody, PoolingBody, RerankBody, ScoreBody
+from rayllm.api.anthropic.messages import CountTokensBody, MessagesBody
+from rayllm.api.openai.pooling import ClassifyBody, EmbeddingsBody, PoolingBody, RerankBody, ScoreBody
+from rayllm.api.openai.responses import ResponsesBody
 from rayllm.api.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
-from rayllm.api.responses import ResponsesBody
 from rayllm.observability.metrics import CONTENT_TYPE
 from rayllm.serve.http_responses import json_response
 

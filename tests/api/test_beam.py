@@ -10,9 +10,9 @@ import pytest
 from api.fake_engine import EOS_ID, VOCAB_SIZE, FakeEngine, config, logprobs_of
 from api.streams import chunks_of, whole_of
 
-from rayllm.api.chat import open_chat
-from rayllm.api.completions import open_completion
-from rayllm.api.logprobs import _unpack
+from rayllm.api.openai.chat import open_chat
+from rayllm.api.openai.completions import open_completion
+from rayllm.api.openai.logprobs import _unpack
 from rayllm.api.service import ModelService
 from rayllm.errors import RequestError
 from rayllm.messages import Finish

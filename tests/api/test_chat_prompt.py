@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from rayllm.api.chat import prepare_chat
 from rayllm.api.chat_prompt import ChatPrompts
+from rayllm.api.openai.chat import prepare_chat
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.service import ServedModel
 from rayllm.config import EngineConfig, ResolvedConfig

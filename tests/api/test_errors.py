@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayllm.api.errors import MAX_MESSAGE_CHARACTERS, NotReadyError, answer_for, envelope, error_of, shorten
+from rayllm.api.errors import MAX_MESSAGE_CHARACTERS, NotReadyError, answer_for, envelope, error_of
 from rayllm.errors import (
     NO_TOKEN_LEFT,
     ContextLengthError,
@@ -11,6 +11,7 @@ from rayllm.errors import (
     OverloadedError,
     RequestError,
     WorkerDiedError,
+    shorten,
 )
 from rayllm.messages import Finish
 

@@ -11,9 +11,9 @@ from api.streams import typed_events_of, whole_of
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from rayllm.api.anthropic import open_message
-from rayllm.api.response_store import ResponseStore
-from rayllm.api.responses import open_response
+from rayllm.api.anthropic.messages import open_message
+from rayllm.api.openai.response_store import ResponseStore
+from rayllm.api.openai.responses import open_response
 from rayllm.api.service import ModelService
 from rayllm.config import EngineConfig
 from rayllm.errors import RequestError

@@ -6,7 +6,7 @@ import asyncio
 
 from api.fake_engine import FakeEngine
 
-from rayllm.api.completions import open_completion
+from rayllm.api.openai.completions import open_completion
 from rayllm.api.service import ModelService
 
 

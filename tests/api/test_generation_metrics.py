@@ -8,7 +8,7 @@ import pytest
 from api.fake_engine import EOS_ID, FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
 
-from rayllm.api.completions import open_completion
+from rayllm.api.openai.completions import open_completion
 from rayllm.api.service import ModelService
 from rayllm.errors import EngineError
 

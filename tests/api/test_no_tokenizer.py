@@ -8,12 +8,12 @@ import pytest
 from api.fake_engine import EOS_ID, FakeEngine, config
 from api.streams import chunks_of, whole_of
 
-from rayllm.api.anthropic import open_message
-from rayllm.api.chat import open_chat
-from rayllm.api.completions import open_completion
-from rayllm.api.generate import open_generate
+from rayllm.api.anthropic.messages import open_message
+from rayllm.api.openai.chat import open_chat
+from rayllm.api.openai.completions import open_completion
 from rayllm.api.service import ModelService
-from rayllm.api.tokens import detokenize, tokenize
+from rayllm.api.vllm.generate import open_generate
+from rayllm.api.vllm.tokens import detokenize, tokenize
 from rayllm.config import EngineConfig
 from rayllm.errors import RequestError
 from rayllm.text.tokenizer import Tokenizer

@@ -8,8 +8,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from openai.types.shared import ReasoningEffort
 
+from rayllm.api.openai.responses import ResponsesBody
 from rayllm.api.protocol import NOT_SUPPORTED, WITHOUT_EFFECT, Body, ChatBody, CompletionBody, read_body
-from rayllm.api.responses import ResponsesBody
 from rayllm.errors import RequestError
 
 COMPLETION = {"model": "m", "prompt": "hi"}

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from api.fake_engine import MAX_MODEL_LEN, FakeEngine, config
 
-from rayllm.api.anthropic import open_message
-from rayllm.api.chat import open_chat
-from rayllm.api.completions import open_completion
-from rayllm.api.generate import open_generate
-from rayllm.api.response_store import ResponseStore
-from rayllm.api.responses import open_response
+from rayllm.api.anthropic.messages import open_message
+from rayllm.api.openai.chat import open_chat
+from rayllm.api.openai.completions import open_completion
+from rayllm.api.openai.response_store import ResponseStore
+from rayllm.api.openai.responses import open_response
 from rayllm.api.service import ModelService
+from rayllm.api.vllm.generate import open_generate
 from rayllm.config import GenerationDefaults
 from rayllm.request import Request
 from rayllm.text.tokenizer import Tokenizer

@@ -10,14 +10,14 @@ import pytest
 from api.fake_engine import EOS_ID, VOCAB_SIZE, FakeEngine, config
 from api.streams import whole_of
 
-from rayllm.api.chat import open_chat
-from rayllm.api.completions import open_completion
-from rayllm.api.generate import open_generate
-from rayllm.api.reasoning import REASONING_FORMATS
+from rayllm.api.openai.chat import open_chat
+from rayllm.api.openai.completions import open_completion
 from rayllm.api.service import ModelService
-from rayllm.api.tool_grammar import GrammarWriter, Thinking
+from rayllm.api.vllm.generate import open_generate
 from rayllm.errors import STRUCTURED_OUTPUTS_FAILED, RequestError
 from rayllm.messages import Finish
+from rayllm.parsing.reasoning import REASONING_FORMATS
+from rayllm.parsing.tool_grammar import GrammarWriter, Thinking
 from rayllm.request import StructuredOutputsParams as Structured
 from rayllm.structured.grammar import rule_of
 from rayllm.structured.matcher import new_matcher

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rayllm.api.tool_formats import HERMES
-from rayllm.api.tool_grammar import GrammarWriter, Thinking
-from rayllm.api.tools import read_tools
 from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.engine.client.blocking_journaled_client import BlockingJournaledClient
 from rayllm.engine.owner.owner import OwnedEngine
 from rayllm.engine.owner.resolve import resolve
 from rayllm.messages import EngineStats, Finish, TokenLogprobs
+from rayllm.parsing.tool_formats import HERMES
+from rayllm.parsing.tool_grammar import GrammarWriter, Thinking
+from rayllm.parsing.tools import read_tools
 from rayllm.request import Request, SamplingParams, StructuredOutputsParams, pack_ids, unpack_ids
 
 SHARED = list(range(40, 80))

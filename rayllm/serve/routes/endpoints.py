@@ -13,10 +13,10 @@ from starlette.responses import Response
 from rayllm.api import continuity
 from rayllm.api.answer import Answer
 from rayllm.api.continuity import Continuity
-from rayllm.api.errors import answer_for, shaped, shorten
+from rayllm.api.errors import answer_for, shaped
 from rayllm.api.resume import LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream, HeldStreams
 from rayllm.api.service import ModelService
-from rayllm.errors import RayLLMError, RequestError
+from rayllm.errors import RayLLMError, RequestError, shorten
 from rayllm.serve.body_reader import UNREAD, BodyReader
 from rayllm.serve.http_responses import (
     ClientGoneError,

@@ -15,9 +15,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api.errors import shorten
 from rayllm.api.service import ModelService
-from rayllm.errors import RequestError, did_you_mean
+from rayllm.errors import RequestError, did_you_mean, shorten
 from rayllm.serve.routes.endpoints import Endpoints
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api import tokens
-from rayllm.api.generate import open_generate, open_generate_stream
-from rayllm.api.tokenizer_info import tokenizer_info
+from rayllm.api.vllm import tokens
+from rayllm.api.vllm.generate import open_generate, open_generate_stream
+from rayllm.api.vllm.tokenizer_info import tokenizer_info
 from rayllm.serve.http_responses import json_response
 from rayllm.serve.routes.endpoints import Endpoints
 

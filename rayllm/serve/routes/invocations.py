@@ -8,13 +8,13 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api import pooling
 from rayllm.api.answer import Answer
-from rayllm.api.chat import open_chat
-from rayllm.api.completions import open_completion
-from rayllm.api.invocations import Endpoint, endpoint_of
+from rayllm.api.openai import pooling
+from rayllm.api.openai.chat import open_chat
+from rayllm.api.openai.completions import open_completion
 from rayllm.api.resume import LAST_EVENT_HEADER
 from rayllm.api.service import ModelService
+from rayllm.api.vllm.invocations import Endpoint, endpoint_of
 from rayllm.serve.routes.endpoints import Endpoints, PlainWork
 
 _PLAIN: dict[Endpoint, PlainWork] = {

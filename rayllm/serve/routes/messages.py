@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api.anthropic import count_tokens, open_message
+from rayllm.api.anthropic.messages import count_tokens, open_message
 from rayllm.serve.routes.endpoints import Endpoints
 
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api.models import anthropic_card, anthropic_list, model_card, model_list
+from rayllm.api.openai.models import anthropic_card, anthropic_list, model_card, model_list
 from rayllm.api.service import ServedModel
 from rayllm.errors import RayLLMError
 from rayllm.serve.http_responses import json_response

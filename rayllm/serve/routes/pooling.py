@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api import pooling
+from rayllm.api.openai import pooling
 from rayllm.serve.routes.endpoints import Endpoints, PlainWork
 
 ROUTES: dict[str, PlainWork] = {

@@ -11,10 +11,11 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api import continuity, responses
+from rayllm.api import continuity
 from rayllm.api.continuity import Continuity
-from rayllm.api.response_store import ResponseStore, StoredResponse
-from rayllm.api.responses import OpenedResponse
+from rayllm.api.openai import responses
+from rayllm.api.openai.response_store import ResponseStore, StoredResponse
+from rayllm.api.openai.responses import OpenedResponse
 from rayllm.api.resume import HOLD_S, LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream
 from rayllm.errors import RequestError
 from rayllm.serve.http_responses import EventStream, json_response

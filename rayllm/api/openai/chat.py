@@ -1,0 +1,401 @@
+"""`/v1/chat/completions`: messages to a prompt, deltas to OpenAI's chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
+from rayllm.api.apart import apart, apart_unless, is_large
+from rayllm.api.beam import with_beam_search
+from rayllm.api.chat_messages import read_messages
+from rayllm.api.generation import Choice
+from rayllm.api.openai.logprobs import chat_logprobs, prompt_logprobs
+from rayllm.api.protocol import ChatBody, TokenizeBody, read_body
+from rayllm.api.sampling import build_request, named_as, num_further_characters, sampling_params, truncate_ids
+from rayllm.api.service import ModelService, ServedModel, TextModel
+from rayllm.api.structured import structured_field, structured_outputs, tried
+from rayllm.config import EngineConfig
+from rayllm.errors import RequestError
+from rayllm.parsing.chat_format import ChatFormat
+from rayllm.parsing.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
+from rayllm.parsing.output_parser import OutputParser
+from rayllm.parsing.tool_grammar import Thinking
+from rayllm.parsing.tools import ToolPlan, read_tools
+from rayllm.request import Request, StructuredOutputsParams
+from rayllm.structured.grammar import rule_of
+from rayllm.text.tokenizer import Tokenizer
+
+__all__ = ["ChatAnswer", "PreparedChat", "open_chat", "prepare_chat", "read_messages", "render"]
+
+MAX_TEMPLATE_CHARACTERS = 2**16
+_OWN_OPTIONS = frozenset({"self", "messages", "tools", "add_generation_prompt", "continue_final_message"})
+
+
+async def open_chat(fields: dict[str, Any], service: ModelService, client_key: str = "") -> ChatAnswer:
+    """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
+    body = await apart(read_body, fields, ChatBody)
+    model = service.named(body.model)
+    check_stream_options(body)
+    chat = await prepare_chat(body, model, client_key, "chatcmpl-")
+    return ChatAnswer(with_beam_search(model, body, chat.request.params), body, chat)
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    """A chat's request, and how its answer is read."""
+
+    request: Request
+    form: ChatFormat
+    plan: ToolPlan | None
+    thinking: Thinking
+    calls_are_bound: bool = False
+    """Whether the answer's grammar comes from its tools."""
+    prompt_text: str = ""
+    """The prompt as the template wrote it."""
+    shows_reasoning: bool = True
+
+    @property
+    def shown_ids(self) -> frozenset[int]:
+        """Special tokens that the parsers want to see."""
+        return self.form.shown_ids
+
+    def parser(self, choice: int) -> OutputParser | None:
+        """A parser for one choice; None where its text is only text."""
+        reasoning = None if self.thinking is Thinking.NONE else self.form.reasoning_format
+        tool_format = self.form.tool_format if self.plan or self.form.tool_format.frames_text else None
+        if tool_format is None and reasoning is None:
+            return None
+        return OutputParser(
+            tool_format,
+            reasoning,
+            tools={tool.name: tool.parameters for tool in self.plan.tools} if self.plan else None,
+            opened=self.thinking is Thinking.OPEN,
+            call_id=lambda call: self.form.call_id(f"{self.request.request_id}:{choice}:{call}"),
+            only_one=self.plan is not None and not self.plan.parallel,
+        )
+
+
+async def prepare_chat(
+    body: ChatBody, model: ServedModel, client_key: str, id_prefix: str, default_max_tokens: int | None = None
+) -> PreparedChat:
+    """The request of a chat, whichever endpoint it came to; rendered in a thread where that takes long.
+    `default_max_tokens` holds where the body gives no number, as far as there is room."""
+    is_short = not is_large() and body.chat_template is None
+    if is_short:
+        num_characters = _num_characters(body.messages, body.tools) + num_further_characters(body)
+        is_short = model.prepares_inline(num_characters, is_chat=True)
+    chat = await apart_unless(is_short, _prepare, body, model, client_key, id_prefix, default_max_tokens)
+    field = "tools" if chat.calls_are_bound else structured_field(body)
+    return replace(chat, request=await tried(chat.request, model, field))
+
+
+def _num_characters(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> int:
+    """About how long the prompt is; parts and tools are counted generously. Nothing is checked yet: a content may be
+    of any type."""
+    contents = [message.get("content") for message in messages]
+    num_text = sum(len(content) if isinstance(content, str) else len(str(content)) for content in contents)
+    num_others = sum(
+        len(str(value)) for message in messages for name, value in message.items() if name not in ("role", "content")
+    )
+    return num_text + num_others + 64 * len(messages) + sum(len(str(tool)) for tool in tools or ())
+
+
+def _prepare(
+    body: ChatBody, model: ServedModel, client_key: str, id_prefix: str, default_max_tokens: int | None
+) -> PreparedChat:
+    limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    names = {"prompt": "messages", "max_tokens": limit_name, "logprobs": "top_logprobs"}
+    if field := structured_field(body):
+        names["structured_outputs"] = field
+    with named_as(names):
+        form = _chat_format(body, model)
+        plan = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+        if plan is not None and not plan.forced and not model.config.engine.enable_auto_tool_choice:
+            raise RequestError(
+                "tool_choice auto is off at this server (--no-enable-auto-tool-choice): ask for required or one tool",
+                param="tool_choice",
+            )
+        contents = (message.get("content") for message in body.messages)
+        model.check_length(sum(len(content) for content in contents if isinstance(content, str)), "messages")
+        text = _rendered(body, body.messages, form, plan)
+        thinking = form.thinking_after(text)
+        settled: dict[str, Any] = {"max_tokens": getattr(body, limit_name), "logprobs": _num_logprobs(body)}
+        wanted = structured_outputs(body)
+        constraint = _constraint(form, plan, thinking, wanted)
+        settled["structured_outputs"] = constraint or _after_reasoning(wanted, form, thinking)
+        params = sampling_params(body, model, **settled)
+        token_ids = model.tokenize(text, add_special_tokens=bool(body.add_special_tokens), param="messages")
+        token_ids = truncate_ids(token_ids, body, model.config.max_model_len)
+        request = build_request(
+            new_id(id_prefix), token_ids, params, body, model.config, default_max_tokens, client_key
+        )
+        return PreparedChat(
+            request,
+            form,
+            plan,
+            thinking,
+            calls_are_bound=constraint is not None,
+            prompt_text=model.tokenizer.without_marks(text),
+            shows_reasoning=body.include_reasoning is not False,
+        )
+
+
+def _constraint(
+    form: ChatFormat, plan: ToolPlan | None, thinking: Thinking, wanted: StructuredOutputsParams | None
+) -> StructuredOutputsParams | None:
+    """What the answer's text must be so that calls are made where they must, and follow their schemas. `wanted` binds
+    an answer that calls nothing."""
+    if plan is None:
+        return None
+    arguments = plan, form.tool_format, form.reasoning_format, thinking
+    if plan.forced:
+        return StructuredOutputsParams(grammar=form.writer.forced(*arguments))
+    rule = None if wanted is None else rule_of(wanted)
+    if rule is not None:
+        either = form.writer.either(plan, form.tool_format, rule, form.reasoning_format, thinking)
+        return StructuredOutputsParams(grammar=either)
+    if wanted is not None:
+        return None
+    grammar = form.writer.free(*arguments) if any(tool.strict for tool in plan.allowed) else None
+    return None if grammar is None else StructuredOutputsParams(grammar=grammar)
+
+
+def _after_reasoning(
+    wanted: StructuredOutputsParams | None, form: ChatFormat, thinking: Thinking
+) -> StructuredOutputsParams | None:
+    """What binds the answer begins where its reasoning ends. A grammar of the request's own says all by itself."""
+    if wanted is None or form.reasoning_format is None or thinking is Thinking.NONE:
+        return wanted
+    rule = rule_of(wanted)
+    if rule is None:
+        return wanted
+    return StructuredOutputsParams(grammar=form.writer.after_reasoning(rule, form.reasoning_format, thinking))
+
+
+def _num_logprobs(body: ChatBody) -> int | None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+    if body.logprob_token_ids is not None:
+        if not body.logprobs:
+            raise RequestError("logprob_token_ids needs logprobs=true", param="logprob_token_ids")
+        return None  # they are given in place of the most likely tokens
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _chat_format(body: ChatBody | TokenizeBody, model: TextModel) -> ChatFormat:
+    """The model's, or that of the request's own template where the operator lets it bring one."""
+    if body.chat_template is None:
+        other = model.tokenizer.tool_template if body.tools else None
+        return model.chat_format if other is None else _format_of(model.tokenizer, model.config.engine, other)
+    if not model.config.engine.trust_request_chat_template:
+        raise RequestError(
+            "chat_template from a request is off; the server's operator sets it with --chat-template, or lets requests "
+            "bring their own with --trust-request-chat-template",
+            param="chat_template",
+            code="unsupported_parameter",
+        )
+    if len(body.chat_template) > MAX_TEMPLATE_CHARACTERS:
+        raise RequestError(
+            f"chat_template has {len(body.chat_template)} characters, at most {MAX_TEMPLATE_CHARACTERS} are allowed",
+            param="chat_template",
+        )
+    return _format_of(model.tokenizer, model.config.engine, body.chat_template)
+
+
+@lru_cache(maxsize=16)
+def _format_of(tokenizer: Tokenizer, config: EngineConfig, template: str) -> ChatFormat:
+    return ChatFormat.of(tokenizer.with_template(template), config)
+
+
+def render(body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]], model: TextModel) -> str:
+    """The prompt text of the messages, by the model's template and the body's options.
+
+    What the client says is marked (`Tokenizer.mark`): special tokens in it are plain text.
+    """
+    choice = body.tool_choice if isinstance(body, ChatBody) else None
+    return _rendered(body, messages, _chat_format(body, model), read_tools(body.tools, choice, None))
+
+
+def _rendered(
+    body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]], form: ChatFormat, plan: ToolPlan | None
+) -> str:
+    continues = bool(body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+        )
+    variables = body.chat_template_kwargs or {}
+    if taken := _OWN_OPTIONS.intersection(variables):
+        raise RequestError(
+            f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields", param="chat_template_kwargs"
+        )
+    shown, tools = form.template_messages(read_messages(messages), plan.tools if plan else ())
+    if isinstance(body, ChatBody):
+        if body.documents is not None:
+            variables = {"documents": body.documents, **variables}
+        variables = {**form.thinking_variables(body.reasoning_effort, body.verbosity), **variables}
+    return form.tokenizer.render_chat(
+        shown,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=continues,
+        tools=tools,
+        **variables,
+    )
+
+
+class ChatAnswer(ChunkedAnswer):
+    """An answer in OpenAI's chat shapes."""
+
+    chunk_object = "chat.completion.chunk"
+    _body: ChatBody
+
+    def __init__(self, model: ServedModel, body: ChatBody, chat: PreparedChat):
+        self._chat = chat
+        self._echoed_text = _echoed_text(body)
+        super().__init__(model, body, [chat.request], chat.request.request_id, chat)
+        self._head["service_tier"] = "default"
+
+    def _entries(self, choice: Choice, text: str) -> Iterator[dict[str, Any]]:
+        start, end = choice.num_told, len(choice.token_ids)
+        tells_tokens = end > start and bool(self._body.logprobs or self._body.return_token_ids)
+        if choice.parser is None:
+            deltas = [{"content": text}] if text else []
+        else:
+            deltas = [delta for event in choice.take_events(text) if (delta := _delta(event)) is not None]
+            if not deltas and choice.finish_reason is None:
+                return  # the parser holds the text back; its tokens are told with what it becomes
+        if start == 0:
+            calls_first = bool(deltas) and "tool_calls" in deltas[0]
+            yield self._entry(choice, {"role": "assistant", "content": None if calls_first else ""})
+            if self._echoed_text:
+                yield self._entry(choice, {"content": self._echoed_text})
+        choice.num_told = end
+        for i, delta in enumerate(deltas or [{"content": ""}] * tells_tokens):
+            entry = self._entry(choice, delta)
+            if tells_tokens and i == 0:
+                self._add_tokens(entry, choice, start, end)
+            yield entry
+        if choice.finish_reason is not None:
+            yield {
+                **self._entry(choice, {}),
+                "finish_reason": self._finish_reason(choice),
+                "stop_reason": choice.stop_reason,
+            }
+
+    def _finish_reason(self, choice: Choice) -> str | None:
+        """OpenAI says `stop` where the call was the client's choice. So do streams that told of a call which turned out
+        to be none: `tool_calls` says that all of them can be made."""
+        plan, parser = self._chat.plan, choice.parser
+        if choice.finish_reason == "stop" and parser is not None and parser.num_whole_calls:
+            told_of_none = bool(self._body.stream) and parser.has_unread_calls
+            return "tool_calls" if plan is not None and plan.mode != "named" and not told_of_none else "stop"
+        return choice.finish_reason
+
+    def _entry(self, choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _chunk_fields(self, choice: Choice, entry: dict[str, Any]) -> dict[str, Any] | None:
+        fields = super()._chunk_fields(choice, entry)
+        if "role" not in entry["delta"]:
+            return fields
+        if fields and fields["usage"] and len(self.generation.choices) == 1:  # it is told before any token
+            fields["usage"] |= {"completion_tokens": 0, "total_tokens": fields["usage"]["prompt_tokens"]}
+        return {**(fields or {}), **self._prompt_fields()}
+
+    def _prompt_fields(self) -> dict[str, Any]:
+        """What is told of the prompt, once."""
+        fields: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = self.generation.prompt_ids[0]
+        if self._body.return_prompt_text:
+            fields["prompt_text"] = self._chat.prompt_text
+        return fields
+
+    def _add_tokens(self, entry: dict[str, Any], choice: Choice, start: int, end: int | None) -> None:
+        if self._body.logprobs:
+            entry["logprobs"] = chat_logprobs(
+                self._model.tokenizer,
+                choice.logprobs[start:end],
+                as_ids=self._shows_ids,
+                shows_own=self._body.logprob_token_ids is not None,
+            )
+        if self._body.return_token_ids:
+            entry["token_ids"] = choice.token_ids[start:end]
+
+    def _usage(self) -> dict[str, Any]:
+        details = {"reasoning_tokens": self.generation.num_reasoning_tokens}
+        return {**super()._usage(), "completion_tokens_details": details}
+
+    def _whole(self) -> dict[str, Any]:
+        choices = []
+        for choice in self.generation.choices:
+            entry = {
+                "index": choice.index,
+                "message": self._message(choice),
+                "logprobs": None,
+                "finish_reason": self._finish_reason(choice),
+                "stop_reason": choice.stop_reason,
+                "token_ids": None,
+            }
+            self._add_tokens(entry, choice, 0, None)
+            choices.append(entry)
+        whole: dict[str, Any] = {**self._head, "object": "chat.completion", "choices": choices}
+        whole |= {**self._closing_fields(), "prompt_logprobs": None, "prompt_token_ids": None}
+        if self._body.prompt_logprobs is not None:
+            entries = self.generation.prompt_logprobs[0]
+            whole["prompt_logprobs"] = prompt_logprobs(self._model.tokenizer, entries)
+        return {**whole, **self._prompt_fields()}
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None, "annotations": []}
+        if choice.parser is None:
+            return {**message, "content": self._echoed_text + choice.text.text}
+        texts: list[str] = [self._echoed_text]
+        thoughts: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for event in choice.take_events(""):
+            if isinstance(event, Text):
+                texts.append(event.text)
+            elif isinstance(event, Reasoning):
+                thoughts.append(event.text)
+            elif isinstance(event, ToolCallBegin):
+                calls.append(_call(event))
+            elif isinstance(event, ToolCallArguments):
+                calls[-1]["function"]["arguments"] += event.text
+            elif isinstance(event, ToolCallEnd) and event.unread is not None:
+                calls.pop()
+                texts.append(event.unread if texts else event.unread.lstrip())
+        message["content"] = "".join(texts) or (None if calls else "")
+        if thoughts:
+            message["reasoning"] = message["reasoning_content"] = "".join(thoughts)
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+
+def _echoed_text(body: ChatBody) -> str:
+    """The text of the last message, where `echo` asks for it and the answer is of the same role."""
+    last = body.messages[-1]
+    if not body.echo or (last.get("role") != "assistant" and body.add_generation_prompt is not False):
+        return ""
+    return str(read_messages([last])[0]["content"])
+
+
+def _call(event: ToolCallBegin) -> dict[str, Any]:
+    return {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
+
+
+def _delta(event: Event) -> dict[str, Any] | None:
+    """The event as a chunk tells it; None for what a chunk does not tell."""
+    if isinstance(event, Text):
+        return {"content": event.text}
+    if isinstance(event, ToolCallArguments):
+        return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+    if isinstance(event, Reasoning):
+        return {"reasoning": event.text, "reasoning_content": event.text}
+    if isinstance(event, ToolCallBegin):
+        return {"tool_calls": [{"index": event.index, **_call(event)}]}
+    return None

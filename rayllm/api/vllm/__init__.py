@@ -1,0 +1,1 @@
+"""Endpoints that vLLM adds to OpenAI's."""
