@@ -125,9 +125,9 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     elapsed_s: float
     """Seconds the worker spent on the step."""
     waited_s: float = 0.0
-    """Seconds the worker stood idle before the plan came."""
+    """Seconds the worker was idle before it received the plan."""
     invalid_rows: bytes = b""
-    """Rows of the plan whose logits held NaN or infinity: what is said of them means nothing."""
+    """Rows of the plan whose logits held NaN or infinity: nothing else here is valid for them."""
     ends: dict[int, Finish] = {}
     """By row, where the worker knows of an end: the text is complete (`stop`, with its last token), or nothing may
     follow (`error`, and its tokens are none)."""
@@ -146,7 +146,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkerFailure(msgspec.Struct, frozen=True, array_like=True):
-    """A worker's last words, in place of a result."""
+    """A worker's step failed: sent in place of a result."""
 
     rank: int
     epoch: int
@@ -190,7 +190,7 @@ class Adopt(msgspec.Struct, frozen=True, array_like=True, tag="adopt"):
 
 
 class Forget(msgspec.Struct, frozen=True, array_like=True, tag="forget"):
-    """Nobody will adopt that kept request any more. An unknown one does nothing."""
+    """That retained request will not be adopted any more. An unknown one does nothing."""
 
     client_key: str
     answer_id: str
@@ -221,7 +221,7 @@ class IngressReport(msgspec.Struct, frozen=True, array_like=True, tag="report"):
 
     ingress: str
     counters: dict[str, list[tuple[list[str], float]]]
-    """By metric: values of its labels, and the figure."""
+    """By metric: values of its labels, and its value."""
     histograms: dict[str, Distribution]
 
 
@@ -231,7 +231,7 @@ ClientMessage = Hello | Submit | Abort | Adopt | Forget | StatsQuery | ResetPref
 READER_PAUSED = "reader_paused"
 """Code of the end of a choice that was to be submitted again when its reader has read what it has."""
 ADOPTED_BY_ANOTHER = "adopted_by_another"
-"""Code of the last word to a client whose kept request goes on for another one."""
+"""Code of the end that a client gets whose retained request another client adopted."""
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -276,7 +276,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     """For prompt positions 1.., once, with the first delta of choice 0."""
     num_cached_tokens: int = 0
-    """Prompt tokens served from the prefix cache; said with the first delta."""
+    """Prompt tokens served from the prefix cache; only in the first delta."""
     times: Times | None = None
     """Said with the first delta; not again after a fault."""
 
@@ -316,7 +316,7 @@ class Adopted(msgspec.Struct, frozen=True, array_like=True, tag="adopted"):
 
     stream: int
     request: Request | None
-    """None where none is kept under that name."""
+    """None where none is retained under that name."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):

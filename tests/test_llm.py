@@ -93,17 +93,17 @@ def test_an_answer_that_is_given_up_costs_the_others_nothing(llm: LLM) -> None:
     assert failed.finished
     assert (failed.outputs[0].finish_reason, failed.outputs[0].token_ids) == ("error", [5, 5])
     assert failed.outputs[0].error == OutputError(
-        "bad_words, with the other limits, leave no token to draw", "no_token_left"
+        "bad_words, with the other limits, leave no token to sample", "no_token_left"
     )
     assert expected.outputs[0].error is None
 
 
 def test_a_call_whose_every_answer_is_given_up_raises(llm: LLM) -> None:
     stuck = SamplingParams(allowed_token_ids=(5,), bad_words_token_ids=((5,),), n=2)
-    with pytest.raises(EngineError, match="leave no token to draw") as caught:
+    with pytest.raises(EngineError, match="leave no token to sample") as caught:
         llm.generate(["Hello", "Hello"], stuck)
     assert caught.value.code == "no_token_left"
-    with pytest.raises(EngineError, match="leave no token to draw"):
+    with pytest.raises(EngineError, match="leave no token to sample"):
         list(llm.stream("Hello", stuck))
     assert llm.stats().num_running == 0
 

@@ -61,12 +61,12 @@ class Bundles:
     def move(self, ranks: Collection[int]) -> None:
         """Gives each of the ranks, whose bundle's node is lost, one on a node that answers. Raises `NoRoomError`."""
         for rank in ranks:
-            former = self._moved.pop(rank, None)
-            if former is not None:
-                self._own.remove(former)
-                give_back(former)
+            previous = self._moved.pop(rank, None)
+            if previous is not None:
+                self._own.remove(previous)
+                give_back(previous)
                 if self.node_of(rank) and not self.on_lost_nodes([rank]):
-                    continue  # Ray has placed the first bundle anew meanwhile
+                    continue  # Ray has placed the first bundle anew in the meantime
             group = create_rank_group(self._config, self._group.bundle_specs[rank + 1])
             self._moved[rank] = group
             self._own.append(group)

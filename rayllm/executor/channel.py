@@ -46,7 +46,7 @@ class FrameTooLargeError(ConnectionError):
 class FrameReader:
     """Cuts a stream of bytes into frames. Sockets are read straight into its one buffer, which is used again.
 
-    Read into `space()`, tell `received(n)`, then take frames until there is none.
+    Read into `space()`, call `received(n)`, then take frames until there is none.
     """
 
     def __init__(self, peer: str, max_frame_bytes: int = MAX_FRAME_BYTES):
@@ -102,9 +102,7 @@ class FrameReader:
     def _frame_length(self) -> int:
         length: int = _LENGTH.unpack_from(self._view, self._start)[0]
         if length > self.max_frame_bytes:
-            raise FrameTooLargeError(
-                f"{self.peer} sends a frame of {length} bytes, at most {self.max_frame_bytes} are allowed"
-            )
+            raise FrameTooLargeError(f"{self.peer} sent a frame of {length} bytes, the limit is {self.max_frame_bytes}")
         return length
 
 
@@ -124,7 +122,7 @@ class FrameWriter:
         if length > self._max_frame_bytes:
             self._buffer = bytearray(_LENGTH.size)
             raise FrameTooLargeError(
-                f"a {type(message).__name__} of {length} bytes is longer than a frame may be: "
+                f"a {type(message).__name__} of {length} bytes exceeds the limit of a frame: "
                 f"{self._max_frame_bytes} bytes"
             )
         _LENGTH.pack_into(buffer, 0, length)
@@ -218,7 +216,7 @@ class Channel:
             finally:
                 self.sock.settimeout(None)
         except TimeoutError:
-            raise TimeoutError(f"no frame from {self.peer} in time") from None
+            raise TimeoutError(f"no frame from {self.peer} within the time limit") from None
         except (PeerGoneError, FrameTooLargeError):
             raise
         except OSError as error:
@@ -354,7 +352,7 @@ def connect(address: Address, token: str, name: str, peer: str, timeout_s: float
         channel = Channel(sock, peer)
         channel.send(Hello(token=token, client=name))
         return channel
-    raise PeerGoneError(f"{peer} does not listen at {address}: {refusal}")
+    raise PeerGoneError(f"{peer} is not listening at {address}: {refusal}")
 
 
 def _attempts(timeout_s: float) -> Iterator[None]:

@@ -36,12 +36,12 @@ class Executor(Protocol):
         """KV blocks, the least over the workers."""
 
     def send(self, plan: StepPlan) -> None:
-        """Gives the plan to all workers and returns at once. A lost worker is told by `receive`."""
+        """Gives the plan to all workers and returns at once. A lost worker is reported by `receive`."""
 
     def receive(self, timeout_s: float | None) -> StepResult:
         """The result of the oldest plan sent.
 
-        Raises `WorkerDiedError` when a worker is lost or says that it failed, and `TimeoutError`.
+        Raises `WorkerDiedError` when a worker is lost or reports that it failed, and `TimeoutError`.
         """
 
     def check(self) -> None:

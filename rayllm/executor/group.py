@@ -46,7 +46,7 @@ class WorkerGroup:
 
     A group of ranks that compute together lives until one of them is lost. `recover` fills the place of the lost one,
     from the standby where there is one, and joins all in a new group: new store, new sockets, new token, so that
-    nothing which the old group may yet say is heard.
+    late messages of the old group reach nobody.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class WorkerGroup:
                 )  # fmt: skip
                 missing = {error.rank, *(rank for rank in self.ranks if rank not in actors.loaded)}
                 if attempt == _MAX_ATTEMPTS:
-                    reason = f"{error.reason}, at attempt {attempt} to replace it; {self.describe_rank(error.rank)}"
+                    reason = f"{error.reason} (attempt {attempt} to replace it); {self.describe_rank(error.rank)}"
                     raise WorkerDiedError(error.rank, reason) from error
                 actors.end(missing)
                 aborts = actors.abort([rank for rank in self.ranks if rank not in missing])

@@ -62,7 +62,7 @@ def find_lost(
             found = pool.map(lambda raylet: why_lost(raylet, silence_s), raylets)
             reasons = {raylet.node_id: reason for raylet, reason in zip(raylets, found, strict=True) if reason}
     known = {raylet.node_id for raylet in raylets}
-    return reasons | {node_id: "Ray does not know it any more" for node_id in wanted or () if node_id not in known}
+    return reasons | {node_id: "Ray no longer lists it" for node_id in wanted or () if node_id not in known}
 
 
 def cluster_raylets() -> list[Raylet]:

@@ -23,13 +23,13 @@ _STALE_VIEW_S = 0.8
 refusing.
 """
 _LEAVING_S = 10.0
-"""The place of a former engine of this name, whose driver has ended, will be free."""
+"""The place of a previous engine of this name, whose driver has ended, will be free."""
 _CREATE_TIMEOUT_S = 15.0
 _PROBE_S = 1.0
 """A node whose raylet does not answer within so long gets no part of an engine."""
 _NODE_ID_LABEL = "ray.io/node-id"
 _UNIQUE = "@"
-"""Ends what people are told of a placement group's name."""
+"""Separates the part of a placement group's name that is shown from the part that makes it unique."""
 
 Resources = Mapping[str, float]
 
@@ -68,7 +68,7 @@ def plan_placement(
     total = _sum(nodes, "total", kind)
     if ranks > total:
         raise NoRoomError(
-            f"tensor_parallel_size={ranks} asks for {ranks} {kind}s, one a worker, and the cluster has "
+            f"tensor_parallel_size={ranks} requires {ranks} {kind}s, one per worker, but the cluster has "
             f"{total:g}{_besides(lost)}: set tensor_parallel_size to {max(1, int(total))} or lower"
             + ("" if total or kind == "CPU" else ", or device='cpu'")
         )
@@ -115,7 +115,7 @@ def _no_room(
     )
     held = "; held by " + ", ".join(holders) if holders else "; held by other Ray actors and tasks"
     return NoRoomError(
-        f"engine {config.engine.name!r} asks for at least {asked}, but free in the Ray cluster are "
+        f"engine {config.engine.name!r} requires at least {asked}, but the Ray cluster has free "
         f"{free}{_besides(lost)}{held}: stop one of them, add a node, or ask for fewer workers (tensor_parallel_size)"
     )
 
@@ -144,7 +144,7 @@ def _create(config: ResolvedConfig, bundles: list[dict[str, float]], strategy: s
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    # Ray takes each name once, and that of a former engine is given back only some time after its end.
+    # Ray takes each name once, and that of a previous engine is given back only some time after its end.
     name = f"{_group_name(config)}{_UNIQUE}{secrets.token_hex(4)}"
     selectors = [{_NODE_ID_LABEL: f"!in({','.join(sorted(lost))})"}] * len(bundles) if lost else None
     group = placement_group(bundles, strategy=strategy, name=name, bundle_label_selector=selectors)
@@ -155,7 +155,7 @@ def _create(config: ResolvedConfig, bundles: list[dict[str, float]], strategy: s
         held = ", ".join(_holders()) or "nothing else is placed, try again"
         raise NoRoomError(
             f"Ray did not place engine {config.engine.name!r} ({bundles}, {strategy}) "
-            f"within {_CREATE_TIMEOUT_S:g} s although the resources looked free: {held}"
+            f"within {_CREATE_TIMEOUT_S:g} s although the resources appeared to be free: {held}"
         ) from None
     return group
 
@@ -209,7 +209,7 @@ def _plan_when_settled(config: ResolvedConfig) -> tuple[ClusterView, Placement]:
         except NoRoomError as error:
             if any(holder.startswith(f"{_group_name(config)} (") for holder in holders):
                 patience_s = _LEAVING_S
-            if "asks for at least" not in str(error) or time.monotonic() - began_s > patience_s:
+            if "requires at least" not in str(error) or time.monotonic() - began_s > patience_s:
                 raise
         time.sleep(0.1)
 

@@ -22,8 +22,8 @@ on a GPU their first steps may compile kernels, each at its own pace.
 
 
 class ProcessGroup:
-    """This process's membership of torch's default process group. Every group of peers has a store of its own: a group
-    that failed, and what it may yet say, has no part in the next."""
+    """This process's membership of torch's default process group. Every group of peers has a store of its own: a late
+    message of a group that failed cannot reach the next."""
 
     def __init__(self, device: str, size: int):
         self._device = device
@@ -74,7 +74,7 @@ class ProcessGroup:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            with contextlib.suppress(Exception):  # a broken group may fail to say goodbye
+            with contextlib.suppress(Exception):  # a broken group may fail to shut down
                 dist.destroy_process_group()
         self._store = None
 

@@ -121,7 +121,7 @@ class RankActors:
         return place
 
     def close(self, others: Sequence[WorkerPlace] = ()) -> None:
-        """Ends all ranks, and waits until they and the `others`, which were told to end, are gone."""
+        """Ends all ranks, and waits until they and the `others`, which were ended, are gone."""
         places = [*self.places.values(), *others]
         for actor in list(self._actors.values()):  # a recovery may be under way
             with contextlib.suppress(Exception):

@@ -36,8 +36,8 @@ def raise_ended(refs: Mapping[int, Any], *, is_first_load: bool = False) -> None
 
 
 def start_watches(run_refs: Mapping[int, Any], links: WorkerLinks, bundles: Bundles | None) -> threading.Thread:
-    """Has `links` told of ranks whose `run` ends, and with `bundles` of those whose node is lost; the thread of the
-    former."""
+    """Reports ranks whose `run` ends to `links`, and with `bundles` those whose node is lost. Returns the thread that
+    watches the runs."""
     if bundles is not None:
         threading.Thread(
             target=watch_nodes, args=(bundles, list(run_refs), links), name="node-watch", daemon=True
@@ -75,7 +75,7 @@ def watch_runs(run_refs: Mapping[int, Any], links: WorkerLinks) -> None:
 
 def _report_end(rank: int, ref: Any, links: WorkerLinks) -> None:
     try:
-        links.report_loss(rank, ray.get(ref) or "it stopped serving", died=False)
+        links.report_loss(rank, ray.get(ref) or "its step loop ended", died=False)
     except ray.exceptions.RayTaskError as error:
         links.report_loss(rank, one_line(error.cause), died=False)
     except Exception as error:

@@ -39,15 +39,16 @@ def ask_head(address: str, token: str = "", timeout_s: float = _ASK_TIMEOUT_S) -
 
 def check_access(address: str, *, has_mode: bool = True) -> bool:
     """Whether the cluster at `host:port` asks for a token; this program then has the right one. Raises `ConfigError`,
-    which names the file or variable, where it has none or another, and `EngineUnreachableError` where what listens
-    there does not answer as a Ray head does. Without `has_mode`, RAY_AUTH_MODE does not bind this program."""
+    which names the file or variable, where it has none or another, and `EngineUnreachableError` where the
+    process that listens there does not answer as a Ray head does. Without `has_mode`, RAY_AUTH_MODE does not bind this
+    program."""
     mode = Environment.ray_auth_mode() if has_mode else None
     if mode not in (None, "token", "disabled"):
         return True  # Ray gets its tokens elsewhere
     answer = ask_head(address)
     if answer is Answer.NONE:
         raise EngineUnreachableError(
-            f"what listens at RAY_ADDRESS={address!r} does not answer as the head of a Ray cluster: give the address "
+            f"the process at RAY_ADDRESS={address!r} does not answer as the head of a Ray cluster: give the address "
             "that 'ray start --head' printed there"
         )
     if answer is Answer.WELCOME:
@@ -59,7 +60,7 @@ def check_access(address: str, *, has_mode: bool = True) -> bool:
         return False
     if mode == "disabled":
         raise ConfigError(
-            f"RAY_AUTH_MODE=disabled, and the Ray cluster at RAY_ADDRESS={address!r} asks for a token: "
+            f"RAY_AUTH_MODE=disabled, and the Ray cluster at RAY_ADDRESS={address!r} requires a token: "
             "unset RAY_AUTH_MODE"
         )
     token, source = read_token()
@@ -78,15 +79,15 @@ def read_token() -> tuple[str, str]:
         return token.strip(), "RAY_AUTH_TOKEN"
     path, is_named = token_file(), bool(Environment.ray_token_path())
     if path is None:
-        raise ConfigError(f"the Ray cluster asks for a token, and there is no home folder to look for it: {_GET_IT}")
+        raise ConfigError(f"the Ray cluster requires a token, but there is no home folder to look for it: {_GET_IT}")
     source = f"RAY_AUTH_TOKEN_PATH={path}" if is_named else f"{path}"
     try:
         token = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         unset = "" if is_named else " (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH are not set)"
         raise ConfigError(
-            f"the Ray cluster asks for a token, and {source} cannot be read: {error.strerror}{unset}; {_GET_IT}"
+            f"the Ray cluster requires a token, but {source} cannot be read: {error.strerror}{unset}; {_GET_IT}"
         ) from None
     if not token:
-        raise ConfigError(f"the Ray cluster asks for a token, and {source} is empty: {_GET_IT}")
+        raise ConfigError(f"the Ray cluster requires a token, but {source} is empty: {_GET_IT}")
     return token, source

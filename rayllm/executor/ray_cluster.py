@@ -39,12 +39,12 @@ _REACH_TIMEOUT_S = 5.0
 def connected_ray(
     num_cpus: int,
     environment: Callable[[str], Mapping[str, str]] = lambda folder: {},
-    meanwhile: Callable[[], None] | None = None,
+    while_connecting: Callable[[], None] | None = None,
 ) -> Iterator[bool]:
     """A connection to Ray for the length of the block; yields whether that Ray is our own and ends with it.
 
     Our own listens on loopback alone, prints nothing, and counts `num_cpus` logical CPUs; its processes find what
-    `environment` says, given a folder that goes with it. `meanwhile` runs in a thread while Ray connects. However the
+    `environment` says, given a folder that goes with it. `while_connecting` runs in a thread until then. However the
     block or this process ends, nothing of our own Ray is left; a Ray that was joined is left as it is.
 
     Raises `EngineUnreachableError` where no Ray answers at RAY_ADDRESS, and `EngineError` where our own does not start.
@@ -56,7 +56,7 @@ def connected_ray(
     address = Environment.ray_address()
     check_working_folder()
     if address is None:
-        with _own_ray(num_cpus, environment, meanwhile):
+        with _own_ray(num_cpus, environment, while_connecting):
             yield True
         return
     address = running_cluster() if address == "auto" else address
@@ -66,7 +66,7 @@ def connected_ray(
     prepare_environment(own_cluster=False)
     pid = os.getpid()
     try:
-        _connect(meanwhile, address=address)
+        _connect(while_connecting, address=address)
         yield False
     finally:
         if os.getpid() == pid:
@@ -82,7 +82,7 @@ def leave_ray_at_fork() -> None:
 
 @contextlib.contextmanager
 def _own_ray(
-    num_cpus: int, environment: Callable[[str], Mapping[str, str]], meanwhile: Callable[[], None] | None
+    num_cpus: int, environment: Callable[[str], Mapping[str, str]], while_connecting: Callable[[], None] | None
 ) -> Iterator[None]:
     prepare_environment(own_cluster=True)
     pid = os.getpid()
@@ -90,7 +90,7 @@ def _own_ray(
         try:
             os.environ.update(environment(folder.path))
             _connect(
-                meanwhile,
+                while_connecting,
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
@@ -113,13 +113,13 @@ def _new_folder_path() -> str:
     return os.path.join("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"rl-{secrets.token_hex(4)}")
 
 
-def _connect(meanwhile: Callable[[], None] | None, **options: Any) -> None:
+def _connect(while_connecting: Callable[[], None] | None, **options: Any) -> None:
     import ray
 
     quieten_ray()
     leave_ray_at_fork()
-    if meanwhile is not None:  # not before Ray is imported: that reads the environment
-        threading.Thread(target=meanwhile, name="meanwhile", daemon=True).start()
+    if while_connecting is not None:  # not before Ray is imported: that reads the environment
+        threading.Thread(target=while_connecting, name="while_connecting", daemon=True).start()
     try:
         ray.init(
             job_config=job_config(),
@@ -166,7 +166,7 @@ def check_reachable(address: str) -> None:
         )
     host, _, port = address.rpartition(":")
     if not port.isdigit():
-        raise ConfigError(f"RAY_ADDRESS={address!r} is no address: give auto, or HOST:PORT")
+        raise ConfigError(f"RAY_ADDRESS={address!r} is not an address: give auto, or HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:

@@ -103,7 +103,7 @@ def _say_goodbye(folder: str | None, timeout_s: float) -> None:
     if goodbye.is_alive() and folder is not None and end_all_of(folder, grace_s=0):
         goodbye.join(timeout_s)
     if goodbye.is_alive():
-        log.warning("Ray has not let this process go after %g s", timeout_s)
+        log.warning("Ray did not disconnect this process within %g s", timeout_s)
         atexit.unregister(shutdown)  # which would wait for the one that is under way, without an end
         atexit.register(await_goodbye, _GOODBYE_TIMEOUT_S)
 

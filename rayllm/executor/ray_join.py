@@ -125,7 +125,7 @@ def _check_answers(address: str, token: str) -> None:
                     f"the Ray at {address} refuses this process's token: use the token of the server's user "
                     "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
                 ) from None
-            reason = "no answer in time" if code == grpc.StatusCode.DEADLINE_EXCEEDED else "nothing listens there"
+            reason = "timed out" if code == grpc.StatusCode.DEADLINE_EXCEEDED else "nothing listens there"
             raise EngineUnreachableError(f"the Ray at {address} does not answer ({reason})") from None
 
 

@@ -139,11 +139,11 @@ class RayWatch:
             if not lost.done():
                 lost.set_result(error)
 
-        def tell(error: EngineError) -> None:
+        def notify(error: EngineError) -> None:
             with contextlib.suppress(RuntimeError):  # the program has left its event loop
                 loop.call_soon_threadsafe(set_lost, error)
 
-        forget = self.on_lost(tell)
+        forget = self.on_lost(notify)
         try:
             return await lost
         finally:

@@ -51,7 +51,7 @@ def worker_place() -> WorkerPlace:
 
 
 def await_ends(places: Iterable[WorkerPlace]) -> None:
-    """Waits until the processes, which live on this node and were told to end, are gone and their memory with them."""
+    """Waits until the processes, which run on this node and were ended, are gone and their memory is free."""
     alive = {place.pid for place in places}
     deadline = time.monotonic() + END_TIMEOUT_S
     while alive := {pid for pid in alive if _is_alive(pid)}:
@@ -79,7 +79,7 @@ def is_stopped(place: WorkerPlace) -> bool:
 
 
 def last_error(log: str) -> str:
-    """What a log says last of what went wrong, in one line: no traceback, no file paths, none of Ray's marks."""
+    """The last error in a log, in one line: no traceback, no file paths, no markers of Ray."""
     left_out = (" ", "\t", "Traceback", ":actor_name:", ":task_name:", ":job_id:")
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(left_out)]
     errors = [line for line in lines if re.search(r"[Ee]rror|[Ee]xception|[Kk]illed|[Ff]atal|out of memory", line)]

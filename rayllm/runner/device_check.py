@@ -1,5 +1,5 @@
-"""Does a device compute and remember what it should? Asked once by each worker that starts, before it loads anything:
-a broken device is better named now than met as a hang, or as wrong tokens, later.
+"""A check of the device's arithmetic and memory, made once by each worker that starts, before it loads anything: a
+broken device would otherwise show as a hang, or as wrong tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rayllm.errors import WorkerDiedError
 
 _TILE = 64
 _NUM_TILES = {"cpu": 1, "cuda": 32}
-"""Times that the product's tile stands in each direction: on a GPU, enough for every multiprocessor to have a part."""
+"""Repetitions of the product's tile in each direction: on a GPU, enough for every multiprocessor to have a part."""
 _PATTERN_BYTES = {"cpu": 2**16, "cuda": 2**26}
 
 
@@ -20,9 +20,13 @@ def check_device(config: ResolvedConfig, rank: int, device: torch.device) -> Non
     """Raises `WorkerDiedError` with what was computed and what was expected. No peer takes part. It costs nothing on a
     CPU; on a GPU, a few milliseconds and 200 MB for as long."""
     try:
-        fault = _too_full(config, device) or _miscounts(device, getattr(torch, config.dtype)) or _forgets(device)
+        fault = (
+            _memory_shortage(config, device)
+            or _multiplication_fault(device, getattr(torch, config.dtype))
+            or _memory_fault(device)
+        )
     except RuntimeError as error:  # CUDA's own
-        fault = f"does not answer: {' '.join(str(error).split())}"
+        fault = f"failed: {' '.join(str(error).split())}"
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the KV pool is to have it
     if fault:
@@ -30,11 +34,11 @@ def check_device(config: ResolvedConfig, rank: int, device: torch.device) -> Non
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called, for people."""
+    """The device's name for logs and errors."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _too_full(config: ResolvedConfig, device: torch.device) -> str | None:
+def _memory_shortage(config: ResolvedConfig, device: torch.device) -> str | None:
     engine = config.engine
     if device.type != "cuda" or engine.num_kv_blocks is not None or engine.kv_cache_memory_bytes is not None:
         return None
@@ -42,31 +46,31 @@ def _too_full(config: ResolvedConfig, device: torch.device) -> str | None:
     if total - free < total * engine.gpu_memory_utilization:
         return None
     return (
-        f"has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, and gpu_memory_utilization="
-        f"{engine.gpu_memory_utilization:g} leaves no more to use: another process holds the rest"
+        f"has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, so gpu_memory_utilization="
+        f"{engine.gpu_memory_utilization:g} leaves nothing for this engine: stop the processes that use the rest"
     )
 
 
-def _miscounts(device: torch.device, dtype: torch.dtype) -> str | None:
+def _multiplication_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """A product of small whole numbers, which every dtype holds exactly, against the same in whole numbers on the
     CPU."""
     count = torch.arange(_TILE * _TILE).view(_TILE, _TILE)
     a, b = count * 7 % 5 - 2, count * 11 % 3 - 1
     times = _NUM_TILES[device.type]
     found = multiply(a.to(device, dtype).repeat(times, 1), b.to(device, dtype).repeat(1, times))
-    return _difference("computes", found, (a @ b).repeat(times, times))
+    return _difference("computed", found, (a @ b).repeat(times, times))
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """What is tried."""
+    """The product that the check computes."""
     return a @ b
 
 
-def _forgets(device: torch.device) -> str | None:
+def _memory_fault(device: torch.device) -> str | None:
     """A pattern and its opposite, written and read back."""
     pattern = torch.arange(_PATTERN_BYTES[device.type] // 4, dtype=torch.int32)
     for written in (pattern, ~pattern):
-        if fault := _difference("remembers", written.to(device).clone(), written):
+        if fault := _difference("stored", written.to(device).clone(), written):
             return fault
     return None
 
@@ -78,6 +82,6 @@ def _difference(verb: str, found: Tensor, expected: Tensor) -> str | None:
         return None
     first = tuple(wrong[0].tolist())
     return (
-        f"{verb} {len(wrong)} of {expected.numel()} numbers wrongly; the first, at {list(first)}, is "
+        f"{verb} {len(wrong)} of {expected.numel()} values incorrectly; the first, at {list(first)}, is "
         f"{found[first]:g} instead of {expected[first]:g}"
     )

@@ -17,7 +17,7 @@ _CPU_SHARE = 0.4
 def plan_num_blocks(config: ResolvedConfig, bytes_per_block: int, device: torch.device, activation_bytes: int) -> int:
     """KV blocks for this worker, called when the weights are loaded.
 
-    The user's figure (`num_kv_blocks`, `kv_cache_memory_bytes`) wins; else what `gpu_memory_utilization` leaves on the
+    The user's setting (`num_kv_blocks`, `kv_cache_memory_bytes`) wins; else what `gpu_memory_utilization` leaves on the
     GPU, or a share of the machine's available memory. Never more than `max_num_seqs` full sequences could use.
     Raises `ConfigError` where not even one sequence of `max_model_len` fits.
     """
@@ -37,8 +37,8 @@ def plan_num_blocks(config: ResolvedConfig, bytes_per_block: int, device: torch.
         fits = max(0, num_blocks) * config.block_size
         raise ConfigError(
             f"max_model_len={config.max_model_len} needs {blocks_per_sequence * bytes_per_block / 2**20:.0f} MiB of KV "
-            f"cache a worker, {max(0, budget) / 2**20:.0f} MiB are there: lower max_model_len to {fits}, or raise "
-            + ("gpu_memory_utilization" if device.type == "cuda" else "kv_cache_memory_bytes")
+            f"cache per worker, but {max(0, budget) / 2**20:.0f} MiB are available: lower max_model_len to "
+            f"{fits}, or raise " + ("gpu_memory_utilization" if device.type == "cuda" else "kv_cache_memory_bytes")
         )
     return num_blocks
 

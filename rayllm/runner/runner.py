@@ -1,4 +1,4 @@
-"""One rank of the model: it does what the plan says. Weights, KV pool, rows and sampler live here; no policy does.
+"""One rank of the model: it computes plans. It owns weights, KV pool, rows and sampler, and decides nothing.
 
 The same class runs inside a worker actor and, alone, in a process without Ray.
 """
@@ -34,14 +34,16 @@ log = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 16
 _MAX_MASK_THREADS = 8
-_NO_TOKEN_LEFT = Finish("error", code=NO_TOKEN_LEFT, message="bad_words, with the other limits, leave no token to draw")
+_NO_TOKEN_LEFT = Finish(
+    "error", code=NO_TOKEN_LEFT, message="bad_words and the request's other constraints leave no token to sample"
+)
 _LOGPROB_SLICE = 256
 """Prompt positions whose logits are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A step that was launched and whose result nobody has read back: its tensors may still be computed."""
+    """A step that was launched and whose result was not read back: its tensors may still be computed."""
 
     plan: StepPlan
     step: StepInput
@@ -203,8 +205,8 @@ class Runner:
             self._structured.begin(new.row, new.params, tokens[new.num_prompt_tokens :])
 
     def _clean(self, plan: StepPlan) -> None:
-        """Zeroes those of the blocks that the plan gives away of which nobody knows what they hold: not used since the
-        start, or a row's with invalid logits. NaN in a slot that is masked, because its new row has not come to it,
+        """Zeroes those of the plan's new blocks whose contents are unknown: not used since the start, or a row's with
+        invalid logits. NaN in a slot that is masked, because its new row has not come to it,
         would poison the product."""
         given = {*unpack_ids(plan.grown_blocks)}
         for new in plan.new_rows:  # those of a prefix hit hold what they should
@@ -228,7 +230,7 @@ class Runner:
         """The rows that a grammar ends, or that have no token left to draw."""
         stuck_rows = sampled.stuck_rows()
         for row in stuck_rows:
-            self._structured.fail(row, "the grammar and the request's other limits together leave no token")
+            self._structured.fail(row, "the grammar and the request's other constraints leave no token to sample")
         ends = self._structured.advance(sampled.rows, unpack_ids(token_ids).tolist())
         for row in stuck_rows:
             ends.setdefault(row, _NO_TOKEN_LEFT)

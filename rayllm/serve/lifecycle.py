@@ -310,7 +310,7 @@ def _ray(engine: EngineConfig, server: ServerConfig) -> Iterator[bool]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
     environment = partial(proxy_environment, server)
-    with connected_ray(num_logical_cpus(engine, server), environment, meanwhile=_import_serve) as owns_ray:
+    with connected_ray(num_logical_cpus(engine, server), environment, while_connecting=_import_serve) as owns_ray:
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
         yield owns_ray

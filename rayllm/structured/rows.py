@@ -75,7 +75,7 @@ class StructuredRows:
         self._credit_s = _STEP_CREDIT_S
 
     def prepare(self) -> None:
-        """Begins to load what the first row will need. What goes wrong is said of that row."""
+        """Begins to load what the first row will need. A failure is reported for that row."""
         self._submit(self._try_load)
 
     def begin(self, row: int, params: RowParams, emitted: array[int] | Sequence[int]) -> None:
@@ -164,7 +164,7 @@ class StructuredRows:
         try:
             self._vocabulary = self._vocabulary or self._load()
         except (RayLLMError, OSError):
-            return  # tried again, and told, when a row needs it
+            return  # tried again, and reported, when a row needs it
 
     def _begin(self, state: _Row, emitted: list[int]) -> None:
         try:

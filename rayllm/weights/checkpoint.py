@@ -46,7 +46,7 @@ class Checkpoint:
         if is_pickled and PICKLED.is_in(self.folder):
             return PICKLED
         if load_format == "pt":
-            raise ConfigError(f"{self.folder} holds no {PICKLED.whole}, which load_format='pt' asks for")
+            raise ConfigError(f"{self.folder} contains no {PICKLED.whole}, which load_format='pt' requires")
         return SAFETENSORS
 
     def names(self) -> list[str]:
@@ -75,11 +75,11 @@ class Checkpoint:
         found = self._slice(name).get_shape()
         if list(found) != list(shape):
             raise ConfigError(
-                f"{self.file_of(name)}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}"
+                f"{self.file_of(name)}: tensor {name!r} has shape {list(found)}, but config.json requires {list(shape)}"
             )
 
     def unused(self) -> list[str]:
-        """Tensors that nobody asked for, sorted."""
+        """Tensors that were not read, sorted."""
         return sorted(name for name in self._files if name not in self._used)
 
     def read(self, name: str, region: Sequence[range]) -> Tensor:
@@ -121,8 +121,8 @@ class Checkpoint:
         paths = PICKLED.files(self.folder) if self._form is PICKLED else safetensors_files(self.folder)
         if not paths:
             others = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]
-            why = f"; {min(others)} has a name that is not known" if others else ""
-            raise ConfigError(f"{self.folder} holds no model.safetensors and no pytorch_model.bin{why}")
+            why = f"; {min(others)} is not a file name that is read" if others else ""
+            raise ConfigError(f"{self.folder} contains neither model.safetensors nor pytorch_model.bin{why}")
         for path in paths:
             for name in self._open_file(path).keys():  # noqa: SIM118 (not a dict)
                 if name in self._files:

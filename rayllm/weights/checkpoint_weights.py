@@ -38,7 +38,7 @@ def find_stored(parameter: str, names: WeightNames) -> stored.Stored:
 
 
 class CheckpointWeights(WeightSource):
-    """Parameters out of a checkpoint. After all have been taken, `report_unused` names what nobody asked for."""
+    """Parameters out of a checkpoint. After all were read, `report_unused` names the tensors that were not."""
 
     def __init__(self, checkpoint: Checkpoint, names: WeightNames, dtype: torch.dtype, device: torch.device):
         self._checkpoint = checkpoint
@@ -56,7 +56,7 @@ class CheckpointWeights(WeightSource):
         if part is not None:
             tensor = pad_to(tensor, dim, len(part))
         if not tensor.dtype.is_floating_point:
-            raise ConfigError(f"{self._where(name)} has dtype {tensor.dtype}: {name} must be of floating point")
+            raise ConfigError(f"{self._where(name)} has dtype {tensor.dtype}: {name} must be floating point")
         tensor = tensor.to(device=self._device, dtype=self._dtype).contiguous()
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             # one such number would reach, through the shared KV pool, requests of other users
@@ -72,7 +72,9 @@ class CheckpointWeights(WeightSource):
         if unused:
             shown = ", ".join(unused[:_MAX_NAMES_SHOWN])
             more = f" and {len(unused) - _MAX_NAMES_SHOWN} more" if len(unused) > _MAX_NAMES_SHOWN else ""
-            logger.warning("%s: %d tensors are not used: %s%s", self._checkpoint.folder, len(unused), shown, more)
+            logger.warning(
+                "%s: %d tensors of the checkpoint are not used: %s%s", self._checkpoint.folder, len(unused), shown, more
+            )
 
     def _where(self, name: str) -> str:
         """The file and the tensor that hold a parameter; of a stack, the first."""

@@ -128,6 +128,6 @@ def test_without_room_the_engine_waits_for_a_node_and_says_so(running: Running) 
         while "waiting for free resources in the Ray cluster" not in (said := running.served.health()[1]):
             assert time.monotonic() < deadline, said
             time.sleep(0.2)
-        assert "tensor_parallel_size=2 asks for 2 CPUs, one a worker, and the cluster has 0" in said
+        assert "tensor_parallel_size=2 requires 2 CPUs, one per worker, but the cluster has 0" in said
         running.nodes.add()
         running.check(load, lost_at, MAX_NOTICE_S)

@@ -75,7 +75,7 @@ def test_frames_that_straddle_the_end_of_the_buffer_are_kept_whole() -> None:
 
 def test_too_long_a_frame_is_refused_at_its_length_with_the_peer_and_the_limit() -> None:
     reader = FrameReader("worker rank 3", max_frame_bytes=100)
-    with pytest.raises(FrameTooLargeError, match="worker rank 3 sends a frame of 101 bytes, at most 100"):
+    with pytest.raises(FrameTooLargeError, match="worker rank 3 sent a frame of 101 bytes, the limit is 100"):
         _feed(reader, struct.pack("<I", 101))
 
 
@@ -229,5 +229,5 @@ def test_connecting_waits_for_a_listener_that_is_late() -> None:
 
 
 def test_connecting_to_nobody_says_where(tmp_path: Path) -> None:
-    with pytest.raises(PeerGoneError, match=r"the driver does not listen at .*nobody"):
+    with pytest.raises(PeerGoneError, match=r"the driver is not listening at .*nobody"):
         connect(str(tmp_path / "nobody"), "secret", "0", "the driver", timeout_s=0.05)

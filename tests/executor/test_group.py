@@ -271,7 +271,7 @@ def test_a_rank_whose_replacement_cannot_load_is_given_up_with_its_reason(
     os.kill(group.places[0].pid, signal.SIGKILL)
     with pytest.raises(WorkerDiedError):
         _check_until_told(group)
-    expected = r"rank 0 failed: ConfigError: no such folder, at attempt 3 .*; node \w+, host [\w.]+, cpu"
+    expected = r"rank 0 failed: ConfigError: no such folder \(attempt 3 .*\); node \w+, host [\w.]+, cpu"
     with pytest.raises(WorkerDiedError, match=expected):
         group.recover([0])
 
@@ -291,5 +291,5 @@ def test_a_rank_that_dies_while_loading_is_an_error_and_not_a_hang(
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel_size=64 asks for 64 CPUs"):
+    with pytest.raises(ConfigError, match="tensor_parallel_size=64 requires 64 CPUs"):
         WorkerGroup(_config("large", 64), runner_factory=reducing_runner())

@@ -78,7 +78,7 @@ def test_all_nodes_are_asked_at_once_and_only_the_wanted_ones(listen: Callable[.
     assert find_lost([*raylets, alive], 0.5).keys() == {raylet.node_id for raylet in raylets}
     assert time.monotonic() - began_s < 8 * 0.5
     assert find_lost([*raylets, alive], 0.2, {ID, "f1"}).keys() == {"f1"}
-    assert find_lost([alive], wanted={ID, "gone"}) == {"gone": "Ray does not know it any more"}
+    assert find_lost([alive], wanted={ID, "gone"}) == {"gone": "Ray no longer lists it"}
     for one in frozen:
         one.close()
 

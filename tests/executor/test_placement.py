@@ -46,13 +46,13 @@ def test_one_node_with_room_is_enough_for_strict_packing() -> None:
 @pytest.mark.parametrize(
     ("device", "node", "message"),
     [
-        ("cpu", _node(2), r"tensor_parallel_size=3 asks for 3 CPUs.*has 2: set tensor_parallel_size to 2 or"),
+        ("cpu", _node(2), r"tensor_parallel_size=3 requires 3 CPUs.*has 2: set tensor_parallel_size to 2 or"),
         (
             "cuda",
             _node(8, gpus=2),
-            r"tensor_parallel_size=3 asks for 3 GPUs.*has 2: set tensor_parallel_size to 2 or",
+            r"tensor_parallel_size=3 requires 3 GPUs.*has 2: set tensor_parallel_size to 2 or",
         ),
-        ("cuda", _node(8), r"asks for 3 GPUs.*has 0.*device='cpu'"),
+        ("cuda", _node(8), r"requires 3 GPUs.*has 0.*device='cpu'"),
     ],
 )
 def test_more_ranks_than_the_cluster_has_devices_are_refused(device: str, node: Node, message: str) -> None:
@@ -77,7 +77,7 @@ def test_lost_nodes_are_named_where_the_others_have_no_room() -> None:
     lost = {"0123456789": "nothing listens at its raylet's address h:1"}
     with pytest.raises(NoRoomError, match=r"0 of 2 CPUs \(node 01234567 is lost: nothing listens .* h:1\); held by"):
         plan_placement(_config(1), [_node(2, free_cpus=0)], lost=lost)
-    with pytest.raises(NoRoomError, match=r"asks for 2 CPUs, one a worker, and the cluster has 1 \(node 01234567 is"):
+    with pytest.raises(NoRoomError, match=r"requires 2 CPUs, one per worker, but the cluster has 1 \(node 01234567 is"):
         plan_placement(_config(2), [_node(1)], lost=lost)
 
 
@@ -86,7 +86,7 @@ def test_a_rank_that_moves_asks_for_what_it_had_or_for_a_small_share_of_a_cpu() 
     assert plan_rank(_config(2, "cuda"), gpu, [_node(8, gpus=1, free_gpus=0), _node(8, gpus=1)]) == gpu
     assert plan_rank(_config(2), {"CPU": 1.0}, [_node(2, free_cpus=0.5)]) == {"CPU": 0.01}
     with pytest.raises(
-        NoRoomError, match=r"asks for at least 1 GPU and 0\.01 CPUs on one node, but free .* 0 of 1 GPUs"
+        NoRoomError, match=r"requires at least 1 GPU and 0\.01 CPUs on one node, but .* free 0 of 1 GPUs"
     ):
         plan_rank(_config(2, "cuda"), gpu, [_node(8, gpus=1, free_gpus=0)])
 

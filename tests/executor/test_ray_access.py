@@ -103,7 +103,7 @@ def test_no_token_is_told_by_where_it_was_looked_for(
     start_head: Callable[..., str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = start_head(TOKEN)
-    with pytest.raises(ConfigError, match=r"asks for a token, and .*auth_token cannot be read: No such file.*not set"):
+    with pytest.raises(ConfigError, match=r"requires a token, but .*auth_token cannot be read: No such file.*not set"):
         check_access(address)
     assert not (home / ".ray" / "auth_token").exists()
     (home / ".ray" / "auth_token").write_text(" ")
@@ -118,7 +118,7 @@ def test_a_mode_that_is_not_the_clusters_is_told(
     start_head: Callable[..., str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=disabled, and .* asks for a token: unset"):
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=disabled, and .* requires a token: unset"):
         check_access(start_head(TOKEN))
     assert not check_access(start_head())
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

@@ -32,7 +32,7 @@ def test_an_address_is_looked_at_before_ray_is() -> None:
     for address in (_unused_address(), "no.such.host.invalid:6379", "127.0.0.1:99999"):
         with pytest.raises(EngineUnreachableError, match=rf"at RAY_ADDRESS='{address}' \(.+\): start one there with"):
             check_reachable(address)
-    with pytest.raises(ConfigError, match="RAY_ADDRESS='head' is no address: give auto, or HOST:PORT"):
+    with pytest.raises(ConfigError, match="RAY_ADDRESS='head' is not an address: give auto, or HOST:PORT"):
         check_reachable("head")
     with pytest.raises(ConfigError, match="Ray Client"):
         check_reachable("ray://head:10001")

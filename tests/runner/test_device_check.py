@@ -36,12 +36,12 @@ def _lost(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("multiply", "expected"),
     [
-        (_one_wrong, r"computes 1 of 4096 numbers wrongly; the first, at \[3, 5\], is (\S+) instead of (\S+)$"),
-        (_not_a_number, r"computes 4096 of 4096 numbers wrongly; .*, is nan instead of"),
-        (_lost, r"does not answer: CUDA error: unspecified launch failure Compile"),
+        (_one_wrong, r"computed 1 of 4096 values incorrectly; the first, at \[3, 5\], is (\S+) instead of (\S+)$"),
+        (_not_a_number, r"computed 4096 of 4096 values incorrectly; .*, is nan instead of"),
+        (_lost, r"failed: CUDA error: unspecified launch failure Compile"),
     ],
 )
-def test_a_device_that_computes_wrongly_is_named_with_what_was_expected(
+def test_a_device_that_computed_wrongly_is_named_with_what_was_expected(
     multiply: Callable[[Tensor, Tensor], Tensor], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_check, "multiply", multiply)
@@ -50,16 +50,16 @@ def test_a_device_that_computes_wrongly_is_named_with_what_was_expected(
     assert "\n" not in str(caught.value)
 
 
-def test_a_device_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_memory_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     clone = Tensor.clone
     monkeypatch.setattr(Tensor, "clone", lambda tensor: clone(tensor) & ~8)  # a bit that is stuck
-    with pytest.raises(WorkerDiedError, match=r"remembers 8192 of 16384 numbers wrongly; .* is 0 instead of 8$"):
+    with pytest.raises(WorkerDiedError, match=r"stored 8192 of 16384 values incorrectly; .* is 0 instead of 8$"):
         check_device(fake_config(), 0, CPU)
 
 
 def test_a_gpu_that_others_fill_is_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**30, 80 * 2**30))
-    fault = device_check._too_full(fake_config(), torch.device("cuda"))
+    fault = device_check._memory_shortage(fake_config(), torch.device("cuda"))
     assert fault is not None
-    assert fault.startswith("has 2.0 of 80.0 GiB free, and gpu_memory_utilization=0.92 leaves no more to use")
-    assert device_check._too_full(fake_config(engine={"num_kv_blocks": 2}), torch.device("cuda")) is None
+    assert fault.startswith("has 2.0 of 80.0 GiB free, so gpu_memory_utilization=0.92 leaves nothing for this engine")
+    assert device_check._memory_shortage(fake_config(engine={"num_kv_blocks": 2}), torch.device("cuda")) is None

@@ -195,9 +195,9 @@ def test_a_request_that_leaves_no_token_fails_alone(llm: LLM) -> None:
     ]
     failed, sound = llm.generate([PROMPT] * 2, params, use_tqdm=False)
     assert failed.outputs[0].error is not None
-    assert "together leave no token" in failed.outputs[0].error.message
+    assert "constraints leave no token" in failed.outputs[0].error.message
     assert sound.outputs[0].text == "abc"
-    with pytest.raises(EngineError, match="together leave no token"):
+    with pytest.raises(EngineError, match="constraints leave no token"):
         llm.generate([PROMPT], params[0], use_tqdm=False)
 
 

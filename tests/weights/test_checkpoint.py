@@ -99,7 +99,7 @@ def _foreign_index(folder: Path) -> None:
 
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "weights missing": (lambda folder: (folder / WEIGHTS).unlink(), r"holds no model\.safetensors"),
+    "weights missing": (lambda folder: (folder / WEIGHTS).unlink(), r"contains neither model\.safetensors"),
     "weights truncated": (_truncate, r"model\.safetensors is not a readable"),
     "weights empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), r"model\.safetensors is not a readable"),
     "weights are a directory": (_directory, r"model\.safetensors is not a regular file"),
@@ -125,7 +125,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor of a wrong shape": (_wrong_shape, r"model\.safetensors: tensor 'model\.norm\.weight' has shape \[63\]"),
     "tensor of a wrong dtype": (
         _wrong_dtype,
-        r"has dtype torch\.int8: final_norm\.weight must be of floating",
+        r"has dtype torch\.int8: final_norm\.weight must be floating",
     ),
     "tensor with a NaN": (_not_a_number, r"tensor 'model\.norm\.weight' holds NaN or infinity"),
     "tensor in two files": (_both_files, r"is both in .*one\.safetensors and in other\.safetensors"),
@@ -161,7 +161,9 @@ def test_an_unexpected_tensor_is_named_in_a_warning(folder: Path, caplog: pytest
     _edit(folder, lambda tensors: tensors.update({"surprise": torch.ones(4)}))
     with caplog.at_level(logging.WARNING):
         load(TensorParallel(), folder)
-    assert [record.getMessage() for record in caplog.records] == [f"{folder}: 1 tensors are not used: surprise"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: 1 tensors of the checkpoint are not used: surprise"
+    ]
 
 
 def test_every_tensor_of_a_checkpoint_is_used_and_derived_buffers_are_no_news(

@@ -81,13 +81,13 @@ def test_a_module_name_serves_weight_and_bias_of_a_fused_tensor(checkpoint: Chec
 
 
 def test_a_fused_tensor_of_another_size_is_refused_with_both_shapes(checkpoint: Checkpoint) -> None:
-    with pytest.raises(ConfigError, match=r"'fused\.weight' has shape \[24, 6\], config\.json asks for \[20, 6\]"):
+    with pytest.raises(ConfigError, match=r"'fused\.weight' has shape \[24, 6\], but config\.json requires \[20, 6\]"):
         _read(checkpoint, split_rows("fused.weight", 12, 4, 4)[0], (12, 6))
 
 
 def test_whole_numbers_are_read_but_are_no_parameter(checkpoint: Checkpoint) -> None:
     assert checkpoint.read("ids", [range(1, 3)]).tolist() == [1, 2]
-    with pytest.raises(ConfigError, match=r"'ids' has dtype torch\.int64: layers\.0\.x\.weight must be of floating"):
+    with pytest.raises(ConfigError, match=r"'ids' has dtype torch\.int64: layers\.0\.x\.weight must be floating"):
         _read(checkpoint, "ids", (4,))
 
 

@@ -131,7 +131,7 @@ async def test_a_reader_that_does_not_read_is_paused_and_others_are_not(driver: 
 async def test_a_request_too_long_for_a_frame_fails_alone(driver: _FakeDriver) -> None:
     async with await connect(driver.address) as connection:
         other = connection.submit(make_request([1], max_tokens=2))
-        with pytest.raises(FrameTooLargeError, match=r"a Submit of .* is longer than a frame may be"):
+        with pytest.raises(FrameTooLargeError, match=r"a Submit of .* exceeds the limit of a frame"):
             connection.submit(make_request([0] * (MAX_CLIENT_FRAME_BYTES // 4), max_tokens=2))
         after = connection.submit(make_request([1], max_tokens=2))
         assert (await _collect(other), await _collect(after)) == ({0: [0, 1]}, {0: [100, 101]})
