@@ -51,7 +51,8 @@ def structured_outputs(body: GenerationBody) -> StructuredOutputsParams | None:
             return _structured(value)
         return StructuredOutputsParams(**{name.removeprefix("guided_"): value})
     except ValueError as error:
-        raise RequestError(f"{name}: {error}", param=name) from None
+        reason = str(error).removeprefix(f"{name}: ")
+        raise RequestError(f"{name}: {reason}", param=name) from None
 
 
 async def tried(request: Request, model: ServedModel, param: str | None) -> Request:

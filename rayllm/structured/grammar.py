@@ -27,6 +27,7 @@ _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _PATTERN = re.compile(r'"pattern"\s*:\s*("(?:[^"\\]|\\.)*")')
 _NO_BRACKET = re.compile(r"[^\[\]{}()]+")
 _REPETITION = re.compile(r"(?<!\\)\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+_SCHEMA_INSIDE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 _CLEARER_REASONS = (
     (re.compile(r"Unimplemented keys: \[(.*?)\]"), r"unsupported JSON schema keywords: \1"),
     (
@@ -72,6 +73,8 @@ def check_grammar(params: StructuredOutputsParams) -> None:
 def first_line(text: str) -> str:
     """llguidance's reason in one line, without what it says of its own state and settings."""
     lines = [line.strip() for line in text.replace("<state>", "\n").splitlines()]
+    if _SCHEMA_INSIDE.search(lines[0] if lines else ""):  # then the lines round it are of our own grammar
+        lines = [_SCHEMA_INSIDE.sub("", lines[0])]
     reason = " ".join(line for line in lines[:4] if line and not line.startswith(("<non-verbose", "Tokens:")))
     for pattern, clearer in _CLEARER_REASONS:
         reason = pattern.sub(clearer, reason)

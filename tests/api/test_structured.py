@@ -112,7 +112,11 @@ async def test_structural_tags(service: ModelService, engine: FakeEngine, field:
         ({"response_format": json_schema(schema="x")}, "response_format", "schema must be an object"),
         ({"response_format": json_schema(schemas={})}, "response_format", "did you mean 'schema'"),
         ({"response_format": json_schema(schema={"type": "stsring"})}, "response_format", "Invalid type: stsring"),
-        ({"structured_outputs": {}}, "structured_outputs", "give exactly one of json"),
+        (
+            {"structured_outputs": {}},
+            "structured_outputs",
+            "^structured_outputs: nothing given; give exactly one of json",
+        ),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "regex and choice given"),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs", "did you mean 'regex'"),
         ({"structured_outputs": {"regex": "((("}}, "structured_outputs", "unclosed group"),

@@ -343,6 +343,14 @@ def test_what_cannot_be_followed_is_refused_by_its_name(word: str) -> None:
     assert caught.value.status == 400
 
 
+def test_a_schema_inside_of_a_grammar_is_refused_without_the_lines_of_the_grammar() -> None:
+    schema = json.dumps({"type": "array", "items": {"type": "string"}, "uniqueItems": True})
+    grammar = f'start: call\ncall: "<tool_call>" %json {schema} "</tool_call>"'
+    with pytest.raises(RequestError) as caught:
+        check_grammar(StructuredOutputsParams(grammar=grammar))
+    assert caught.value.message == 'grammar cannot be followed: unsupported JSON schema keywords: "uniqueItems"'
+
+
 class _Color(enum.Enum):
     R = "r"
     G = "g"

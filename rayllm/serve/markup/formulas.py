@@ -40,6 +40,11 @@ _ENVIRONMENTS = (
     (re.compile(r"\\(begin|end)\{(?:gathered|gather|multlined?)\*?\}"), "matrix"),
     (re.compile(r"\\(begin|end)\{[dr]cases\*?\}"), "cases"),
 )
+_LIMITS_BELOW = frozenset(
+    ["lim", "max", "min", "sup", "inf", *"\u22c3\u22c2\u2a01\u2a02\u2a00\u2a06\u2a04\u22c1\u22c0\u2210"]
+)
+"""Operators whose limits latex2mathml sets beside them, where TeX has them below in a display. It marks others."""
+_BELOW = {"msub": "munder", "msubsup": "munderover"}
 _REFERENCE = re.compile(r"&#x([0-9A-Fa-f]{1,6});")
 _VALUE = re.compile(r"[\w#.%+\- ]{1,60}")
 
@@ -88,7 +93,17 @@ def _nodes(element: Element, depth: int, num_left: list[int]) -> list[Any]:
     if tag not in _TAGS:
         return children
     attributes = {name: value for name, value in element.attrib.items() if name in _ATTRIBUTES and _is_plain(value)}
+    if tag in _BELOW and children and _takes_limits(children[0]):
+        tag = _BELOW[tag]  # in a line of text they stay beside it: the operator says that they are movable
+        children[0] = ["mo", {**children[0][1], "movablelimits": "true"}, children[0][2]]
     return [[tag, attributes, children]]
+
+
+def _takes_limits(operator: Any) -> bool:
+    if not isinstance(operator, list) or operator[0] not in ("mo", "mi"):
+        return False
+    _, attributes, texts = operator
+    return attributes.get("movablelimits") == "true" or (len(texts) == 1 and texts[0] in _LIMITS_BELOW)
 
 
 def _is_plain(value: str) -> bool:

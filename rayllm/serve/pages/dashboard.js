@@ -6,6 +6,7 @@ import { askKey, setUpDialogs } from "./dialogs.js";
 import { byId, fillIcons, h, icon, themeToggle, toast } from "./dom.js";
 import { Errors, FaultGaps } from "./errors.js";
 import { History, LATENCIES, parseMetrics } from "./metrics.js";
+import { hintScrolling } from "./scroll_hint.js";
 import { local } from "./storage.js";
 
 const PERIOD_MS = 1000;
@@ -14,6 +15,7 @@ const RATE_MS = 3000;
 const WINDOW_MS = 60_000;
 const RANGES_MIN = [1, 15, 60];
 const RANGE = "rayllm.dashboard-range";
+const MAX_KINDS = 6; // rows of errors: as high as the facts beside them
 const QUANTILES = [0.5, 0.9, 0.99];
 
 const history = new History();
@@ -135,7 +137,7 @@ function bars(rows, idle) {
 }
 
 function showErrors(at) {
-  const rows = errors.byKind(60 * range_min, at).map(({ kind, num, total }) => ({ name: kind, num, text: `${count(num)} of ${count(total)}`, isBad: true }));
+  const rows = errors.byKind(60 * range_min, at, MAX_KINDS).map(({ kind, num, total }) => ({ name: kind, num, text: `${count(num)} of ${count(total)}`, isBad: true }));
   byId("errors-range").textContent = `last ${range_min} min, of all since the start`;
   byId("errors").replaceChildren(bars(rows, "Nothing was refused and nothing failed."));
 }
@@ -277,6 +279,7 @@ showRange(range_min);
 fillIcons();
 setUpDialogs();
 themeToggle(byId("theme"));
+hintScrolling(document.querySelector(".table-scroll"));
 byId("charts").append(...Object.values(charts).map((chart) => chart.root));
 byId("pause").addEventListener("click", () => setPaused(!isPaused));
 byId("open-key").addEventListener("click", () => askKey("", () => setPaused(false)));

@@ -40,13 +40,17 @@ export class Errors {
     return ["refused", "failed", "faults"].map((group) => recent.filter((event) => event.group === group).reduce((sum, { by }) => sum + by, 0));
   }
 
-  /** `{kind, num, total}`: in the last seconds and in all, those of now first. */
-  byKind(seconds, at) {
+  /** `{kind, num, total}`: in the last seconds and in all, those of now first; beyond `max_kinds` in one row. */
+  byKind(seconds, at, max_kinds) {
     const rows = this.#read().map(({ kind, total }) => {
       const recent = this.#events.filter((event) => event.kind === kind && event.at > at - seconds);
       return { kind, total, num: recent.reduce((sum, { by }) => sum + by, 0) };
     });
-    return rows.sort((a, b) => b.num - a.num || b.total - a.total);
+    rows.sort((a, b) => b.num - a.num || b.total - a.total);
+    if (rows.length <= max_kinds) return rows;
+    const others = rows.splice(max_kinds - 1);
+    const sum = (name) => others.reduce((before, row) => before + row[name], 0);
+    return [...rows, { kind: `${others.length} other kinds`, num: sum("num"), total: sum("total") }];
   }
 }
 

@@ -2,7 +2,7 @@
 // An empty entry is not sent, so that the server's own default holds.
 
 export const FIELDS = [
-  { name: "temperature", label: "Temperature", hint: "0 always takes the likeliest token; 1 is the default.", kind: "number", min: 0, max: 2, step: 0.1, main: true },
+  { name: "temperature", label: "Temperature", hint: "0 always takes the likeliest token; default: the model's.", kind: "number", min: 0, max: 2, step: 0.1, main: true },
   { name: "max_tokens", label: "Max tokens", hint: "The longest answer, in tokens.", kind: "integer", min: 1, step: 1, main: true },
   { name: "top_p", label: "Top p", hint: "Draws from the likeliest tokens that together have this probability.", kind: "number", min: 0, max: 1, step: 0.05, main: true },
   { name: "seed", label: "Seed", hint: "The same seed gives the same answer.", kind: "integer", step: 1, main: true },

@@ -10,7 +10,7 @@ import urllib.request
 
 import msgspec
 from api.fake_engine import FakeEngine
-from serve.pages.browser import Browser
+from serve.pages.browser import PHONE, Browser
 from serve.pages.scripted import ScriptedServer
 from serve.served import chat as chat_body
 
@@ -165,6 +165,34 @@ def test_ranges_errors_by_kind_and_gaps_after_faults(browser: Browser, served: S
     browser.driver.refresh()
     browser.wait_text("#state", "Ready")
     assert browser.texts("#ranges [aria-pressed=true]") == ["60 min"]  # kept
+
+
+def test_of_many_kinds_of_errors_the_rarest_share_a_row(browser: Browser) -> None:
+    server = ScriptedServer()
+    for number in range(9):
+        for _ in range(10 - number):
+            server.service.model().metrics.request_refused(f"kind{number}")
+    with server.url() as url:
+        browser.open(f"{url}/dashboard", size=PHONE)
+        browser.wait_text("#errors", "other kinds")
+        rows = browser.texts("#errors li")
+        browser.driver.get("about:blank")
+    assert len(rows) == 6
+    assert rows[0].startswith("refused: kind0 0 of 10")
+    assert rows[-1].startswith("4 other kinds 0 of 14")
+
+
+def test_on_a_phone_what_is_wider_shows_that_it_scrolls(browser: Browser) -> None:
+    place = WorkerPlace(4711, "n" * 56, "192.168.100.101", ("cuda:0",))
+
+    async def describe() -> Deployment:
+        return Deployment(place, EngineDescription("{}", "tiny", 64, place, (place,)))
+
+    with ScriptedServer(describe=describe).url() as url:
+        browser.open(f"{url}/dashboard", size=PHONE)
+        browser.wait(lambda: browser.all(".table-scroll.more-after"), "the hint at the table's right side")
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        browser.driver.get("about:blank")
 
 
 def test_a_worker_can_be_killed_where_the_server_allows_it(browser: Browser, served: ScriptedServer, url: str) -> None:

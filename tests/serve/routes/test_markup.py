@@ -160,6 +160,35 @@ def test_several_lines_are_a_table(latex: str) -> None:
     assert text_of(tree) == "a=bc=d"
 
 
+@pytest.mark.parametrize(
+    ("latex", "tag"),
+    [
+        (r"\lim_{n\to\infty} x", "munder"),
+        (r"\limsup_x y", "munder"),
+        (r"\max_x y", "munder"),
+        (r"\operatorname*{argmax}_x y", "munder"),
+        (r"\bigcup_i^n A", "munderover"),
+        (r"\bigoplus_i A", "munder"),
+        (r"\coprod_i A", "munder"),
+        (r"\operatorname{rank}_x y", "msub"),
+        (r"\int_0^1 x", "msubsup"),
+        (r"x_i^2", "msubsup"),
+        (r"\log_2 x", "msub"),
+    ],
+)
+def test_limits_stand_below_the_operators_that_take_them(latex: str, tag: str) -> None:
+    for is_display in (True, False):
+        tree = tree_of(latex, is_display=is_display)
+        assert tree is not None
+        [found] = [node for node in _all_nodes(tree) if node[0] in ("msub", "msubsup", "munder", "munderover")]
+        assert found[0] == tag
+        assert (found[2][0][1].get("movablelimits") == "true") == tag.startswith("munder")
+
+
+def _all_nodes(tree: Any) -> list[Any]:
+    return [tree, *(node for child in tree[2] if isinstance(child, list) for node in _all_nodes(child))]
+
+
 @pytest.mark.parametrize("latex", [r"\foo", r"{{{", r"\begin{foo}a&b\end{foo}", r"\left(x", r"\sqrt"])
 def test_what_is_no_formula_gives_no_tree(latex: str) -> None:
     assert tree_of(latex, is_display=False) is None
