@@ -46,8 +46,8 @@ class IdleEngine:
 
     def submit(self, request: Request) -> _IdleStream:
         ids = (self._word_ids * (request.max_tokens // len(self._word_ids) + 1))[: request.max_tokens]
-        deltas = [TokenDelta(0, pack_ids([token_id])) for token_id in ids[:-1]]
-        return _IdleStream([*deltas, TokenDelta(0, pack_ids(ids[-1:]), Finish("length"))])
+        deltas = [TokenDelta(0, 0, pack_ids([token_id])) for token_id in ids[:-1]]
+        return _IdleStream([*deltas, TokenDelta(0, 0, pack_ids(ids[-1:]), Finish("length"))])
 
     async def adopt(self, client_key: str, answer_id: str, takes_over: bool = True) -> None:
         raise NotImplementedError

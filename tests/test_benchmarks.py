@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from docs import ROOT
+
+from rayllm.serve.app import create_app
 
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
 
@@ -30,6 +33,14 @@ def test_the_benchmark_of_the_scheduler_runs(
     monkeypatch.setattr(sys, "argv", ["scheduler.py", "--seqs", "4", "--prompt-len", "32", "--steps", "20"])
     load("scheduler.py", monkeypatch)["main"]()
     assert json.loads(capsys.readouterr().out)
+
+
+async def test_the_engine_that_computes_nothing_answers_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = load("idle_engine.py", monkeypatch)["idle_service"]()
+    transport = httpx.ASGITransport(app=create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        answered = await client.post("/v1/completions", json={"model": "idle", "prompt": "hi", "max_tokens": 7})
+    assert answered.json()["usage"]["completion_tokens"] == 7
 
 
 def test_the_readme_lists_every_benchmark() -> None:
