@@ -312,7 +312,7 @@ def main() -> None:
         )
         report = (measure_driver if arguments.driver else measure_here)(resolve(settings), arguments)
     goodput = {factor: run["goodput_tokens_per_s"] for factor, run in report["runs"].items()}
-    if "1x" in goodput and "4x" in goodput:
+    if goodput.get("1x") and "4x" in goodput:
         report["goodput_4x_of_1x"] = round(goodput["4x"] / goodput["1x"], 3)
     settings_used = {name: value for name, value in vars(arguments).items() if name != "model"}
     model_name = Path(model).name if arguments.model or built_in.is_dir() else "random weights"

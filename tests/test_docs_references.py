@@ -190,6 +190,14 @@ def test_the_table_of_packages_is_the_import_contract() -> None:
     assert listed == [{name.strip().rpartition(".")[2] for name in re.split(r"[|:]", layer)} for layer in layers]
 
 
+def test_the_modules_that_all_may_import_are_those_of_the_contract() -> None:
+    text = (ROOT / "rayllm/ARCHITECTURE.md").read_text(encoding="utf-8")
+    sentence = text.partition("Every package may import ")[2].partition(". ")[0]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    contract = project.partition("What all may import")[2].partition("source_modules = [")[2].partition("]")[0]
+    assert re.findall(r"`(\w+)`", sentence) == re.findall(r'"rayllm\.(\w+)"', contract)
+
+
 def test_the_glossary_is_short() -> None:
     text = (ROOT / "rayllm/ARCHITECTURE.md").read_text(encoding="utf-8")
     rows = text.partition("| Term | Meaning |")[2].strip().splitlines()[1:]
