@@ -130,7 +130,7 @@ def _start(settings: Mapping[str, Any], port: int | None) -> tuple[EngineConfig,
 
 def _port(given: int | None) -> int:
     """The port that was asked for; else the usual one, or any where that is taken."""
-    from rayllm.serve.lifecycle import check_port
+    from rayllm.machine.ports import check_port
 
     if given is not None or Environment.ray_address() is not None:
         return _DEFAULT_PORT if given is None else given

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rayllm.cli.answer import Timing
     from rayllm.cli.client import ApiClient
     from rayllm.cli.terminal import Screen
-    from rayllm.serve.lifecycle import RunningServer
+    from rayllm.serve.running_server import RunningServer
 
 DEFAULT_QUESTION = "What is RayLLM?"
 _MAX_TOKENS = 128

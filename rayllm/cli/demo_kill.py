@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rayllm.cli.answer import Timing
     from rayllm.cli.client import ApiClient
     from rayllm.cli.terminal import Screen
-    from rayllm.serve.lifecycle import RunningServer
+    from rayllm.serve.running_server import RunningServer
 
 QUESTION = "Tell me a story about a dragon."
 """An answer long enough for a person to see it go on."""

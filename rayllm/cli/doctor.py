@@ -196,7 +196,7 @@ def _token() -> Finding:
 
 def _port() -> Finding:
     from rayllm.config import ServerConfig
-    from rayllm.serve.lifecycle import check_port
+    from rayllm.machine.ports import check_port
 
     server: ServerConfig = ServerConfig.parse({})
     try:

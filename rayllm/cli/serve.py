@@ -19,7 +19,7 @@ from rayllm.settings_file import read_settings_file
 if TYPE_CHECKING:
     from rayllm.cli.terminal import Screen
     from rayllm.engine.driver.actor import EngineDescription
-    from rayllm.serve.lifecycle import RunningServer
+    from rayllm.serve.running_server import RunningServer
 
 
 def parser() -> Parser:

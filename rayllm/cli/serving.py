@@ -16,7 +16,7 @@ from rayllm.machine.folders import check_working_folder
 from rayllm.machine.registry import listed
 
 if TYPE_CHECKING:
-    from rayllm.serve.lifecycle import RunningServer
+    from rayllm.serve.running_server import RunningServer
 
 
 def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
@@ -24,7 +24,7 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     and not on this machine is downloaded first."""
     from rayllm.cli.pull import download_shown
     from rayllm.engine.owner.resolve import resolve
-    from rayllm.serve.lifecycle import check_port
+    from rayllm.machine.ports import check_port
     from rayllm.text.tokenizer_files import check_vocabulary_files
     from rayllm.weights.hub import downloaded_folder
     from rayllm.weights.hub_model import HubModel
@@ -124,7 +124,8 @@ def _listed_server(command: str, engine: EngineConfig, server: ServerConfig, scr
     from rayllm.executor.ray_cluster import free_port
     from rayllm.machine.processes import adopt_orphans
     from rayllm.observability.logs import setup_logging
-    from rayllm.serve.lifecycle import running_server, server_url
+    from rayllm.serve.lifecycle import running_server
+    from rayllm.serve.running_server import server_url
 
     adopt_orphans()
     given = engine.model_fields_set

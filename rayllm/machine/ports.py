@@ -1,15 +1,37 @@
-"""Who listens at a port of this machine, as far as this user may know."""
+"""Ports of this machine: whether one is free, and who listens there, as far as this user may know."""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
+from rayllm.errors import ConfigError
 from rayllm.machine.processes import Process
 from rayllm.machine.registry import find_at
 
 _LISTENS = "0A"
 _MAX_COMMAND = 60
+
+
+def check_port(host: str, port: int) -> None:
+    """`ConfigError` when nothing can listen there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except OSError:
+        raise ConfigError(f"host={host!r} is not an address of this machine: use 127.0.0.1 or 0.0.0.0") from None
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except PermissionError:
+            raise ConfigError(f"port={port} needs rights that you do not have: use one above 1023") from None
+        except OSError as error:
+            holder = port_holder(port)
+            by = f" by {holder}" if holder else ""
+            in_use = f"port={port} on {host} is in use{by}: choose another with --port, or --port 0 for a free one"
+            no_host = f"host={host!r} is not an address of this machine: use 127.0.0.1 or 0.0.0.0"
+            raise ConfigError(in_use if error.errno == 98 else no_host) from None
 
 
 def port_holder(port: int) -> str:

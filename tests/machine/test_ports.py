@@ -8,9 +8,8 @@ import pytest
 
 from rayllm.errors import ConfigError
 from rayllm.machine import ports
-from rayllm.machine.ports import port_holder
+from rayllm.machine.ports import check_port, port_holder
 from rayllm.machine.registry import listed
-from rayllm.serve.lifecycle import check_port
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +43,23 @@ def test_who_cannot_be_known_is_not_named(monkeypatch: pytest.MonkeyPatch) -> No
         assert port_holder(port) == ""
         with pytest.raises(ConfigError, match=rf"port={port} on 127.0.0.1 is in use: choose another with --port"):
             check_port("127.0.0.1", port)
+
+
+def test_a_taken_port_is_refused_with_the_fix() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="--port 0"):
+        check_port("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_port_used_a_moment_ago_is_free_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            accepted, _ = listener.accept()
+            accepted.close()  # this side closes first and keeps the port in TIME_WAIT
+    check_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="not an address of this machine"):
+        check_port(host, 0)
