@@ -5,9 +5,9 @@ them, and each step lets it *catch up* as far as one budget of tokens allows. A 
 one, the token sampled last, a prefix found in the cache, recomputing after preemption and replay after a
 fault are this one rule.
 
-**Two steps may be in flight.** Step n+1 is planned while n runs. A sequence that n samples for has then one token
-more than the driver has seen; the worker holds it, so n+1 can compute it. Known lengths are never planned
-past; a stop token is seen only at commit, and what n+1 sampled after it is dropped at its own commit.
+**Steps may be in flight**, two with tensor parallelism. Step n+1 is planned while n runs. A sequence that n samples
+for has then one token more than the driver has seen; the worker holds it, so n+1 can compute it. Known lengths are
+never planned past; a stop token is seen only at commit, and what n+1 sampled after it is dropped at its own commit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from rayllm.errors import ConfigError
+from rayllm.layout import ParallelLayout
 from rayllm.messages import Finish, StepPlan, StepResult, TokenLogprobs
 from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
@@ -24,7 +25,6 @@ from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
 from rayllm.scheduler.totals import SchedulerTotals
 
-MAX_UNCOMMITTED = 2  # one runs and one is ready; a third would only add to what a stop token throws away
 _INVALID_LOGITS = (
     "the model's logits for this request hold NaN or infinity, so no token can be drawn; check the weights and the "
     "dtype (float16 overflows where bfloat16 does not)"
@@ -48,6 +48,7 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool,
         eos_token_ids: frozenset[int],
+        max_inflight_steps: int = ParallelLayout().max_inflight_steps,
     ):
         if num_blocks * block_size < max_model_len:
             raise ConfigError(
@@ -62,6 +63,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._enable_prefix_caching = enable_prefix_caching
         self._eos_token_ids = eos_token_ids
+        self._max_inflight_steps = max_inflight_steps
 
         self.totals = SchedulerTotals()
         self._num_arrivals = 0
@@ -206,9 +208,9 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------- planning
 
     def plan(self) -> StepPlan | None:
-        """The next step; None where nothing can run now: no work, two plans out, or all waits for a plan that
-        is out."""
-        if len(self._in_flight) == MAX_UNCOMMITTED:
+        """The next step; None where nothing can run now: no work, `max_inflight_steps` are in flight, or all sequences
+        wait for one of these."""
+        if len(self._in_flight) >= self._max_inflight_steps:
             return None
         builder = PlanBuilder(self._max_num_batched_tokens)
         self._plan_running(builder)

@@ -81,6 +81,22 @@ def test_a_sequence_is_planned_twice_before_its_token_is_seen_and_never_past_its
     assert engine.scheduler.num_uncommitted == 0
 
 
+def test_no_more_steps_are_in_flight_than_the_layout_allows():
+    engine, undisturbed = Engine(max_inflight_steps=3), Engine()
+    [sequence] = engine.add(make_request("a", PROMPT, max_tokens=6))
+    assert [engine.plan() is not None for _ in range(4)] == [True, True, True, False]
+    engine.commit()
+    assert engine.plan() is not None
+    assert engine.plan() is None, "three are in flight again"
+    while engine.scheduler.num_uncommitted:
+        engine.commit()
+        engine.plan()
+    [alone] = undisturbed.add(make_request("a", PROMPT, max_tokens=6))
+    while undisturbed.scheduler.has_work:
+        undisturbed.step()
+    assert sequence.tokens == alone.tokens
+
+
 def test_max_model_len_ends_a_sequence_by_length():
     engine = Engine(max_model_len=12)
     [sequence] = engine.add(make_request("a", PROMPT, max_tokens=8))

@@ -22,6 +22,7 @@ def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
         max_model_len=config.max_model_len,
         enable_prefix_caching=config.engine.enable_prefix_caching,
         eos_token_ids=frozenset(config.shape.eos_token_ids),
+        max_inflight_steps=config.engine.layout.max_inflight_steps,
     )
 
 
