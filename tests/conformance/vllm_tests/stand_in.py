@@ -2,12 +2,13 @@
 
 Its tokenizer is trained on a text that holds the tests' own words, so that English is not spelt byte by byte. Each
 token is liked by a constant (the end, closing quotes and brackets more than others), plus what the random weights make
-of the text so far: greedy answers are a fixed, senseless text of some tens of tokens, JSON is soon closed, and draws
-differ.
+of the text so far: greedy answers are senseless texts of some tens of tokens that depend on the prompt, JSON is soon
+closed, and draws differ.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ _TEMPLATE = """
 """.strip()
 _SPREAD = 3.0
 """Standard deviation of what the weights add to a token's liking, in nats."""
-_LIKED = {_END: 8.0, '"': 8.0, "}": 6.0, "]": 6.0, ",": 6.0}
-"""Against a best of all others of about 11: an answer has some tens of tokens, and JSON is soon closed."""
+_CLOSING_SIGNS = ("}", "]", ",")
+"""They end numbers, lists and objects of JSON."""
+_SEEDS = {False: 2, True: 4}
+"""By whether it thinks: with these the greedy answers to the tests' own prompts have some tens of tokens."""
 _NEVER = ("<|endoftext|>", _START, "<tool_call>", "</tool_call>", "<think>")
 
 
-def make_stand_in(folder: Path, corpus: Path, *, thinks: bool = False, seed: int = 0) -> Path:
+def make_stand_in(folder: Path, corpus: Path, *, thinks: bool = False) -> Path:
     """Writes the checkpoint and returns its folder. `corpus`: a folder of texts to train the tokenizer on. `thinks`: a
     chat's answer begins with reasoning, unless `enable_thinking` is false."""
     tokenizer = _make_tokenizer(folder, corpus, thinks)
@@ -62,7 +65,7 @@ def make_stand_in(folder: Path, corpus: Path, *, thinks: bool = False, seed: int
         bos_token_id=None,
         pad_token_id=ids["<|endoftext|>"],
     )
-    make_model(config, seed=seed).save_pretrained(folder)
+    make_model(config, seed=_SEEDS[thinks]).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][:, 0] = 20.0  # the same in every hidden state, whatever the text
     for name, weight in weights.items():
@@ -76,6 +79,8 @@ def make_stand_in(folder: Path, corpus: Path, *, thinks: bool = False, seed: int
     likings_V = torch.tensor([_liking(tokenizer, token_id, thinks) for token_id in range(VOCAB_SIZE)])
     head[:, 0] = (likings_V - head @ mean_H) / mean_H[0]
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    if thinks:  # what it says by default is the same in each run
+        (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.0}))
     return folder
 
 
@@ -91,14 +96,16 @@ def _hidden_states(folder: Path, weights: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def _liking(tokenizer: Any, token_id: int, thinks: bool) -> float:
+    """In nats, against a best of all other tokens of about 11: answers have some tens of tokens, and JSON is soon
+    closed."""
     text = tokenizer.convert_ids_to_tokens(token_id)
     if text in _NEVER:
         return -40.0
     if text == "</think>":
-        return 7.0 if thinks else -40.0
-    if text == _END and thinks:
-        return 7.2  # some tests want reasoning models to say more
-    return _LIKED.get(text, 0.0)
+        return 9.0 if thinks else -40.0
+    if text in _CLOSING_SIGNS:
+        return 6.0 if thinks else 8.0
+    return {_END: 7.5, '"': 8.0}.get(text, 0.0)
 
 
 def _make_tokenizer(folder: Path, corpus: Path, thinks: bool) -> Any:
