@@ -50,9 +50,6 @@ FILES = (
     "serve/instrumentator/test_uds.py",
     "serve/tokenize/test_serving_tokenization.py",
     "serve/tokenize/test_tokenization.py",
-    "tool_parsers/test_granite4_tool_parser.py",
-    "tool_parsers/test_hermes_tool_parser.py",
-    "tool_parsers/test_openai_tool_parser.py",
 )
 """Those that talk to a server which generates text."""
 
