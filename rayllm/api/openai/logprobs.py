@@ -4,14 +4,24 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from orjson import Fragment, dumps
 
 from rayllm.messages import TokenLogprobs
 from rayllm.request import unpack_ids
 from rayllm.text.tokenizer import Tokenizer
 
 _LOWEST = -9999.0
+_NUM_OBJECTS = 1024
+"""Positions that are given as objects. Those of longer lists are JSON text already: one at a time they are made, freed
+and written without keeping the event loop from the interpreter for long."""
+
+
+def _writer(num_positions: int) -> Callable[[Any], Any]:
+    """What becomes of the value of each of so many positions."""
+    return (lambda value: value) if num_positions <= _NUM_OBJECTS else (lambda value: Fragment(dumps(value)))
 
 
 def _unpack(packed: TokenLogprobs) -> list[tuple[int, float]]:
@@ -40,12 +50,12 @@ def chat_logprobs(
         text = _id_text(token_id) if as_ids else raw.decode("utf-8", "replace")
         return {"token": text, "logprob": value, "bytes": list(raw)}
 
-    content = []
+    content, written = [], _writer(len(entries))
     for packed in entries:
         own, *top = _unpack(packed)
         if shows_own:
             top = [own, *(entry for entry in top if entry[0] != own[0])]
-        content.append({**candidate(*own), "top_logprobs": [candidate(*entry) for entry in top]})
+        content.append(written({**candidate(*own), "top_logprobs": [candidate(*entry) for entry in top]}))
     return {"content": content, "refusal": None}
 
 
@@ -64,7 +74,8 @@ def completion_logprobs(
         return _id_text(token_id) if as_ids else _legacy_text(tokenizer, token_id)
 
     token_logprobs: list[float | None] = []
-    top_logprobs: list[dict[str, float] | None] = []
+    top_logprobs: list[Any] = []
+    written = _writer(len(entries))
     for packed in entries:
         if packed is None:
             token_logprobs.append(None)
@@ -72,7 +83,7 @@ def completion_logprobs(
             continue
         candidates = _unpack(packed)
         token_logprobs.append(candidates[0][1])
-        top_logprobs.append({text(token_id): value for token_id, value in candidates})
+        top_logprobs.append(written({text(token_id): value for token_id, value in candidates}))
     return {
         "tokens": [text(token_id) for token_id in token_ids],
         "token_logprobs": token_logprobs,
@@ -95,18 +106,17 @@ def _legacy_text(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def prompt_logprobs(
-    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs] | None
-) -> list[dict[str, dict[str, Any]] | None] | None:
-    """vLLM's list: nothing for the first token, then for each position its candidates by id."""
+def prompt_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs] | None) -> list[Any] | None:
+    """vLLM's list: nothing for the first token, then for each position an object of its candidates by id."""
     if entries is None:
         return None
-    shown: list[dict[str, dict[str, Any]] | None] = [None]
+    shown: list[Any] = [None]
+    written = _writer(len(entries))
     for packed in entries:
         position: dict[str, dict[str, Any]] = {}
         for place, (token_id, value) in enumerate(_unpack(packed)):
             rank = packed.rank if place == 0 else place
             candidate = {"logprob": value, "rank": rank, "decoded_token": tokenizer.token_text(token_id)}
             position.setdefault(str(token_id), candidate)
-        shown.append(position)
+        shown.append(written(position))
     return shown
