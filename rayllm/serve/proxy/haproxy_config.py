@@ -25,6 +25,12 @@ _HEAD_TIMEOUT_S = 60
 _MAX_REWRITE_BYTES = 1024
 """HAProxy's default, what it keeps free of a buffer."""
 _SANE_ID = "{ req.hdr(x-request-id) -m reg '^[A-Za-z0-9._:/+=@-]{1,128}$' }"
+_METHODS = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT"
+_METHOD_REFUSED = (
+    '{"error": {"message": "the method is not allowed here", "type": "invalid_request_error", "param": null, '
+    '"code": "method_not_allowed"}}'
+)
+"""For methods that the ingress's parser of HTTP does not know, and answers with plain text."""
 _ADDED = {
     # Between a client that does not read and the ingress: as little as keeps a loopback busy, so that the ingress
     # notices after kilobytes instead of megabytes.
@@ -35,6 +41,8 @@ _ADDED = {
         "tcp-request content lua.check_request",
         "tcp-request content switch-mode http proto h1 unless { var(txn.refused) -m found }",
         f"http-request del-header x-request-id unless {_SANE_ID}",
+        f"http-request return status 405 content-type application/json string '{_METHOD_REFUSED}' "
+        f"unless {{ method {_METHODS} }}",
     ],
 }
 """What HAProxy cannot parse it answers with HTML, whatever `errorfile` says. So the first request of a connection is

@@ -68,7 +68,7 @@ def test_haproxy_takes_serves_configuration_as_it_has_recovered(serves_config: s
 def test_serves_own_paths_are_closed_and_ids_of_any_length_dropped(serves_config: str) -> None:
     config = haproxy.haproxy_config.mended(serves_config, "/pages")
     frontend = config.partition("frontend http_frontend")[2].partition("\nbackend ")[0]
-    assert [line.split()[3] for line in frontend.splitlines() if "http-request return" in line] == ["404", "404"]
+    assert [line.split()[3] for line in frontend.splitlines() if "http-request return" in line] == ["405", "404", "404"]
     assert "http-request del-header x-request-id unless" in frontend
     assert "status 400" in config.partition("backend default_backend")[2]
     assert "errorfile 400 /dev/null" in config.partition("backend http-app")[2]  # whoever closes one half hears nothing
@@ -212,6 +212,10 @@ def test_haproxy_refuses_what_it_cannot_parse_in_the_envelope(serves_config: str
             for data in WELL_FORMED:
                 answers = exchange(("127.0.0.1", port), data, timeout_s=20).answers
                 assert [(answer.status, answer.body[-2:]) for answer in answers] == [(200, b"/x")], data[:80]
+            for method in ("FOO", "get", "MKCALENDAR", "X-Y"):
+                [answer] = exchange(("127.0.0.1", port), _get(line=f"{method} /x HTTP/1.1"), timeout_s=20).answers
+                assert answer.status == 405
+                assert json.loads(answer.body)["error"]["code"] == "method_not_allowed"
             slowly = _get("X: y")
             with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
                 for i in range(0, len(slowly), 5):
