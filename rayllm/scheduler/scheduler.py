@@ -21,6 +21,7 @@ from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
 from rayllm.scheduler.in_flight import InFlightSteps, PlanBuilder
 from rayllm.scheduler.kv_allocator import KVAllocator
+from rayllm.scheduler.quarantine import Quarantine
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
 from rayllm.scheduler.totals import SchedulerTotals
@@ -67,7 +68,7 @@ class Scheduler:
 
         self.totals = SchedulerTotals()
         self._num_arrivals = 0
-        self._quarantined: frozenset[str] = frozenset()
+        self.quarantine = Quarantine()
         self._requests: dict[str, list[Sequence]] = {}  # with their unfinished sequences
         self._running = ServiceQueue()
         self._counters = ServiceCounters()
@@ -273,20 +274,12 @@ class Scheduler:
         for sequence in self.waiting.walk():
             if not builder.budget or num_deferred == self._max_num_seqs or not self._may_run(sequence):
                 return
-            hits = None if self._is_held_back(sequence) else self._allocator.find_cached(sequence)
+            waits = self.quarantine.holds_back(sequence, self._running)
+            hits = None if waits else self._allocator.find_cached(sequence)
             if hits is None:
                 num_deferred += 1
             elif not self._admit(sequence, hits, builder):
                 return
-
-    def _is_held_back(self, sequence: Sequence) -> bool:
-        """Whether another quarantined request is running: they run one at a time, so that the next fault shows which of
-        them caused it."""
-        request_id = sequence.request.request_id
-        return request_id in self._quarantined and any(
-            other.request.request_id in self._quarantined and other.request.request_id != request_id
-            for other in self._running
-        )
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Whether to try at all: quick, so that a full engine spends no time on those that wait."""
@@ -415,7 +408,7 @@ class Scheduler:
         its old order, with its prompt and the tokens committed. Workers begin the new epoch with no rows.
 
         Of the requests with ids in `quarantined` only one runs at a time from now on, beside all other requests."""
-        self._quarantined = frozenset(quarantined)
+        self.quarantine = Quarantine(quarantined)
         for sequence in self._running:
             sequence.release()
             self.waiting.add(sequence)
@@ -424,10 +417,6 @@ class Scheduler:
             sequence.num_pending = 0
         self._in_flight.forget(epoch)
         self._allocator = self._new_allocator()
-
-    def release_from_quarantine(self, request_id: str) -> None:
-        """The request may run beside quarantined ones again; no effect if it is not in quarantine."""
-        self._quarantined -= {request_id}
 
     # -------------------------------------------------------------------------------------------------- check
 

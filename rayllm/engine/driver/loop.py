@@ -343,9 +343,9 @@ class EngineLoop:
                 extra=request.log_fields,
             )
         self.counters.note_rewind()
-        blamed = [request for request in self._open if request.num_faults > 1]
-        scheduler.rewind(self._supervisor.epoch, quarantined=[request.request_id for request in blamed])
-        for request in blamed:
+        quarantined = [request for request in self._open if request.num_faults > 1]
+        scheduler.rewind(self._supervisor.epoch, quarantined=[request.request_id for request in quarantined])
+        for request in quarantined:
             if request.num_faults >= MAX_FAULTS_OF_REQUEST:
                 message = (
                     f"workers failed {request.num_faults} times while this request was running, so it is not retried"
@@ -363,7 +363,7 @@ class EngineLoop:
         ):
             request.num_quarantine_releases += 1
             request.num_faults = 1
-            self._scheduler.release_from_quarantine(request.request_id)
+            self._scheduler.quarantine.release(request.request_id)
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         open_requests, now, num_tokens = self._open, self.counters.progress_at, 0
