@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rayllm.config import parse_settings
 from rayllm.errors import ConfigError
 
+Translation = Callable[[str, Any], str | None]
+"""Our name of a setting, which may be another engine's; None for one that has no effect. Raises `ConfigError` for one
+that cannot be served."""
 
-def read_settings_file(path: str) -> dict[str, Any]:
+
+def read_settings_file(path: str, translate: Translation = lambda name, value: name) -> dict[str, Any]:
     """The settings of a YAML file, named as the fields of `EngineConfig` and `ServerConfig` ('-' or '_'), each with a
     value that it takes. `ConfigError` names the file, and the line where that is one."""
     import yaml
@@ -27,12 +32,16 @@ def read_settings_file(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"config file {path!r} must hold lines of 'setting: value'")
     lines = _line_numbers(path, document)
+    ours: dict[str, Any] = {}
     for key, value in settings.items():
         try:
-            parse_settings({_name(key): value})
+            name = translate(_name(key), value)
+            if name is not None:
+                parse_settings({name: value})
+                ours[name] = value
         except ConfigError as error:
             raise ConfigError(f"{path}:{lines.get(_name(key), 1)}: {error}") from None
-    return {_name(key): value for key, value in settings.items()}
+    return ours
 
 
 def _name(key: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.flags import Parser, UsageError, add_config_flags
-from rayllm.cli.vllm_flags import translate
+from rayllm.cli.vllm_flags import translate, translate_setting
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig, parse_settings
 from rayllm.settings_file import read_settings_file
 
@@ -53,7 +53,15 @@ def settings_from(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     _check_model_comes_first(flags)
     if model is not None and flags.setdefault("model", model) != model:
         raise UsageError(f"two models are given, {model!r} and --model {flags['model']!r}: one server serves one model")
-    return read_settings_file(given["config"]) if "config" in given else {}, flags
+    return read_settings_file(given["config"], _ours) if "config" in given else {}, flags
+
+
+def _ours(name: str, value: Any) -> str | None:
+    """A setting of the file, which may be vLLM's; what is said of one that has no effect goes to standard error."""
+    found, note = translate_setting(name, value)
+    if note:
+        print(note, file=sys.stderr)
+    return found
 
 
 def _check_model_comes_first(flags: Mapping[str, Any]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rayllm.cli.dotted_flags import join_dotted
 from rayllm.cli.flags import UsageError
+from rayllm.errors import ConfigError
 
 _ON_RAY = "RayLLM always serves on Ray"
 _LOGS = "see --log-file and --log-format"
@@ -274,6 +276,24 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             ours.append(_OTHER_NAMES.get(flag, flag) + has_value + value)
     return ours, notes
+
+
+def translate_setting(name: str, value: Any) -> tuple[str | None, str]:
+    """The same for a setting of a YAML file: RayLLM's name, or None for one that has no effect, and then the line about
+    it. Raises `ConfigError`, with the reason, for what cannot be served."""
+    flag = "--" + name.replace("_", "-")
+    if flag in _OTHER_NAMES:
+        return _OTHER_NAMES[flag].removeprefix("--").replace("-", "_"), ""
+    if not any(flag in table for table in (_WITHOUT_VALUE, _WITH_VALUE, _ONE_VALUE, _REFUSED, {_STRUCTURED})):
+        return name, ""
+    if value is False or value is None:  # asks for nothing
+        return None, ""
+    text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    try:
+        _, notes = translate([flag] if value is True else [f"{flag}={text}"])
+    except UsageError as error:
+        raise ConfigError(str(error)) from None
+    return None, "".join(notes)
 
 
 class _Words:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -181,6 +182,39 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 def test_empty_objects_of_what_is_not_supported_ask_for_nothing() -> None:
     engine, _ = _parsed("--hf-overrides {} --speculative-config={} --pooler-config {}")
     assert (engine.hf_overrides, engine.speculative_config, engine.pooler_config) == ({}, {}, {})
+
+
+def test_a_yaml_file_for_vllm_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(
+        "max-model-len: 2k\ndisable-log-requests: true\nenable-eplb: false\nuvicorn_log_level: info\n"
+        'limit-mm-per-prompt: {"image": 0}\nnum-gpu-blocks-override: 100\n'
+        "override-generation-config: {temperature: 0.5}\nstream-interval: 1\n"
+    )
+    engine, _ = _parsed(f"--config {file}")
+    assert (engine.max_model_len, engine.num_kv_blocks) == (2000, 100)
+    assert engine.override_generation_config == '{"temperature": 0.5}'
+    assert [line.partition(" has no effect")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "--disable-log-requests",
+        "--uvicorn-log-level info",
+        '--limit-mm-per-prompt {"image": 0}',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nssl-keyfile: k.pem\n", "2: --ssl-keyfile is not supported: this server speaks plain HTTP"),
+        ("stream-interval: 5\n", "1: --stream-interval 5 is not supported"),
+        ("tool-server: demo\n", "1: --tool-server is not supported"),
+        ("max-modle-len: 5\n", "1: unknown setting 'max_modle_len'; did you mean 'max_model_len'"),
+    ],
+)
+def test_what_a_yaml_file_for_vllm_asks_in_vain_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"{file}:{message}"):
+        _parsed(f"--config {file}")
 
 
 @pytest.mark.parametrize("module", ["rayllm.entrypoints.openai.api_server", "rayllm.entrypoints.api_server"])

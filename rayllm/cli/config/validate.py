@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from rayllm.cli.flags import Parser
+from rayllm.cli.vllm_flags import translate_setting
 from rayllm.config import parse_settings
 from rayllm.errors import ConfigError
 from rayllm.settings_file import read_settings_file
@@ -39,7 +40,7 @@ def check(path: str) -> tuple[int, str]:
     """How many settings the file has, and what its model is called. `ConfigError` for the first thing wrong."""
     from rayllm.engine.owner.resolve import resolve
 
-    settings = read_settings_file(path)
+    settings = read_settings_file(path, lambda name, value: translate_setting(name, value)[0])
     engine, server = parse_settings(settings)
     server.read_api_keys()
     return len(settings), resolve(engine, backend="ray").served_model_name
