@@ -172,17 +172,17 @@ class Runner:
         invalid_rows |= {row for row, entries in prompt_logprobs.items() if None in entries}
         for row in invalid_rows:
             self._unclean.update(self._rows.blocks(row))
-        token_ids = b"" if sampled is None else sampled.token_ids_N.to(torch.int32).cpu().numpy().tobytes()
+        token_ids = np.empty(0, np.int32) if sampled is None else sampled.token_ids_N.to(torch.int32).cpu().numpy()
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
-            rows=pack_ids(in_flight.step.sampled_rows.tolist()),
-            token_ids=token_ids,
+            rows=in_flight.step.sampled_rows.astype(np.int32).tobytes(),
+            token_ids=token_ids.tobytes(),
             logprobs={row: [entry] for row, entry in logprobs.items() if entry is not None},
             prompt_logprobs={
                 row: [entry for entry in entries if entry is not None] for row, entries in prompt_logprobs.items()
             },
-            ends={} if sampled is None else self._ends(sampled, token_ids),
+            ends={} if sampled is None else self._ends(sampled, token_ids.tolist()),
             invalid_rows=pack_ids(sorted(invalid_rows)),
             elapsed_s=time.perf_counter() - in_flight.began_s,
         )
@@ -226,12 +226,12 @@ class Runner:
         self._rows.last_token_R[rows_N] = sampled.token_ids_N
         return sampled
 
-    def _ends(self, sampled: Sampled, token_ids: bytes) -> dict[int, Finish]:
+    def _ends(self, sampled: Sampled, token_ids: list[int]) -> dict[int, Finish]:
         """The rows that a grammar ends, or that have no token left to draw."""
         stuck_rows = sampled.stuck_rows()
         for row in stuck_rows:
             self._structured.fail(row, "the grammar and the request's other constraints leave no token to sample")
-        ends = self._structured.advance(sampled.rows, unpack_ids(token_ids).tolist())
+        ends = self._structured.advance(sampled.rows, token_ids)
         for row in stuck_rows:
             ends.setdefault(row, _NO_TOKEN_LEFT)
         return ends
