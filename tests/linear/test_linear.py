@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayllm.distributed.groups import TensorParallel
-from rayllm.layers.embedding import VocabEmbedding, vocab_part
-from rayllm.layers.mlp import Mlp
 from rayllm.linear import PackedLinear, WidenedLinear, dense_linear, widened
-from rayllm.spec import Activation, MlpSpec
-from rayllm.weights.source import DummyWeights
 from rayllm_kernels.activation import ACTIVATIONS
 
-CPU = torch.device("cpu")
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -81,42 +75,3 @@ def test_no_tokens_give_no_rows(dtype: torch.dtype) -> None:
     layer = dense_linear(torch.ones(5, 3, dtype=dtype))
     assert layer(torch.ones(0, 3, dtype=dtype)).shape == (0, 5)
     assert layer.plus(torch.ones(0, 3, dtype=dtype), torch.ones(0, 5, dtype=dtype)).shape == (0, 5)
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gated", [True, False])
-def test_feed_forward_is_the_same_joined_and_separate(
-    gated: bool, bias: bool, activation: Activation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = MlpSpec(24, activation, gated, bias)
-    weights = DummyWeights(0, torch.float32, CPU)
-    x, residual = (_random(5, 16, dtype=torch.float32, seed=seed) for seed in (1, 2))
-    packed = Mlp(weights, "layers.0", spec, 16, TensorParallel()).plus(x, residual)
-    monkeypatch.setattr(PackedLinear, "supports", lambda weight: False)
-    plain = Mlp(weights, "layers.0", spec, 16, TensorParallel()).plus(x, residual)
-    up, down = (weights.tensor(f"layers.0.{n}.weight", s) for n, s in (("up", (24, 16)), ("down", (16, 24))))
-    inner = x @ up.T
-    inner = (
-        ACTIVATIONS[activation](x @ weights.tensor("layers.0.gate.weight", (24, 16)).T) * inner
-        if gated
-        else (ACTIVATIONS[activation](inner))
-    )
-    for found in (packed, plain):
-        torch.testing.assert_close(found, inner @ down.T + residual, atol=1e-5, rtol=1e-5)
-
-
-def test_vocabulary_parts_cover_all_ids_and_pad_the_last() -> None:
-    parts = [vocab_part(263, TensorParallel(rank, 4)) for rank in range(4)]
-    assert [len(part) for part in parts] == [66] * 4
-    assert [id_ for part in parts for id_ in part][:263] == list(range(263))
-
-
-def test_each_rank_looks_up_only_its_own_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorParallel, "all_reduce", lambda self, x: x)
-    weights = DummyWeights(0, torch.float32, CPU)
-    ids = torch.tensor([0, 3, 4, 6])
-    whole = VocabEmbedding(weights, "embedding", 7, 5, TensorParallel())(ids)
-    parts = [VocabEmbedding(weights, "embedding", 7, 5, TensorParallel(rank, 2))(ids) for rank in range(2)]
-    assert torch.equal(parts[0] + parts[1], whole)
-    assert torch.equal(parts[0][2:], torch.zeros(2, 5))
