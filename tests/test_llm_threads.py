@@ -174,7 +174,7 @@ def test_close_ends_the_calls_of_other_threads_and_every_later_one() -> None:
     ]
     for error in (ended, *_in_threads(*uses)):
         assert isinstance(error, EngineError), error
-        assert str(error) == "this engine is closed: make a new LLM"
+        assert str(error) == "this engine is closed: create a new LLM"
     llm.close()
 
 
@@ -246,7 +246,7 @@ def test_a_closed_async_llm_says_so_in_every_loop(solo: Solo) -> None:
     uses = (_last(engine, "Hello"), engine.stats(), engine.reset_prefix_cache())
     for error in (ended, *_in_threads(*(lambda use=use: asyncio.run(use) for use in uses))):
         assert isinstance(error, EngineError), error
-        assert str(error) == "this engine is closed: make a new LLM"
+        assert str(error) == "this engine is closed: create a new LLM"
 
 
 def test_chats_take_parts_tools_and_several_conversations(llm: LLM) -> None:

@@ -119,7 +119,7 @@ def _retry_headers(status: int, retry_after_s: float = _RETRY_AFTER_S) -> dict[s
 
 def error_of(finish: Finish) -> RayLLMError:
     """The exception that a `Finish` of reason `error` stands for."""
-    message = finish.message or "the engine gave the request up"
+    message = finish.message or "the engine failed to complete the request"
     if finish.code is None:
         return RequestError(message)
     if finish.code == "context_length_exceeded":

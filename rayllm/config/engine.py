@@ -51,55 +51,60 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
         description="Folder of a checkpoint (config.json, *.safetensors), or its name at the Hugging Face hub "
         "(owner/model) or ModelScope (ms:owner/model); empty: the built-in model.",
     )
-    tokenizer: str | None = Field(None, description="Folder of the tokenizer, where it is not the model's.")
+    tokenizer: str | None = Field(None, description="Tokenizer folder, if it is not the model's.")
     served_model_name: str | tuple[str, ...] | None = Field(
         None,
-        description="Names that clients may use, of which answers give the first; default: the folder's name.",
+        description="Model names that clients may use; responses show the first. Default: the folder's name.",
     )
     skip_tokenizer_init: bool = Field(
-        False, description="Load no tokenizer: prompts are token ids, and answers have ids and no text."
+        False, description="Load no tokenizer: prompts are token ids, and outputs have token ids and no text."
     )
     name: str = Field(DEFAULT_ENGINE_NAME, description="Name of the engine, as in get_engine(name).")
-    dtype: Dtype = Field("auto", description="Type of weights and activations; auto: the checkpoint's.")
-    device: Device = Field("auto", description="auto: CUDA where there is a GPU, else the CPU.")
+    dtype: Dtype = Field("auto", description="Data type of weights and activations; auto: the checkpoint's.")
+    device: Device = Field("auto", description="auto: CUDA if there is a GPU, else the CPU.")
     tensor_parallel_size: int = Field(1, ge=1, le=64, description="Workers that share each layer.")
     distributed_executor_backend: Backend | None = Field(
-        None, description="ray: worker actors; inproc: one worker in this process. Default: ray where needed."
+        None, description="ray: worker actors; inproc: one worker in this process. Default: ray if needed."
     )
     max_model_len: int | None = Field(None, ge=1, description="Context length in tokens; default: the model's.")
-    max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences that run at once, at most.")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one step, at most.")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Maximum number of sequences that run at once.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Maximum number of tokens per step.")
     max_queued_requests: int | None = Field(
-        1024, ge=1, description="Sequences that wait for a place, at most; more are refused. LLM: no limit."
+        1024, ge=1, description="Maximum number of waiting sequences; more are refused. LLM: no limit."
     )
     max_queued_tokens: int | None = Field(
-        2**20, ge=1, description="Prompt tokens that wait for a place, at most; more are refused. LLM: no limit."
+        2**20, ge=1, description="Maximum number of waiting prompt tokens; more are refused. LLM: no limit."
     )
-    block_size: int | None = Field(None, description="Tokens in a KV block; default: 8 on CPU, 64 on GPU.")
-    num_kv_blocks: int | None = Field(None, ge=2, description="KV blocks of each worker; default: what memory allows.")
-    gpu_memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of a GPU's memory the engine may use.")
+    block_size: int | None = Field(None, description="Tokens per KV block; default: 8 on CPU, 64 on GPU.")
+    num_kv_blocks: int | None = Field(
+        None, ge=2, description="KV blocks per worker; default: as many as memory allows."
+    )
+    gpu_memory_utilization: float = Field(0.92, gt=0, le=1, description="Fraction of GPU memory the engine may use.")
     kv_cache_memory_bytes: int | None = Field(
-        None, ge=1, description="Memory for KV on each worker; default: by gpu_memory_utilization, or a CPU share."
+        None,
+        ge=1,
+        description="Bytes of KV cache per worker; default: from gpu_memory_utilization, or a fraction of CPU memory.",
     )
-    enable_prefix_caching: bool = Field(True, description="Share KV blocks among requests with equal prefixes.")
+    enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
     load_format: LoadFormat = Field(
         "auto", description="auto: safetensors, else PyTorch files (pt); dummy: random weights."
     )
     standby: Standby = Field(
         "off",
-        description="A spare worker that takes a lost one's place: process (started, libraries imported), or weights "
+        description="A spare worker that replaces a failed one: process (started, libraries imported), or weights "
         "(CPU only: every rank's weights loaded too, a second copy of the model in memory).",
     )
     driver_wait_s: float = Field(
-        60.0, gt=0, description="Seconds a request waits for the next driver when the engine's own is lost."
+        60.0, gt=0, description="Seconds a request waits for a new driver after the driver is lost."
     )
-    log_format: Literal["text", "json"] = Field("text", description="Form of log lines: text, or a JSON object each.")
+    log_format: Literal["text", "json"] = Field("text", description="Log format: text, or one JSON object per line.")
     log_file: str | None = Field(
         None,
-        description="File that every process appends its log to. Default of serve: a new one, whose path it shows.",
+        description="File that every process appends its log to. Default for serve: a new file, whose path is shown.",
     )
     otlp_traces_endpoint: str | None = Field(
-        None, description="URL that OpenTelemetry traces are sent to, as http://HOST:4318/v1/traces. Default: none are."
+        None,
+        description="URL that OpenTelemetry traces are sent to, as http://HOST:4318/v1/traces. Default: no traces.",
     )
     generation_config: str = Field(
         "auto",
@@ -125,23 +130,24 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
         False, description="Let requests bring a chat template of their own: for trusted clients only, it is a program."
     )
     tool_call_parser: ToolCallParser = Field(
-        "auto", description="Format of the model's tool calls; auto: the one that its chat template shows."
+        "auto", description="Format of the model's tool calls; auto: from its chat template."
     )
     reasoning_parser: ReasoningParser = Field(
-        "auto", description="Marks round the model's reasoning; auto: as its chat template shows; none: all is text."
+        "auto",
+        description="Markers around the model's reasoning; auto: from its chat template; none: everything is text.",
     )
     max_logprobs: int = Field(
         DEFAULT_MAX_LOGPROBS,
         ge=-1,
-        description="Log-probabilities that a request may ask for at each position; -1: the vocabulary.",
+        description="Maximum number of log-probabilities per position; -1: the whole vocabulary.",
     )
     return_tokens_as_token_ids: bool = Field(
-        False, description="Write tokens of log-probabilities as 'token_id:N': two tokens may have the same text."
+        False, description="Show tokens in log-probabilities as 'token_id:N', since two tokens may have the same text."
     )
     enable_force_include_usage: bool = Field(
-        False, description="Give usage in every chunk of every stream, asked for or not."
+        False, description="Include usage in every chunk of every stream, whether requested or not."
     )
-    enable_per_request_metrics: bool = Field(False, description="Add to each answer what its request took, as metrics.")
+    enable_per_request_metrics: bool = Field(False, description="Add the metrics of its request to each response.")
     enable_tokenizer_info_endpoint: bool = Field(
         False, description="Serve the tokenizer's settings and chat template at /tokenizer_info."
     )
@@ -189,7 +195,7 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
         if value is not None and (not names or not all(names)):
             raise ValueError("a name of the served model is empty: give names of at least one character")
         if len(set(names)) < len(names):
-            raise ValueError("the served model has a name twice")
+            raise ValueError("served_model_name holds a name twice: give each name once")
         return value
 
     @property

@@ -20,11 +20,12 @@ class ServerConfig(BaseConfig):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: tuple[str, ...] = Field(
-        (), description="Key that clients must send, or @FILE with one key a line; repeatable. None: no key asked."
+        (),
+        description="Key that clients must send, or @FILE with one key per line; repeatable. Default: no key needed.",
     )
     allowed_origins: tuple[str, ...] = Field(
         (),
-        description="Web origin whose pages may call this server (CORS), or *; repeatable. None: its own alone.",
+        description="Web origin whose pages may call this server (CORS), or *; repeatable. Default: only its own.",
     )
     allowed_hosts: tuple[str, ...] = Field(
         (),
@@ -33,17 +34,17 @@ class ServerConfig(BaseConfig):
     )
     http_proxy: HttpProxy = Field(
         "auto",
-        description="What stands before the ingress: HAProxy (Linux) or Serve's proxy in Python. auto: HAProxy "
+        description="Proxy in front of the ingress: HAProxy (Linux) or Serve's Python proxy. auto: HAProxy "
         "where Ray brings it.",
     )
     enable_fault_injection: bool = Field(
         False, description="Let clients kill workers, to see the engine recover: POST /admin/kill_worker, dashboard."
     )
-    num_ingress_replicas: int = Field(1, ge=1, le=64, description="Processes that speak HTTP.")
+    num_ingress_replicas: int = Field(1, ge=1, le=64, description="Number of ingress processes.")
     read_timeout_s: float = Field(
-        60.0, gt=0, description="Seconds a client may go without reading its stream before it is taken for gone."
+        60.0, gt=0, description="Seconds a client may not read its stream before it counts as disconnected."
     )
-    shutdown_timeout_s: float = Field(30.0, ge=0, description="Seconds open requests get to finish at shutdown.")
+    shutdown_timeout_s: float = Field(30.0, ge=0, description="Seconds that open requests have to finish at shutdown.")
 
     @field_validator("api_key", "allowed_origins", "allowed_hosts", mode="before")
     @classmethod
@@ -75,5 +76,5 @@ def _keys_of_file(path: str) -> list[str]:
         raise ConfigError(f"api_key file {path!r} cannot be read: {error.strerror}") from None
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
-        raise ConfigError(f"api_key file {path!r} holds no key: write one a line")
+        raise ConfigError(f"api_key file {path!r} holds no key: write one key per line")
     return keys

@@ -26,14 +26,17 @@ def check_request(request: Request, config: ResolvedConfig) -> None:
                     f"{name} holds {token_id}, which is out of vocabulary: ids are 0 to {vocab_size - 1}", param=name
                 )
     if params.bad_words:
-        raise RequestError("bad_words must have become bad_words_token_ids where the tokenizer is", param="bad_words")
+        raise RequestError(
+            "bad_words must be converted to bad_words_token_ids by the client, which has the tokenizer",
+            param="bad_words",
+        )
     if any(token_id >= vocab_size for word in params.bad_words_token_ids for token_id in word):
         raise RequestError(
             f"bad_words_token_ids holds an id that is out of vocabulary: ids are 0 to {vocab_size - 1}",
             param="bad_words_token_ids",
         )
     if request.max_tokens < 1:
-        raise RequestError(f"max_tokens={request.max_tokens} leaves no answer: give at least 1", param="max_tokens")
+        raise RequestError(f"max_tokens={request.max_tokens} is below the minimum of 1", param="max_tokens")
     resolve_max_tokens(len(prompt), request.max_tokens, config.max_model_len)
     if params.min_tokens > request.max_tokens:
         raise RequestError(

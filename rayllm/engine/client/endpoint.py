@@ -20,8 +20,8 @@ def endpoint(address: DriverAddress) -> Address:
     if address.host is not None and address.port is not None:
         return address.host, address.port
     raise EngineUnreachableError(
-        f"the driver on node {address.node_id[:8]} listens at {address.unix_path}, which is not here: "
-        "it has ended, or this process is on another node and must ask the driver again"
+        f"the driver on node {address.node_id[:8]} listens at {address.unix_path}, which does not exist on this node: "
+        "the driver has ended, or this process is on another node and must ask for its address again"
     )
 
 

@@ -33,7 +33,7 @@ _Arrived = queue.SimpleQueue[TokenDelta | EngineError | None]
 
 def closed_error() -> EngineError:
     """What whoever uses a closed engine is told."""
-    return EngineError("this engine is closed: make a new LLM", code="engine_closed")
+    return EngineError("this engine is closed: create a new LLM", code="engine_closed")
 
 
 def check_not_forked(pid: int) -> None:
@@ -41,7 +41,7 @@ def check_not_forked(pid: int) -> None:
     if os.getpid() != pid:
         raise EngineError(
             f"this engine was made in process {pid} and cannot be used in its forked child, process {os.getpid()}: "
-            "make an LLM in the child itself, and start the child with multiprocessing's 'spawn' method",
+            "create an LLM in the child itself, and start the child with multiprocessing's 'spawn' method",
             code="engine_forked",
         )
 

@@ -149,7 +149,7 @@ def settle(outputs: Sequence[RequestOutput]) -> None:
     if failed:
         assert failed[0].error is not None
         log.warning(
-            "%d of %d answers ended with finish_reason 'error'; the first: %s",
+            "%d of %d outputs ended with finish_reason 'error'; the first: %s",
             len(failed), len(choices), failed[0].error.message,
         )  # fmt: skip
 
@@ -227,7 +227,7 @@ class OutputBuilder:
     def _finish(self, choice: _Choice, finish: Finish, added: CompletionOutput) -> None:
         added.finish_reason, added.stop_reason = finish.reason, finish.stop_reason
         if finish.reason == "error":
-            message, code = finish.message or "the engine gave the request up", finish.code or "engine_error"
+            message, code = finish.message or "the engine failed to complete the request", finish.code or "engine_error"
             added.error = OutputError(message, code)
         if choice.text is not None:
             added.text += choice.text.finish()

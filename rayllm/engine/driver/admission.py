@@ -89,7 +89,7 @@ class Admission:
             return
         retry_after_s = min(max(wait_s, _MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
         raise OverloadedError(
-            f"the engine's queue is full: with this request {num_queued} would wait, {name}={limit}; come back in "
+            f"the engine's queue is full: with this request {num_queued} would wait, {name}={limit}; retry in "
             f"about {math.ceil(retry_after_s)} s",
             retry_after_s,
             name,
@@ -103,8 +103,8 @@ class Admission:
         if wait_s >= _WAIT_SHARE * left_s or wait_s + run_s >= left_s:
             raise OverloadedError(
                 f"the request cannot be finished in the {max(0.0, left_s):.1f} s that its deadline leaves: about "
-                f"{wait_s:.1f} s of other work wait before it, and it would run for {run_s:.1f} s; come back later or "
-                "allow more time",
+                f"{wait_s:.1f} s of other work are queued before it, and it would run for {run_s:.1f} s; retry "
+                "later or allow more time",
                 min(wait_s, MAX_RETRY_AFTER_S),
                 "deadline",
             )

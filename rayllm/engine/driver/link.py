@@ -180,7 +180,9 @@ class ClientLink:
             client.backlog += memoryview(frame)[sent:]
             num_bytes = len(client.backlog)
         if num_bytes > self._max_buffered_bytes:
-            self._disconnect(client, f"it does not read: {num_bytes} bytes wait for it, {self._max_buffered_bytes} may")
+            self._disconnect(
+                client, f"it does not read: {num_bytes} bytes are buffered, the limit is {self._max_buffered_bytes}"
+            )
         elif not had_backlog:
             self._post(lambda: self._watch_client(client))
 
@@ -341,7 +343,7 @@ class ClientLink:
     def _drop_unauthenticated(self) -> None:
         now = time.monotonic()
         for client in [client for client in self._unauthenticated if client.hello_deadline <= now]:
-            self._drop(client, f"no greeting within {HELLO_TIMEOUT_S:g} s")
+            self._drop(client, f"it did not authenticate within {HELLO_TIMEOUT_S:g} s")
 
 
 def _send_some(sock: socket.socket, data: bytes | bytearray) -> int:

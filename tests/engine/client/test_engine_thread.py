@@ -138,7 +138,7 @@ def test_close_ends_open_calls_and_later_ones_with_one_clear_error() -> None:
     call = engine.open([_endless()])
     engine.close()
     engine.join()
-    with pytest.raises(EngineError, match="this engine is closed: make a new LLM"):
+    with pytest.raises(EngineError, match="this engine is closed: create a new LLM"):
         _tokens(call, 1)
     for use in (lambda: engine.open([_endless()]), engine.stats):
         with pytest.raises(EngineError, match="this engine is closed"):

@@ -54,7 +54,7 @@ def test_the_queue_takes_its_bound_of_requests_and_not_one_more() -> None:
     queue = _Queue(max_queued_requests=3)
     for _ in range(3):
         queue.submit([1, 2])
-    with pytest.raises(OverloadedError, match=r"4 would wait, max_queued_requests=3; come back in about 1 s"):
+    with pytest.raises(OverloadedError, match=r"4 would wait, max_queued_requests=3; retry in about 1 s"):
         queue.submit([1, 2])
     assert queue.scheduler.num_waiting == 3
 
@@ -137,7 +137,7 @@ def test_the_wait_is_the_prompt_tokens_ahead_by_the_rate_at_which_they_came_to_r
     queue.submit([1] * 30)
     queue.submit([1] * 20)
     queue.pass_time(2.0, num_started_tokens=10)  # 5 a second
-    with pytest.raises(OverloadedError, match="come back in about 10 s") as caught:
+    with pytest.raises(OverloadedError, match="retry in about 10 s") as caught:
         queue.submit([1])
     assert caught.value.retry_after_s == 10.0
 
