@@ -8,7 +8,6 @@ closed, and draws differ.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,6 @@ def make_stand_in(folder: Path, corpus: Path, *, thinks: bool = False) -> Path:
     likings_V = torch.tensor([_liking(tokenizer, token_id, thinks) for token_id in range(VOCAB_SIZE)])
     head[:, 0] = (likings_V - head @ mean_H) / mean_H[0]
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
-    if thinks:  # what it says by default is the same in each run
-        (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.0}))
     return folder
 
 
