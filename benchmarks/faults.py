@@ -4,7 +4,7 @@
 
 An engine of two ranks in a Ray of its own serves 4 requests at a time over the driver's socket. While they run, a rank
 (each in turn) is killed, or stopped (`--hang-share` of the faults). The faults are divided among the standby modes; a
-standby is waited for before the next one. Detection is from the signal until the driver's figures tell of the fault,
+standby is waited for before the next one. Detection is from the signal until the driver's stats show the fault,
 asked for every 5 ms. The gap is the longest silence of any stream that the fault fell into. Each answer must be the
 undisturbed one's, else the benchmark fails. Prints a table, where the time went (means, in seconds) and one line of
 JSON.

@@ -26,7 +26,7 @@ def microseconds(work: Callable[[], object], number: int) -> float:
     return min(timeit.repeat(work, number=number, repeat=5)) / number * 1e6
 
 
-def figures(number: int, folder: Path) -> dict[str, float]:
+def results(number: int, folder: Path) -> dict[str, float]:
     metrics = Metrics("model")
     step_tokens, step_gaps = Histogram(ITERATION_EDGES), Histogram(STEP_EDGES_S)
     log = logging.getLogger("rayllm.benchmark")
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=20000)
     with tempfile.TemporaryDirectory() as folder:
-        found = figures(parser.parse_args().number, Path(folder))
+        found = results(parser.parse_args().number, Path(folder))
     for name, value in found.items():
         print(f"{name:<26} {value:10.2f} us")
     print(json.dumps({"benchmark": "observability", "us": {name: round(value, 2) for name, value in found.items()}}))

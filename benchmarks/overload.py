@@ -81,7 +81,7 @@ class DriverLoop:
 
     def __init__(self, address: DriverAddress, outbox: Callable[[str, DriverMessage], None]):
         self._address, self._outbox = address, outbox
-        self._figures = BlockingDriverConnection(address)
+        self._stats_connection = BlockingDriverConnection(address)
         self._connection = self._connect()
 
     def submit(self, client: str, message: Submit) -> None:
@@ -98,11 +98,11 @@ class DriverLoop:
         return False
 
     def stats(self) -> EngineStats:
-        return self._figures.stats()
+        return self._stats_connection.stats()
 
     def close(self) -> None:
         self._connection.close()
-        self._figures.close()
+        self._stats_connection.close()
 
     def _connect(self) -> BlockingDriverConnection:
         connection = BlockingDriverConnection(self._address)

@@ -70,7 +70,7 @@ def measure(structured: StructuredOutputsParams, vocabulary: Vocabulary, num_mas
         bits = walker.compute_bitmask()  # known by now
         allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").nonzero()[0]
         consume_ms.append(timed_ms(partial(walker.consume_token, int(draw.choice(allowed)))))
-    figures = {
+    results = {
         "compile_ms": compile_ms,
         "copy_ms": copy_ms,
         "first_mask_ms": masks_ms[0],
@@ -78,7 +78,7 @@ def measure(structured: StructuredOutputsParams, vocabulary: Vocabulary, num_mas
         "largest_mask_ms": max(masks_ms),
         "consume_ms": statistics.median(consume_ms),
     }
-    return {name: round(value, 4) for name, value in figures.items()}
+    return {name: round(value, 4) for name, value in results.items()}
 
 
 def apply_ms(vocab_size: int, num_rows: int) -> float:
@@ -124,15 +124,15 @@ def main() -> None:
     began = time.perf_counter()
     vocabulary = Vocabulary.load(arguments.tokenizer, 1, ())
     vocab_size = vocabulary.tokenizer.vocab_size
-    figures: dict[str, object] = {
+    results: dict[str, object] = {
         "vocab_size": vocab_size,
         "load_s": round(time.perf_counter() - began, 3),
         "apply_ms": apply_ms(vocab_size, arguments.batch_size),
         "grammars": {name: measure(given, vocabulary, arguments.num_masks) for name, given in GRAMMARS.items()},
     }
     if arguments.generate:
-        figures["tokens_per_s"] = generation_rates(arguments.batch_size, arguments.num_tokens)
-    print(json.dumps(figures))
+        results["tokens_per_s"] = generation_rates(arguments.batch_size, arguments.num_tokens)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ BACKENDS = ("rayllm", "hf")
 
 
 def measure(backend: str, arguments: list[str]) -> dict[str, Any]:
-    """One run of one backend; its figures."""
+    """One run of one backend; its results."""
     command = [sys.executable, "-m", "rayllm", "bench", "throughput", "--backend", backend, "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def main() -> None:
@@ -35,10 +35,10 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {backend: [] for backend in BACKENDS}
     for number in range(given.rounds):
         for backend in BACKENDS:
-            figures = measure(backend, arguments)
-            runs[backend].append(figures)
-            print(f"round {number + 1}: {backend} {figures['tokens_per_second']:.1f} tokens/s", file=sys.stderr)
-    speeds = {backend: [figures["tokens_per_second"] for figures in runs[backend]] for backend in BACKENDS}
+            results = measure(backend, arguments)
+            runs[backend].append(results)
+            print(f"round {number + 1}: {backend} {results['tokens_per_second']:.1f} tokens/s", file=sys.stderr)
+    speeds = {backend: [results["tokens_per_second"] for results in runs[backend]] for backend in BACKENDS}
     ratios = [ours / theirs for ours, theirs in zip(speeds["rayllm"], speeds["hf"], strict=True)]
     print("| backend | tokens/s, median (min to max) |\n|---|---|")
     for backend, values in speeds.items():

@@ -19,17 +19,13 @@ MAX_P95_FUNCTION_LINES = 25
 MIN_TESTED_SHARE = 0.85
 """Of each package."""
 
-LONG_FILES_PENDING = ("rayllm/api/", "rayllm/parsing/", "rayllm/serve/")
+LONG_FILES_PENDING = ("rayllm/api/", "rayllm/parsing/")
 """Folders with files that are still to be parted: never add one."""
 UNTESTED_PENDING = {
     "api",
     "cli",
     "entrypoints",
-    "executor",
     "kernels",
-    "layers",
-    "linear",
-    "models",
     "parsing",
     "serve",
     "structured",

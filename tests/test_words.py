@@ -86,12 +86,9 @@ ALLOWED_NAMES = {("draft", "rayllm/structured/schema.py")}
 """JSON Schema has drafts."""
 
 PENDING = (
-    "benchmarks/",
     "rayllm/api/",
     "rayllm/cli/",
-    "rayllm/executor/",
     "rayllm/parsing/",
-    "rayllm/runner/",
     "rayllm/serve/",
     "rayllm/weights/",
 )

@@ -75,13 +75,13 @@ def _memory_fault(device: torch.device) -> str | None:
     return None
 
 
-def _difference(verb: str, found: Tensor, expected: Tensor) -> str | None:
+def _difference(action: str, found: Tensor, expected: Tensor) -> str | None:
     found, expected = found.cpu().double(), expected.double()
     wrong = (found != expected).nonzero()
     if not len(wrong):
         return None
     first = tuple(wrong[0].tolist())
     return (
-        f"{verb} {len(wrong)} of {expected.numel()} values incorrectly; the first, at {list(first)}, is "
+        f"{action} {len(wrong)} of {expected.numel()} values incorrectly; the first, at {list(first)}, is "
         f"{found[first]:g} instead of {expected[first]:g}"
     )
