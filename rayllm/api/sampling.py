@@ -128,7 +128,7 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int, limit: int) -> No
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"{name}: {shorten(token_id)} is out of vocabulary: ids are 0 to {vocab_size - 1}", param=name
+                f"{name}: {shorten(token_id)} is out of vocabulary, which has {vocab_size} tokens", param=name
             )
 
 
@@ -144,7 +144,7 @@ def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> dict[int, float
         faults.append(f"{_listed(texts)} {'is not a token id' if len(texts) == 1 else 'are not token ids'}")
     if outside:
         is_or_are = "is" if len(outside) == 1 else "are"
-        faults.append(f"{_listed(outside)} {is_or_are} out of vocabulary: ids are 0 to {vocab_size - 1}")
+        faults.append(f"{_listed(outside)} {is_or_are} out of vocabulary, which has {vocab_size} tokens")
     if faults:
         raise RequestError(f"logit_bias: {'; '.join(faults)}", param="logit_bias")
     return {int(key): bias for key, bias in biases.items()}

@@ -16,14 +16,14 @@ def check_request(request: Request, config: ResolvedConfig) -> None:
     for token_id in (min(prompt), max(prompt)):
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"prompt token id {token_id} is out of vocabulary: ids are 0 to {vocab_size - 1}", param="prompt"
+                f"prompt token id {token_id} is out of vocabulary, which has {vocab_size} tokens", param="prompt"
             )
     params = request.params
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
         for token_id in getattr(params, name) or ():
             if token_id >= vocab_size:
                 raise RequestError(
-                    f"{name} holds {token_id}, which is out of vocabulary: ids are 0 to {vocab_size - 1}", param=name
+                    f"{name} holds {token_id}, out of vocabulary, which has {vocab_size} tokens", param=name
                 )
     if params.bad_words:
         raise RequestError(
@@ -32,7 +32,7 @@ def check_request(request: Request, config: ResolvedConfig) -> None:
         )
     if any(token_id >= vocab_size for word in params.bad_words_token_ids for token_id in word):
         raise RequestError(
-            f"bad_words_token_ids holds an id that is out of vocabulary: ids are 0 to {vocab_size - 1}",
+            f"bad_words_token_ids holds an id out of vocabulary, which has {vocab_size} tokens",
             param="bad_words_token_ids",
         )
     if request.max_tokens < 1:

@@ -97,6 +97,6 @@ def test_a_token_beyond_the_models_vocabulary_costs_only_the_prompt_that_holds_i
     folder = copy_of(llama_path, tmp_path / "model")
     spoil(folder, {"op": "tok_add", "file": "tokenizer.json", "tokens": [["<beyond>", 1_000_000]]}, tmp_path)
     with _load(folder) as llm:
-        with pytest.raises(RequestError, match="out of vocabulary: ids are 0 to 287"):
+        with pytest.raises(RequestError, match="out of vocabulary, which has 288 tokens"):
             llm.generate(["a<beyond>"], SamplingParams(max_tokens=2))
         _serve(llm)

@@ -134,7 +134,7 @@ def read_prompt(body: GenerationBody, prompt: str | list[int], model: ServedMode
         if min(ids) < 0 or max(ids) >= model.vocab_size:
             wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
             raise RequestError(
-                f"prompt: token id {shorten(wrong)} is out of vocabulary: ids are 0 to {model.vocab_size - 1}",
+                f"prompt: token id {shorten(wrong)} is out of vocabulary, which has {model.vocab_size} tokens",
                 param="prompt",
             )
     kept = truncate_ids(ids, body, model.config.max_model_len)

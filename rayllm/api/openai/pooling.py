@@ -172,7 +172,7 @@ def _check_ids(ids: Sequence[int], model: ServedModel) -> None:
     for token_id in ids:
         if not 0 <= token_id < model.vocab_size:
             raise RequestError(
-                f"input: {shorten(token_id)} is out of vocabulary: ids are 0 to {model.vocab_size - 1}", param="input"
+                f"input: {shorten(token_id)} is out of vocabulary, which has {model.vocab_size} tokens", param="input"
             )
 
 

@@ -50,6 +50,6 @@ def _detokenize(token_ids: list[int], model: ServedModel) -> str:
     for token_id in token_ids:
         if not 0 <= token_id < model.vocab_size:
             raise RequestError(
-                f"tokens: {shorten(token_id)} is out of vocabulary: ids are 0 to {model.vocab_size - 1}", param="tokens"
+                f"tokens: {shorten(token_id)} is out of vocabulary, which has {model.vocab_size} tokens", param="tokens"
             )
     return model.tokenizer.decode(token_ids, False)
