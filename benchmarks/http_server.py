@@ -180,7 +180,7 @@ def _parts() -> dict[str, Callable[[], Any]]:
     from rayllm.api.body import parse_object
     from rayllm.api.openai.chat import ChatAnswer, prepare_chat, render
     from rayllm.api.protocol import ChatBody, read_body
-    from rayllm.api.sampling import build_request, sampling_params
+    from rayllm.api.sampling import request_of_body, sampling_params
 
     model = idle_service().model()
     data = json.dumps({**_BODY, "max_tokens": 1, "stream": True}).encode()
@@ -192,7 +192,7 @@ def _parts() -> dict[str, Callable[[], Any]]:
 
     def make_request() -> None:
         params = sampling_params(body, model, max_tokens=1, logprobs=None, structured_outputs=None)
-        build_request(new_id("chatcmpl-"), token_ids, params, body, model.config)
+        request_of_body(new_id("chatcmpl-"), token_ids, params, body, model.config)
 
     async def answer_it() -> None:
         answer = ChatAnswer(model, body, chat)

@@ -11,31 +11,22 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client.engine_thread import check_not_forked, closed_error
 from rayllm.engine.client.journaled_client import JournaledClient
-from rayllm.engine.client.outputs import (
-    Conversation,
-    OutputBuilder,
-    PreparedPrompt,
-    Prompt,
-    build_request,
-    derived_seed,
-    prepare_prompt,
-    raise_failed,
-    truncated,
-)
+from rayllm.engine.client.outputs import OutputBuilder, raise_failed
 from rayllm.engine.owner.generation_config import default_sampling_params
 from rayllm.engine.owner.watched import KeepAttached
 from rayllm.errors import EngineError
 from rayllm.messages import EngineStats
+from rayllm.prompt.conversations import ChatPrompts
+from rayllm.prompt.prompts import Conversation, PreparedPrompt, Prompt, prepare_prompt, truncated
+from rayllm.prompt.requests import derived_seed, program_request
+from rayllm.prompt.text_model import TextModel
 from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from rayllm.api.chat_prompt import ChatPrompts
 
 
 @dataclass(frozen=True)
@@ -75,8 +66,9 @@ class AsyncEngine:
         """One prompt's output as it grows: each item holds everything so far, the last is `finished`. Leaving the loop
         ends the request. Raises `RequestError` when it does not fit, `EngineError` when the engine is lost or gives a
         choice up."""
-        prepared = await asyncio.to_thread(prepare_prompt, prompt, self.get_tokenizer())
-        async for builder, _ in self._run(prepared, sampling_params or self.get_default_sampling_params(), request_id):
+        params = sampling_params or self.get_default_sampling_params()
+        prepared = await asyncio.to_thread(prepare_prompt, prompt, self._text_model(), params)
+        async for builder, _ in self._run(prepared, params, request_id):
             yield builder.output()
 
     async def chat(
@@ -89,21 +81,24 @@ class AsyncEngine:
         """One conversation's answer as it grows; see `generate`. `options` are those of `LLM.chat`."""
         tokenizer = self.get_tokenizer()
         if self._chat_prompts is None:
-            from rayllm.api.chat_prompt import ChatPrompts  # what serves chats takes a second to import
-
             self._chat_prompts = ChatPrompts(self.config, tokenizer)
-        prepared = await asyncio.to_thread(self._chat_prompts.prepare, messages, **options)
-        async for builder, _ in self._run(prepared, sampling_params or self.get_default_sampling_params(), request_id):
+        chat = await asyncio.to_thread(self._chat_prompts.prepare, messages, **options)
+        params = chat.params(sampling_params or self.get_default_sampling_params())
+        async for builder, _ in self._run(chat.prompt, params, request_id):
             yield builder.output()
 
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[CompletionOutput]:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`)."""
-        prepared = await asyncio.to_thread(prepare_prompt, prompt, self.get_tokenizer())
-        async for _, added in self._run(prepared, sampling_params or self.get_default_sampling_params(), request_id):
+        params = sampling_params or self.get_default_sampling_params()
+        prepared = await asyncio.to_thread(prepare_prompt, prompt, self._text_model(), params)
+        async for _, added in self._run(prepared, params, request_id):
             for part in added:
                 yield part
+
+    def _text_model(self) -> TextModel:
+        return TextModel(self.config, self.get_tokenizer())
 
     async def _run(
         self, prompt: PreparedPrompt, params: SamplingParams, request_id: str | None
@@ -113,7 +108,7 @@ class AsyncEngine:
             seed = derived_seed(self.config.engine.seed, next(self._unseeded))
         tokenizer, request_id = self.get_tokenizer(), request_id or uuid.uuid4().hex
         prompt = truncated(prompt, params, self.config.max_model_len)
-        request = build_request(request_id, prompt.token_ids, params, self.config, tokenizer, seed)
+        request = program_request(request_id, prompt.token_ids, params, self.config, tokenizer, seed)
         builder = OutputBuilder(request, prompt, tokenizer)
         deltas = self._attached().submit(request)
         try:

@@ -8,26 +8,21 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rayllm.config import ContentFormat, ResolvedConfig
+from rayllm.config import ContentFormat
 from rayllm.engine.client.beam_search import BeamSearchOutput, BeamSearchParams
 from rayllm.engine.client.engine_thread import check_not_forked, closed_error
-from rayllm.engine.client.outputs import (
-    Conversation,
-    Prompt,
-    prepare_prompt,
-)
 from rayllm.engine.client.prompt_runner import AnswerStream, PromptRunner, ShowsProgress, per_prompt
 from rayllm.engine.owner.generation_config import default_sampling_params
 from rayllm.engine.owner.program import finalizer, open_engine, program_config, resolve_for_program
 from rayllm.errors import RequestError
 from rayllm.messages import EngineStats
+from rayllm.prompt.conversations import ChatPrompts
+from rayllm.prompt.prompts import Conversation, Prompt, prepare_prompt
+from rayllm.prompt.text_model import TextModel
 from rayllm.request import RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from rayllm.api.chat_prompt import ChatPrompts
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +41,7 @@ class LLM:
     def __init__(self, model: str = "", **settings: Any):
         self.config = resolve_for_program(program_config(model, settings))
         self._tokenizer = Tokenizer.from_config(self.config)
+        self._text_model = TextModel(self.config, self._tokenizer)
         self._pid = os.getpid()
         with contextlib.ExitStack() as cleanup:
             self._client = PromptRunner(open_engine(self.config, cleanup), self.config, self._tokenizer)
@@ -66,8 +62,10 @@ class LLM:
         started) when a prompt does not fit, `EngineError` when the engine is lost, or gave every answer up.
         """
         client = self._usable()
-        prepared = [prepare_prompt(prompt, self._tokenizer) for prompt in _as_prompts(prompts)]
-        return client.run(prepared, self._params(sampling_params, len(prepared)), use_tqdm)
+        listed = _as_prompts(prompts)
+        params = self._params(sampling_params, len(listed))
+        prepared = [prepare_prompt(prompt, self._text_model, p) for prompt, p in zip(listed, params, strict=True)]
+        return client.run(prepared, params, use_tqdm)
 
     def chat(
         self,
@@ -84,11 +82,11 @@ class LLM:
         **options: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, rendered as a server's `/v1/chat/completions` renders them: messages and
-        options have the meaning of its fields (`options`: see `api.chat_prompt`). `add_generation_prompt`: begin the
+        options have the meaning of its fields (`options`: `ChatPrompts.prepare`). `add_generation_prompt`: begin the
         assistant's turn; default: unless `continue_final_message`. Errors are as in `generate`."""
         client = self._usable()
         conversations: Any = [messages] if _is_conversation(messages) else messages
-        prepared = [
+        chats = [
             self._chat_prompts.prepare(
                 conversation,
                 chat_template=chat_template,
@@ -101,18 +99,20 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return client.run(prepared, self._params(sampling_params, len(prepared)), use_tqdm)
+        params = self._params(sampling_params, len(chats))
+        bound = [chat.params(given) for chat, given in zip(chats, params, strict=True)]
+        return client.run([chat.prompt for chat in chats], bound, use_tqdm)
 
     @functools.cached_property
     def _chat_prompts(self) -> ChatPrompts:
-        return _chat_prompts(self.config, self._tokenizer)
+        return ChatPrompts(self.config, self._tokenizer)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AnswerStream:
         """One prompt's answer as it comes: each item holds what was added to its choice (`index`). Leaving the loop
         ends the request. Raises as `generate` does, and `EngineError` when the engine gives a choice up."""
         client = self._usable()
         [params] = self._params(sampling_params, 1)
-        return client.stream(prepare_prompt(prompt, self._tokenizer), params)
+        return client.stream(prepare_prompt(prompt, self._text_model, params), params)
 
     def beam_search(
         self,
@@ -126,7 +126,7 @@ class LLM:
         client = self._usable()
         if not isinstance(params, BeamSearchParams):
             raise RequestError(f"beam_search needs BeamSearchParams, got {type(params).__name__}", param="params")
-        prepared = [prepare_prompt(prompt, self._tokenizer) for prompt in _as_prompts(prompts)]
+        prepared = [prepare_prompt(prompt, self._text_model) for prompt in _as_prompts(prompts)]
         return client.beam_search(prepared, params, use_tqdm, concurrency_limit)
 
     # ------------------------------------------------------------------------------------------------ the engine
@@ -175,12 +175,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _chat_prompts(config: ResolvedConfig, tokenizer: Tokenizer) -> ChatPrompts:
-    from rayllm.api.chat_prompt import ChatPrompts  # what serves chats takes a second to import
-
-    return ChatPrompts(config, tokenizer)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

@@ -15,7 +15,6 @@ from rayllm.config import RAY_NAMESPACE, Environment, ResolvedConfig
 from rayllm.engine.client.driver_connection import DriverConnection
 from rayllm.engine.client.journaled_client import JournaledClient
 from rayllm.engine.client.named_connection import connect_by_name
-from rayllm.engine.client.outputs import Conversation, Prompt
 from rayllm.engine.client.pending import LoopThread, Pending, PendingOutputs, in_thread, loop_is_running
 from rayllm.engine.discovery import find_driver, known_engines
 from rayllm.engine.owner.generation_config import default_sampling_params
@@ -27,6 +26,7 @@ from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.executor.ray_join import SharedRay, cluster_address
 from rayllm.machine.registry import Entry, find, find_named, running
 from rayllm.messages import EngineStats
+from rayllm.prompt.prompts import Conversation, Prompt
 from rayllm.request import CompletionOutput, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
 

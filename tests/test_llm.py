@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rayllm import LLM, SamplingParams
-from rayllm.engine.client.outputs import prepare_prompt
 from rayllm.errors import ContextLengthError, EngineError, RequestError
+from rayllm.prompt.prompts import prepare_prompt
 from rayllm.request import OutputError
 
 
@@ -152,7 +152,7 @@ def test_a_long_prompt_is_truncated_where_the_parameters_say_so(llm: LLM) -> Non
 
 
 def test_a_requests_priority_is_its_parameters(llm: LLM) -> None:
-    request = llm._client.request(prepare_prompt("hi", llm.get_tokenizer()), SamplingParams(priority=-3))
+    request = llm._client.request(prepare_prompt("hi", llm._text_model), SamplingParams(priority=-3))
     assert request.priority == -3
 
 

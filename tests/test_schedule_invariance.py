@@ -15,9 +15,9 @@ import torch
 from tiny import make_checkpoint
 
 from rayllm import LLM, SamplingParams, StructuredOutputsParams
-from rayllm.engine.client.outputs import PreparedPrompt
 from rayllm.layers.kv_cache import KVPool
 from rayllm.models import Model
+from rayllm.prompt.prompts import PreparedPrompt
 from rayllm.request import RequestOutput, pack_ids, unpack_ids
 
 SHARED = list(range(10, 74))

@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from rayllm.errors import (
     NO_TOKEN_LEFT,
     STRUCTURED_OUTPUTS_FAILED,
@@ -17,7 +15,6 @@ from rayllm.errors import (
     OverloadedError,
     RayLLMError,
     RequestError,
-    shorten,
     without_paths,
 )
 from rayllm.messages import Finish
@@ -131,14 +128,3 @@ def error_of(finish: Finish) -> RayLLMError:
     if finish.code == NO_TOKEN_LEFT:
         return RequestError(message, param="bad_words", code=finish.code)
     return EngineError(message, code=finish.code)
-
-
-def request_error_of(error: ValidationError) -> RequestError:
-    """The first field at fault, in words: every way in which it could have been right."""
-    faults = error.errors(include_url=False, include_context=False)
-    param = str(faults[0]["loc"][0]) if faults[0]["loc"] else None
-    if faults[0]["type"] == "missing":
-        return RequestError(f"{param} is required", param=param)
-    same = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
-    reasons = list(dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in same))
-    return RequestError(f"{param or 'body'}: {' or '.join(reasons[:3])}, got {shorten(same[0]['input'])}", param=param)

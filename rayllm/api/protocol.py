@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, FiniteFloat, ValidationError, WithJsonSchema
 
-from rayllm.api.errors import request_error_of
 from rayllm.errors import RequestError, did_you_mean, shorten
+from rayllm.prompt.fields import ChatFields, Objects, list_of_objects, request_error_of
 
 MAX_PROMPTS = 2048
 MAX_CHOICES_IN_ALL = 4096
@@ -132,14 +132,8 @@ def _token_ids(value: Any) -> Any:
     raise ValueError("Input should be a list of integers")
 
 
-def _objects(value: Any) -> Any:
-    if value is None or (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
-        return value
-    raise ValueError("Input should be a list of objects")
-
-
 def _text_or_objects(value: Any) -> Any:
-    return value if isinstance(value, str) else _objects(value)
+    return value if isinstance(value, str) else list_of_objects(value)
 
 
 _STRING, _NULL = {"type": "string"}, {"type": "null"}
@@ -157,11 +151,7 @@ TokenIds = Annotated[
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "integer"}}, _NULL]}),
 ]
 Texts = Annotated[Any, AfterValidator(_texts), WithJsonSchema({"anyOf": [{"type": "array", "items": _STRING}, _NULL]})]
-Objects = Annotated[Any, AfterValidator(_objects), WithJsonSchema({"anyOf": [_OBJECTS, _NULL]})]
 TextOrObjects = Annotated[Any, AfterValidator(_text_or_objects), WithJsonSchema({"anyOf": [_STRING, _OBJECTS, _NULL]})]
-
-
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class SamplingFields(Body):
@@ -260,27 +250,16 @@ class GenerateBody(GenerationBody):
     """Text or token ids."""
 
 
-class ChatBody(GenerationBody):
-    messages: Annotated[list[dict[str, Any]], FailFast()]
+class ChatBody(ChatFields, GenerationBody):
     max_completion_tokens: int | None = None
     """OpenAI's newer name for `max_tokens`, which it overrides."""
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: Objects = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: ReasoningEffort | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
     # vLLM's
     echo: bool | None = None
     """The answer begins with the message that it continues."""
     include_reasoning: bool | None = None
     return_prompt_text: bool | None = None
-    documents: Objects = None
 
 
 class TokensBody(Body):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayllm.api.protocol import (
@@ -19,10 +18,9 @@ from rayllm.api.protocol import (
 )
 from rayllm.api.structured import structured_outputs
 from rayllm.config import ResolvedConfig
-from rayllm.engine.request_checks import check_request, resolve_logprobs, resolve_max_tokens
 from rayllm.errors import RequestError, shorten
-from rayllm.request import MAX_SEED, Request, SamplingParams, pack_ids
-from rayllm.text.bad_words import with_bad_word_ids
+from rayllm.prompt.requests import build_request, resolve_params
+from rayllm.request import MAX_SEED, Request, SamplingParams
 
 if TYPE_CHECKING:
     from rayllm.api.service import ServedModel
@@ -88,10 +86,7 @@ def sampling_params(body: GenerationBody, model: ServedModel, **settled: Any) ->
         params = SamplingParams(**{**fields, **settled})
     except ValueError as error:
         raise RequestError(str(error), param=_field_named(str(error))) from None
-    params = resolve_logprobs(params, model.config)
-    model.tokenizer.check_params(params)
-    with named_as({"prompt": "bad_words"}):
-        return with_bad_word_ids(params, model.tokenizer, vocab_size)
+    return resolve_params(params, model.config, model.tokenizer)
 
 
 def num_further_characters(body: GenerationBody) -> int:
@@ -170,7 +165,7 @@ def truncate_ids(ids: list[int], body: GenerationBody, max_model_len: int) -> li
     return ids[:num_kept] if body.truncation_side == "right" else ids[-num_kept:]
 
 
-def build_request(
+def request_of_body(
     request_id: str,
     token_ids: Sequence[int],
     params: SamplingParams,
@@ -181,40 +176,19 @@ def build_request(
 ) -> Request:
     """A complete request. `default_max_tokens` holds where the client asks for no number, as far as there is
     room; None: the model's default. `client_key`: whose it is, for fair shares."""
-    asked, limit = params.max_tokens, config.generation.max_tokens_limit
-    if asked is not None and limit is not None:
-        asked = min(asked, limit)
-    max_tokens = resolve_max_tokens(len(token_ids), asked, config.max_model_len)
-    default = config.generation.max_tokens if default_max_tokens is None else default_max_tokens
-    bounds = (max_tokens, limit, default if asked is None else None)
-    max_tokens = min(bound for bound in bounds if bound is not None)
-    request = Request(
-        request_id=request_id,
-        prompt=pack_ids(token_ids),
-        params=params,
-        seed=secrets.randbelow(MAX_SEED) if params.seed is None else params.seed,
-        max_tokens=max_tokens,
+    return build_request(
+        request_id,
+        token_ids,
+        params,
+        config,
+        default_seed=secrets.randbelow(MAX_SEED),
+        default_max_tokens=config.generation.max_tokens if default_max_tokens is None else default_max_tokens,
+        max_tokens_limit=config.generation.max_tokens_limit,
         priority=_priority(body.priority),
         cache_salt=_cache_salt(body.cache_salt),
         deadline_s=_deadline_s(body.timeout),
         client_key=client_key,
     )
-    check_request(request, config)
-    return request
-
-
-@contextmanager
-def named_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors inside name fields as this client called them: `{ours: theirs}`."""
-    try:
-        yield
-    except RequestError as error:
-        ours = error.param or ""
-        if ours in names:
-            error.param = names[ours]
-            error.message = re.sub(rf"^{ours}\b", names[ours], error.message)
-            error.args = (error.message,)
-        raise
 
 
 def _priority(priority: int | None) -> int:

@@ -15,10 +15,10 @@ from rayllm.api.body import max_body_bytes, max_values
 from rayllm.api.errors import NotReadyError
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client.protocols import EngineClient
-from rayllm.errors import ContextLengthError, RayLLMError, RequestError, shorten
+from rayllm.errors import RayLLMError, RequestError, shorten
 from rayllm.messages import EngineStats
 from rayllm.observability.metrics import Metrics
-from rayllm.parsing.chat_format import ChatFormat
+from rayllm.prompt.text_model import TextModel
 from rayllm.structured.trial import GrammarTrials
 from rayllm.text.tokenizer import Tokenizer
 
@@ -26,7 +26,6 @@ READY = "ready"
 DRAINING = "shutting down"
 _DRAINING_REASON = "open requests are finished, new ones are not taken"
 HEALTH_TIMEOUT_S = 3.0
-_MIN_TOKEN_CHARACTERS = 16
 _INLINE_CHARACTERS = 8192
 """Texts up to this long are rendered and tokenized at once, in well under a millisecond; others in a
 thread."""
@@ -41,34 +40,6 @@ _NEEDS: dict[Task, str] = {
     "classify": "classify texts: that needs a model with a classification head",
     "pool": "pool hidden states: that needs a model served for pooling",
 }
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """What prompts need of a model."""
-
-    config: ResolvedConfig
-    tokenizer: Tokenizer
-
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        return ChatFormat.of(self.tokenizer, self.config.engine)
-
-    def tokenize(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a prompt, marked or not. A text that no tokenizing could make fit is refused before it is
-        tokenized."""
-        self.check_length(len(text), param)
-        return self.tokenizer.encode_marked(text, add_special_tokens=add_special_tokens)
-
-    def check_length(self, num_characters: int, param: str) -> None:
-        """Refuses a prompt of so many characters that no tokenizing could make it fit."""
-        limit = self.config.max_model_len * max(self.tokenizer.longest_token, _MIN_TOKEN_CHARACTERS)
-        if num_characters > limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.config.max_model_len} tokens. The prompt has "
-                f"{num_characters} characters, and no {limit} fit: shorten it",
-                param=param,
-            )
 
 
 @dataclass(frozen=True)

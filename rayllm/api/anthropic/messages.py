@@ -10,7 +10,7 @@ from pydantic import FailFast
 from rayllm.api.anthropic.answer import MessageAnswer
 from rayllm.api.anthropic.conversion import chat_messages, chat_tool_choice, chat_tools
 from rayllm.api.apart import apart
-from rayllm.api.openai.chat import prepare_chat, render
+from rayllm.api.openai.chat import prepare_chat
 from rayllm.api.protocol import (
     Body,
     ChatBody,
@@ -21,9 +21,10 @@ from rayllm.api.protocol import (
     check_names,
     read_body,
 )
-from rayllm.api.sampling import named_as
 from rayllm.api.service import ModelService
 from rayllm.errors import RequestError, shorten
+from rayllm.prompt.chat import render
+from rayllm.prompt.requests import named_as
 
 _PARAMS = {
     "stop": "stop_sequences",
@@ -90,7 +91,7 @@ async def count_tokens(fields: dict[str, Any], service: ModelService) -> dict[st
     model = service.named(body.model)
     with named_as(_PARAMS):
         chat = await apart(_chat_body, body)
-        text = await asyncio.to_thread(render, chat, chat.messages, model)
+        text = await asyncio.to_thread(render, chat, model)
         token_ids = await asyncio.to_thread(model.tokenize, text, add_special_tokens=False, param="messages")
     return {"input_tokens": len(token_ids)}
 

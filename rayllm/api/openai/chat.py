@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
 from rayllm.api.apart import apart, apart_unless, is_large
 from rayllm.api.beam import with_beam_search
-from rayllm.api.chat_messages import read_messages
 from rayllm.api.generation import Choice
 from rayllm.api.openai.logprobs import chat_logprobs, prompt_logprobs
-from rayllm.api.protocol import ChatBody, TokenizeBody, read_body
-from rayllm.api.sampling import build_request, named_as, num_further_characters, sampling_params, truncate_ids
-from rayllm.api.service import ModelService, ServedModel, TextModel
+from rayllm.api.protocol import ChatBody, read_body
+from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params, truncate_ids
+from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.structured import structured_field, structured_outputs, tried
-from rayllm.config import EngineConfig
 from rayllm.errors import RequestError
 from rayllm.parsing.chat_format import ChatFormat
 from rayllm.parsing.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from rayllm.parsing.output_parser import OutputParser
 from rayllm.parsing.tool_grammar import Thinking
-from rayllm.parsing.tools import ToolPlan, read_tools
-from rayllm.request import Request, StructuredOutputsParams
-from rayllm.structured.grammar import rule_of
-from rayllm.text.tokenizer import Tokenizer
-
-__all__ = ["ChatAnswer", "PreparedChat", "open_chat", "prepare_chat", "read_messages", "render"]
-
-MAX_TEMPLATE_CHARACTERS = 2**16
-_OWN_OPTIONS = frozenset({"self", "messages", "tools", "add_generation_prompt", "continue_final_message"})
+from rayllm.parsing.tools import ToolPlan
+from rayllm.prompt.chat import chat_prompt, num_characters
+from rayllm.prompt.messages import read_messages
+from rayllm.prompt.requests import named_as
+from rayllm.request import Request
 
 
 async def open_chat(fields: dict[str, Any], service: ModelService, client_key: str = "") -> ChatAnswer:
@@ -85,22 +78,11 @@ async def prepare_chat(
     `default_max_tokens` holds where the body gives no number, as far as there is room."""
     is_short = not is_large() and body.chat_template is None
     if is_short:
-        num_characters = _num_characters(body.messages, body.tools) + num_further_characters(body)
-        is_short = model.prepares_inline(num_characters, is_chat=True)
+        num_prompt_characters = num_characters(body.messages, body.tools) + num_further_characters(body)
+        is_short = model.prepares_inline(num_prompt_characters, is_chat=True)
     chat = await apart_unless(is_short, _prepare, body, model, client_key, id_prefix, default_max_tokens)
     field = "tools" if chat.calls_are_bound else structured_field(body)
     return replace(chat, request=await tried(chat.request, model, field))
-
-
-def _num_characters(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> int:
-    """About how long the prompt is; parts and tools are counted generously. Nothing is checked yet: a content may be
-    of any type."""
-    contents = [message.get("content") for message in messages]
-    num_text = sum(len(content) if isinstance(content, str) else len(str(content)) for content in contents)
-    num_others = sum(
-        len(str(value)) for message in messages for name, value in message.items() if name not in ("role", "content")
-    )
-    return num_text + num_others + 64 * len(messages) + sum(len(str(tool)) for tool in tools or ())
 
 
 def _prepare(
@@ -111,68 +93,25 @@ def _prepare(
     if field := structured_field(body):
         names["structured_outputs"] = field
     with named_as(names):
-        form = _chat_format(body, model)
-        plan = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-        if plan is not None and not plan.forced and not model.config.engine.enable_auto_tool_choice:
-            raise RequestError(
-                "tool_choice auto is off at this server (--no-enable-auto-tool-choice): ask for required or one tool",
-                param="tool_choice",
-            )
-        contents = (message.get("content") for message in body.messages)
-        model.check_length(sum(len(content) for content in contents if isinstance(content, str)), "messages")
-        text = _rendered(body, body.messages, form, plan)
-        thinking = form.thinking_after(text)
+        prompt = chat_prompt(body, model)
         settled: dict[str, Any] = {"max_tokens": getattr(body, limit_name), "logprobs": _num_logprobs(body)}
         wanted = structured_outputs(body)
-        constraint = _constraint(form, plan, thinking, wanted)
-        settled["structured_outputs"] = constraint or _after_reasoning(wanted, form, thinking)
+        settled["structured_outputs"] = prompt.structured_outputs(wanted)
         params = sampling_params(body, model, **settled)
-        token_ids = model.tokenize(text, add_special_tokens=bool(body.add_special_tokens), param="messages")
+        token_ids = prompt.token_ids(model, add_special_tokens=bool(body.add_special_tokens))
         token_ids = truncate_ids(token_ids, body, model.config.max_model_len)
-        request = build_request(
+        request = request_of_body(
             new_id(id_prefix), token_ids, params, body, model.config, default_max_tokens, client_key
         )
         return PreparedChat(
             request,
-            form,
-            plan,
-            thinking,
-            calls_are_bound=constraint is not None,
-            prompt_text=model.tokenizer.without_marks(text),
+            prompt.form,
+            prompt.plan,
+            prompt.thinking,
+            calls_are_bound=prompt.tool_grammar(wanted) is not None,
+            prompt_text=prompt.text,
             shows_reasoning=body.include_reasoning is not False,
         )
-
-
-def _constraint(
-    form: ChatFormat, plan: ToolPlan | None, thinking: Thinking, wanted: StructuredOutputsParams | None
-) -> StructuredOutputsParams | None:
-    """What the answer's text must be so that calls are made where they must, and follow their schemas. `wanted` binds
-    an answer that calls nothing."""
-    if plan is None:
-        return None
-    arguments = plan, form.tool_format, form.reasoning_format, thinking
-    if plan.forced:
-        return StructuredOutputsParams(grammar=form.writer.forced(*arguments))
-    rule = None if wanted is None else rule_of(wanted)
-    if rule is not None:
-        either = form.writer.either(plan, form.tool_format, rule, form.reasoning_format, thinking)
-        return StructuredOutputsParams(grammar=either)
-    if wanted is not None:
-        return None
-    grammar = form.writer.free(*arguments) if any(tool.strict for tool in plan.allowed) else None
-    return None if grammar is None else StructuredOutputsParams(grammar=grammar)
-
-
-def _after_reasoning(
-    wanted: StructuredOutputsParams | None, form: ChatFormat, thinking: Thinking
-) -> StructuredOutputsParams | None:
-    """What binds the answer begins where its reasoning ends. A grammar of the request's own says all by itself."""
-    if wanted is None or form.reasoning_format is None or thinking is Thinking.NONE:
-        return wanted
-    rule = rule_of(wanted)
-    if rule is None:
-        return wanted
-    return StructuredOutputsParams(grammar=form.writer.after_reasoning(rule, form.reasoning_format, thinking))
 
 
 def _num_logprobs(body: ChatBody) -> int | None:
@@ -183,67 +122,6 @@ def _num_logprobs(body: ChatBody) -> int | None:
             raise RequestError("logprob_token_ids needs logprobs=true", param="logprob_token_ids")
         return None  # they are given in place of the most likely tokens
     return (body.top_logprobs or 0) if body.logprobs else None
-
-
-def _chat_format(body: ChatBody | TokenizeBody, model: TextModel) -> ChatFormat:
-    """The model's, or that of the request's own template where the operator lets it bring one."""
-    if body.chat_template is None:
-        other = model.tokenizer.tool_template if body.tools else None
-        return model.chat_format if other is None else _format_of(model.tokenizer, model.config.engine, other)
-    if not model.config.engine.trust_request_chat_template:
-        raise RequestError(
-            "chat_template from a request is off; the server's operator sets it with --chat-template, or lets requests "
-            "bring their own with --trust-request-chat-template",
-            param="chat_template",
-            code="unsupported_parameter",
-        )
-    if len(body.chat_template) > MAX_TEMPLATE_CHARACTERS:
-        raise RequestError(
-            f"chat_template has {len(body.chat_template)} characters, at most {MAX_TEMPLATE_CHARACTERS} are allowed",
-            param="chat_template",
-        )
-    return _format_of(model.tokenizer, model.config.engine, body.chat_template)
-
-
-@lru_cache(maxsize=16)
-def _format_of(tokenizer: Tokenizer, config: EngineConfig, template: str) -> ChatFormat:
-    return ChatFormat.of(tokenizer.with_template(template), config)
-
-
-def render(body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]], model: TextModel) -> str:
-    """The prompt text of the messages, by the model's template and the body's options.
-
-    What the client says is marked (`Tokenizer.mark`): special tokens in it are plain text.
-    """
-    choice = body.tool_choice if isinstance(body, ChatBody) else None
-    return _rendered(body, messages, _chat_format(body, model), read_tools(body.tools, choice, None))
-
-
-def _rendered(
-    body: ChatBody | TokenizeBody, messages: Sequence[Mapping[str, Any]], form: ChatFormat, plan: ToolPlan | None
-) -> str:
-    continues = bool(body.continue_final_message)
-    if continues and body.add_generation_prompt:
-        raise RequestError(
-            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
-        )
-    variables = body.chat_template_kwargs or {}
-    if taken := _OWN_OPTIONS.intersection(variables):
-        raise RequestError(
-            f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields", param="chat_template_kwargs"
-        )
-    shown, tools = form.template_messages(read_messages(messages), plan.tools if plan else ())
-    if isinstance(body, ChatBody):
-        if body.documents is not None:
-            variables = {"documents": body.documents, **variables}
-        variables = {**form.thinking_variables(body.reasoning_effort, body.verbosity), **variables}
-    return form.tokenizer.render_chat(
-        shown,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=continues,
-        tools=tools,
-        **variables,
-    )
 
 
 class ChatAnswer(ChunkedAnswer):

@@ -13,7 +13,7 @@ from rayllm.api.beam import with_beam_search
 from rayllm.api.generation import Choice, Prompt
 from rayllm.api.openai.logprobs import completion_logprobs, own_logprob, prompt_logprobs
 from rayllm.api.protocol import MAX_CHOICES_IN_ALL, MAX_PROMPTS, CompletionBody, GenerationBody, read_body
-from rayllm.api.sampling import build_request, num_further_characters, sampling_params, truncate_ids
+from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params, truncate_ids
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.structured import structured_field, tried
 from rayllm.config import ResolvedConfig
@@ -77,7 +77,7 @@ def _prepare(
     prompts = [read_prompt(body, prompt, model) for prompt in raw_prompts]
     answer_id, num_tokens = new_id("cmpl-"), default_max_tokens(model.config)
     requests = [
-        build_request(f"{answer_id}-{i}", prompt.token_ids, params, body, model.config, num_tokens, client_key)
+        request_of_body(f"{answer_id}-{i}", prompt.token_ids, params, body, model.config, num_tokens, client_key)
         for i, prompt in enumerate(prompts)
     ]
     return prompts, requests

@@ -26,11 +26,11 @@ from rayllm.api.protocol import (
     check_names,
     read_body,
 )
-from rayllm.api.sampling import named_as
 from rayllm.api.service import ModelService, ServedModel
-from rayllm.engine.request_checks import resolve_logprobs
 from rayllm.errors import ContextLengthError, RequestError, shorten
+from rayllm.prompt.requests import named_as
 from rayllm.request import SamplingParams
+from rayllm.request.checks import resolve_logprobs
 
 MAX_METADATA = 16
 _LOGPROBS = "message.output_text.logprobs"

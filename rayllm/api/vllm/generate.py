@@ -13,7 +13,7 @@ from rayllm.api.errors import answer_for
 from rayllm.api.generation import Prompt
 from rayllm.api.openai.completions import default_max_tokens, read_prompt
 from rayllm.api.protocol import GenerateBody, read_body
-from rayllm.api.sampling import build_request, num_further_characters, sampling_params
+from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.sse import DONE, error_event, log_fault
 from rayllm.api.structured import structured_field, tried
@@ -63,7 +63,7 @@ def _are_ids(prompt: list[Any]) -> bool:
 def _prepare(body: GenerateBody, model: ServedModel, client_key: str) -> tuple[Prompt, Request]:
     params = sampling_params(body, model, max_tokens=body.max_tokens)
     prompt = read_prompt(body, body.prompt, model)
-    request = build_request(
+    request = request_of_body(
         new_id("gen-"), prompt.token_ids, params, body, model.config, default_max_tokens(model.config), client_key
     )
     return prompt, request

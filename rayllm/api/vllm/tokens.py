@@ -6,10 +6,11 @@ import asyncio
 from typing import Any
 
 from rayllm.api.apart import apart
-from rayllm.api.openai.chat import render
 from rayllm.api.protocol import DetokenizeBody, TokenizeBody, read_body
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.errors import RequestError, shorten
+from rayllm.prompt.chat import render
+from rayllm.prompt.fields import ChatFields
 
 
 async def tokenize(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
@@ -32,7 +33,15 @@ async def tokenize(fields: dict[str, Any], service: ModelService) -> dict[str, A
 
 def _tokenize(body: TokenizeBody, model: ServedModel) -> list[int]:
     if body.messages is not None:
-        text = render(body, body.messages, model)
+        fields = ChatFields(
+            messages=body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            chat_template=body.chat_template,
+            chat_template_kwargs=body.chat_template_kwargs,
+            tools=body.tools,
+        )
+        text = render(fields, model)
         return model.tokenize(text, add_special_tokens=bool(body.add_special_tokens), param="messages")
     text = body.prompt or ""
     return model.tokenize(text, add_special_tokens=body.add_special_tokens is not False, param="prompt")

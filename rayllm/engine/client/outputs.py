@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, cast
 
-from rayllm.config import ResolvedConfig
-from rayllm.engine.request_checks import check_request, resolve_logprobs, resolve_max_tokens
-from rayllm.errors import EngineError, RequestError
+from rayllm.errors import EngineError
 from rayllm.messages import Finish, TokenDelta, TokenLogprobs
+from rayllm.prompt.prompts import PreparedPrompt
 from rayllm.request import (
     CompletionOutput,
     Logprob,
@@ -22,104 +18,12 @@ from rayllm.request import (
     Request,
     RequestMetrics,
     RequestOutput,
-    SamplingParams,
-    StructuredOutputsParams,
-    pack_ids,
     unpack_ids,
 )
-from rayllm.structured.grammar import check_grammar
-from rayllm.text.bad_words import with_bad_word_ids
 from rayllm.text.detokenizer import ChoiceText
 from rayllm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or vLLM's `{"prompt": text}` / `{"prompt_token_ids": ids}`."""
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedPrompt:
-    text: str | None
-    token_ids: list[int]
-
-
-def prepare_prompt(prompt: Prompt, tokenizer: Tokenizer) -> PreparedPrompt:
-    """Tokenizes text; takes ids as they are. Raises `RequestError` for anything else."""
-    if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or not prompt:
-            raise RequestError(
-                f"a prompt mapping holds 'prompt' or 'prompt_token_ids', got {sorted(prompt)}", param="prompt"
-            )
-        if "prompt_token_ids" not in prompt:
-            return prepare_prompt(prompt["prompt"], tokenizer)
-        ids = prepare_prompt(prompt["prompt_token_ids"], tokenizer).token_ids
-        return PreparedPrompt(prompt.get("prompt"), ids)
-    if isinstance(prompt, str):
-        return PreparedPrompt(prompt, tokenizer.encode(prompt))
-    if not isinstance(prompt, Sequence):
-        raise RequestError(f"a prompt is text or a list of token ids, got {prompt!r}", param="prompt")
-    ids = list(cast(Sequence[int], prompt))
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-        raise RequestError("a prompt is text or a list of token ids", param="prompt")
-    return PreparedPrompt(None, ids)
-
-
-def truncated(prompt: PreparedPrompt, params: SamplingParams, max_model_len: int) -> PreparedPrompt:
-    """The prompt's last `truncate_prompt_tokens` tokens; -1: with room for one token more. Raises `RequestError` where
-    these are more than the context holds."""
-    limit = params.truncate_prompt_tokens
-    if limit is None:
-        return prompt
-    if limit > max_model_len:
-        raise RequestError(
-            f"truncate_prompt_tokens={limit} is outside [1, {max_model_len}]", param="truncate_prompt_tokens"
-        )
-    num_kept = max(1, max_model_len - (params.max_tokens or 1)) if limit == -1 else limit
-    return PreparedPrompt(prompt.text, prompt.token_ids[-num_kept:])
-
-
-def build_request(
-    request_id: str,
-    token_ids: Sequence[int],
-    params: SamplingParams,
-    config: ResolvedConfig,
-    tokenizer: Tokenizer,
-    default_seed: int,
-) -> Request:
-    """A complete `Request`; raises `RequestError` when it does not fit the model."""
-    tokenizer.check_params(params)
-    params = resolve_logprobs(with_bad_word_ids(params, tokenizer, config.shape.vocab_size), config)
-    try:
-        prompt = pack_ids(token_ids)
-    except OverflowError:
-        raise RequestError("a prompt token id does not fit 32 bits", param="prompt") from None
-    request = Request(
-        request_id=request_id,
-        prompt=prompt,
-        params=params,
-        seed=default_seed if params.seed is None else params.seed,
-        max_tokens=resolve_max_tokens(len(token_ids), params.max_tokens, config.max_model_len),
-        priority=params.priority,
-    )
-    check_request(request, config)
-    if params.structured_outputs is not None:
-        _check_grammar(params.structured_outputs)
-    return request
-
-
-@lru_cache(maxsize=256)
-def _check_grammar(structured: StructuredOutputsParams) -> None:
-    check_grammar(structured)
-
-
-def derived_seed(seed: int, number: int) -> int:
-    """The seed of an engine's `number`-th request that brought none: well mixed, and the same in every run."""
-    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def read_logprobs(packed: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

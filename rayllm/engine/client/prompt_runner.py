@@ -11,17 +11,11 @@ from typing import Any
 from rayllm.config import ResolvedConfig
 from rayllm.engine.client.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, step_params
 from rayllm.engine.client.engine_thread import Call, EngineThread
-from rayllm.engine.client.outputs import (
-    OutputBuilder,
-    PreparedPrompt,
-    build_request,
-    derived_seed,
-    raise_failed,
-    settle,
-    truncated,
-)
+from rayllm.engine.client.outputs import OutputBuilder, raise_failed, settle
 from rayllm.errors import RequestError
 from rayllm.messages import TokenDelta
+from rayllm.prompt.prompts import PreparedPrompt, truncated
+from rayllm.prompt.requests import derived_seed, program_request
 from rayllm.request import CompletionOutput, Request, RequestOutput, SamplingParams
 from rayllm.text.tokenizer import Tokenizer
 
@@ -111,7 +105,7 @@ class PromptRunner:
         if params.seed is None and not params.greedy:
             seed = derived_seed(self._config.engine.seed, self._num_unseeded)
             self._num_unseeded += 1
-        return build_request(uuid.uuid4().hex, prompt.token_ids, params, self._config, self._tokenizer, seed)
+        return program_request(uuid.uuid4().hex, prompt.token_ids, params, self._config, self._tokenizer, seed)
 
     def _submit(
         self, prompts: Sequence[PreparedPrompt], params: Sequence[SamplingParams]

@@ -19,7 +19,6 @@ from rayllm.engine.driver.counters import EngineCounters
 from rayllm.engine.driver.open_requests import Client, OpenRequest, OpenRequests, Outbox
 from rayllm.engine.driver.retained_requests import RetainedRequest, RetainedRequests
 from rayllm.engine.driver.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
-from rayllm.engine.request_checks import check_request
 from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
@@ -44,6 +43,7 @@ from rayllm.messages import (
 )
 from rayllm.observability.trace import DriverSpans, Tracer
 from rayllm.request import pack_ids
+from rayllm.request.checks import check_request
 from rayllm.scheduler.scheduler import Scheduler
 from rayllm.scheduler.sequence import SequenceUpdate
 

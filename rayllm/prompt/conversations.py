@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from rayllm.api.openai.chat import render
-from rayllm.api.protocol import ChatBody, read_body
-from rayllm.api.service import TextModel
 from rayllm.config import ContentFormat, ResolvedConfig
-from rayllm.engine.client.outputs import Conversation, PreparedPrompt
 from rayllm.errors import RequestError
+from rayllm.prompt.chat import ChatPrompt, chat_prompt
+from rayllm.prompt.fields import chat_fields
+from rayllm.prompt.prompts import Conversation, PreparedPrompt
+from rayllm.prompt.text_model import TextModel
+from rayllm.request import SamplingParams
 from rayllm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    prompt: PreparedPrompt
+    chat: ChatPrompt
+
+    def params(self, given: SamplingParams) -> SamplingParams:
+        """The parameters with what the answer must follow: the tools' grammar, or what was given, after reasoning."""
+        structured = self.chat.structured_outputs(given.structured_outputs)
+        return given if structured is given.structured_outputs else given.with_(structured_outputs=structured)
 
 
 class ChatPrompts:
@@ -36,26 +49,29 @@ class ChatPrompts:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         reasoning_effort: str | None = None,
-    ) -> PreparedPrompt:
+        verbosity: str | None = None,
+    ) -> PreparedChat:
         """The prompt of a conversation. Options have the meaning of the fields of `/v1/chat/completions`;
         `chat_template` is a template's text, or a file of it. Raises `RequestError` as the server answers 400."""
         model = self._model(chat_template_content_format)
-        fields = {
-            "model": self._config.served_model_name,
-            "messages": _plain(conversation),
-            "chat_template": _template_text(chat_template),
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "tools": None if tools is None else _plain(tools),
-            "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
-            "documents": None if documents is None else _plain(documents),
-            "reasoning_effort": reasoning_effort,
-        }
-        body = read_body(fields, ChatBody)
-        text = render(body, body.messages, model)
-        token_ids = model.tokenize(text, add_special_tokens=False, param="messages")
-        return PreparedPrompt(self._tokenizer.without_marks(text), token_ids)
+        fields = chat_fields(
+            messages=_plain(conversation),
+            chat_template=_template_text(chat_template),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=None if tools is None else _plain(tools),
+            tool_choice=dict(tool_choice) if isinstance(tool_choice, Mapping) else tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            chat_template_kwargs=None if chat_template_kwargs is None else dict(chat_template_kwargs),
+            documents=None if documents is None else _plain(documents),
+            reasoning_effort=reasoning_effort,
+            verbosity=verbosity,
+        )
+        chat = chat_prompt(fields, model)
+        return PreparedChat(PreparedPrompt(chat.text, chat.token_ids(model)), chat)
 
     def _model(self, content_format: ContentFormat | None) -> TextModel:
         """The model's text side, with its template taking contents in this form."""

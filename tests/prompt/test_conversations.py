@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import pytest
 
-from rayllm.api.chat_prompt import ChatPrompts
 from rayllm.api.openai.chat import prepare_chat
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.service import ServedModel
 from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.engine.owner.resolve import resolve
 from rayllm.errors import ContextLengthError, RequestError
+from rayllm.prompt.conversations import ChatPrompts
 from rayllm.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "What is RayLLM?"}
@@ -90,7 +90,7 @@ async def _http_prompt(config: ResolvedConfig, fields: dict[str, Any]) -> tuple[
 def _python_prompt(prompts: ChatPrompts, fields: dict[str, Any]) -> tuple[list[int], str | None]:
     options = dict(fields)
     prepared = prompts.prepare(options.pop("messages"), **options)
-    return prepared.token_ids, prepared.text
+    return prepared.prompt.token_ids, prepared.prompt.text
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -121,7 +121,7 @@ def test_a_template_may_be_a_file(prompts: ChatPrompts, tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(TEMPLATE)
     inline = prompts.prepare([USER], chat_template=TEMPLATE)
-    assert prompts.prepare([USER], chat_template=str(file)) == inline
+    assert prompts.prepare([USER], chat_template=str(file)).prompt == inline.prompt
     with pytest.raises(RequestError, match="is neither a template nor a file that can be read"):
         prompts.prepare([USER], chat_template=str(tmp_path / "nowhere.jinja"))
 
@@ -132,7 +132,7 @@ def test_the_form_of_contents_may_be_given(prompts: ChatPrompts) -> None:
         prepared = prompts.prepare(
             [USER], chat_template=template, chat_template_content_format=cast(Any, content_format)
         )
-        assert (prepared.text or "").endswith(expected)
+        assert (prepared.prompt.text or "").endswith(expected)
     with pytest.raises(RequestError, match="chat_template_content_format='xml' is not one of auto, string, openai"):
         prompts.prepare([USER], chat_template_content_format=cast(Any, "xml"))
 
