@@ -10,7 +10,8 @@ from typing import Any
 
 from rayllm.api import continuity
 from rayllm.api.apart import apart_unless
-from rayllm.api.generation import Choice, Generation, Parsing
+from rayllm.api.choice import Choice, Parsing
+from rayllm.api.generation import Generation
 from rayllm.api.protocol import GenerationBody
 from rayllm.api.request_metrics import request_metrics
 from rayllm.api.service import ServedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rayllm.api.answer import Answer
-from rayllm.api.generation import Choice
+from rayllm.api.choice import Choice
 from rayllm.api.openai.chat import PreparedChat
 from rayllm.api.service import ServedModel
 from rayllm.parsing.events import Event

@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
 from rayllm.api import continuity
 from rayllm.api.apart import in_turns
+from rayllm.api.choice import Choice, Parsing, new_choice
 from rayllm.api.errors import error_of
 from rayllm.engine.client.protocols import EngineClient, RequestStream
 from rayllm.errors import EngineError
 from rayllm.messages import ADOPTED_BY_ANOTHER, TokenDelta, TokenLogprobs, single_tokens
 from rayllm.observability.metrics import Metrics
 from rayllm.observability.request_context import current_request
-from rayllm.parsing.events import Event, Reasoning, Text, joined
-from rayllm.parsing.output_parser import OutputParser
-from rayllm.request import Request, unpack_ids
-from rayllm.text.detokenizer import ChoiceText
+from rayllm.request import Request
 from rayllm.text.tokenizer import Tokenizer
 
 _TURN_S = 0.01
@@ -31,124 +27,6 @@ _NUM_A_TURN = 64
 """Choices that are opened, or closed, before others get a turn."""
 _Arrival = tuple[int, list[TokenDelta]] | Exception | None
 """A stream's number and deltas; what it raised; or its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """`text` is None where the client sent token ids."""
-
-    text: str | None
-    token_ids: list[int]
-
-
-class Choice:
-    """One answer as far as it has come."""
-
-    __slots__ = (
-        "_events",
-        "finish_reason",
-        "first_token_s",
-        "index",
-        "last_token_s",
-        "logprobs",
-        "num_reasoning_tokens",
-        "num_told",
-        "parser",
-        "prefill_s",
-        "prompt_index",
-        "queued_s",
-        "reasoning_end",
-        "shows_reasoning",
-        "stop_reason",
-        "text",
-        "token_ids",
-    )
-
-    def __init__(self, index: int, prompt_index: int, text: ChoiceText, parser: OutputParser | None = None):
-        self.index = index
-        self.prompt_index = prompt_index
-        self.text = text
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: str | int | None = None
-        self.num_told = 0
-        """Tokens that chunks have spoken of."""
-        self.first_token_s: float | None = None
-        self.last_token_s = 0.0
-        self.prefill_s = 0.0
-        self.queued_s = 0.0
-        self.parser = parser
-        """None where the text is only text."""
-        self.shows_reasoning = True
-        self.num_reasoning_tokens = 0
-        self.reasoning_end = 0
-        """Tokens from the first on up to the last of the reasoning, with all that marks it."""
-        self._events: list[Event] = []
-
-    def take(self, delta: TokenDelta) -> str:
-        """Adds a delta and returns the new text. Raises what the engine says went wrong."""
-        finish = delta.finish
-        if finish is not None and finish.reason == "error":
-            raise error_of(finish)
-        text = self.text.push(unpack_ids(delta.token_ids), stop_token=finish is not None and finish.has_stop_token)
-        num_new = self.text.num_tokens_used - len(self.token_ids)
-        self.token_ids += unpack_ids(delta.token_ids)[:num_new]
-        if delta.logprobs:
-            self.logprobs += delta.logprobs[:num_new]
-        if finish is not None and self.text.stop_reason is None:
-            text += self.text.finish()
-            self.finish_reason, self.stop_reason = finish.reason, finish.stop_reason
-        if self.text.stop_reason is not None:
-            self.finish_reason, self.stop_reason = "stop", self.text.stop_reason
-        if self.parser is not None:
-            self._parse(self.parser, text, num_new)
-        return text
-
-    def take_events(self, text: str) -> list[Event]:
-        """What came since the last call, as events. `text` is that in plain: all there is where nothing is parsed."""
-        if self.parser is None:
-            return [Text(text)] if text else []
-        events, self._events = self._events, []
-        if not self.shows_reasoning:
-            events = [event for event in events if not isinstance(event, Reasoning)]
-        return joined(events) if len(events) > 1 else events
-
-    def _parse(self, parser: OutputParser, text: str, num_tokens: int) -> None:
-        if parser.in_reasoning:
-            self.num_reasoning_tokens += num_tokens
-            self.reasoning_end = len(self.token_ids)
-        if text:
-            self._events += parser.push(text)
-        if parser.is_done and self.finish_reason is None:
-            self.finish_reason = "stop"
-        if self.finish_reason is not None:
-            self._events += parser.finish()
-
-
-class Parsing(Protocol):
-    """How the choices of a chat are parsed."""
-
-    @property
-    def shown_ids(self) -> frozenset[int]:
-        """Special tokens that the parsers want to see."""
-
-    @property
-    def shows_reasoning(self) -> bool:
-        """Whether the client wants to see what the model thought."""
-
-    def parser(self, choice: int) -> OutputParser | None: ...
-
-
-def _new_choice(
-    index: int, prompt_index: int, tokenizer: Tokenizer, request: Request, parsing: Parsing | None
-) -> Choice:
-    parser = parsing.parser(index) if parsing is not None else None
-    shown_ids = parsing.shown_ids if parsing is not None and parser is not None else frozenset[int]()
-    text = ChoiceText(tokenizer, request.params, request.prompt_token_ids, shown_ids)
-    choice = Choice(index, prompt_index, text, parser)
-    choice.shows_reasoning = parsing is None or parsing.shows_reasoning
-    return choice
 
 
 class Generation:
@@ -213,7 +91,7 @@ class Generation:
         for number in range(first, min(first + max(1, _NUM_A_TURN // self.num_choices), len(self.requests))):
             request = self.requests[number]
             self.choices += [
-                _new_choice(number * self.num_choices + i, number, self._tokenizer, request, self._parsing)
+                new_choice(number * self.num_choices + i, number, self._tokenizer, request, self._parsing)
                 for i in range(self.num_choices)
             ]
             self._streams.append(self._engine.submit(request) if adopted is None else adopted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayllm.api.generation import Choice
+from rayllm.api.choice import Choice
 
 
 def request_metrics(choices: Sequence[Choice]) -> dict[str, float] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayllm.parsing.channels import Joint, called, channel_of, next_head
 from rayllm.parsing.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
+from rayllm.parsing.json_values import arguments_text, is_json, loaded, pair_value
 from rayllm.parsing.python_values import tell_value
 from rayllm.parsing.reasoning import ReasoningFormat
 from rayllm.parsing.text_reader import Reading, Steps, TextReader, first_of
@@ -166,7 +167,7 @@ class OutputParser:
 
     def _end(self) -> Steps:
         self.is_done = self._only_one
-        is_whole = _is_json("".join(self._arguments))
+        is_whole = is_json("".join(self._arguments))
         self.num_whole_calls += is_whole
         yield ToolCallEnd(self.num_calls - 1, None if is_whole else "".join(self._text.call or ()))
         self._text.call, self._text.taken = None, []
@@ -247,19 +248,19 @@ class OutputParser:
             character = yield from self._text.peek()
             if character != '"':
                 break
-            key = _loaded((yield from self._text.value()) or "")
+            key = loaded((yield from self._text.value()) or "")
             yield from self._text.skip(":")
             begun = self.num_calls > num_before
             if key in _NAME_KEYS and not begun:
-                yield from self._begin(_loaded((yield from self._text.value()) or ""), known_only)
+                yield from self._begin(loaded((yield from self._text.value()) or ""), known_only)
                 if early is not None:
-                    yield self._tell(_arguments(early))
+                    yield self._tell(arguments_text(early))
             elif key in _ARGUMENT_KEYS and not has_arguments:
                 has_arguments = True
                 early = yield from self._text.value(self._tell if begun else None)
                 is_cut = early == "" and self._text.ended and not self._text.rest
                 if begun and early is not None and not is_cut:
-                    yield self._tell(_arguments(early))
+                    yield self._tell(arguments_text(early))
             elif known_only and not begun and key not in _OTHER_KEYS:
                 raise _NoCallError
             else:
@@ -405,7 +406,7 @@ class OutputParser:
                 yield from self._text.skip_one(form.value[0])
                 raw, is_whole = yield from self._text.until(form.value[1])
                 kind = properties.get(key) if isinstance(properties, dict) else None
-                yield self._tell(f"{opening}{json.dumps(key, ensure_ascii=False)}: {_pair_value(raw, kind, is_whole)}")
+                yield self._tell(f"{opening}{json.dumps(key, ensure_ascii=False)}: {pair_value(raw, kind, is_whole)}")
                 opening = ", "
             elif mark is None or mark == form.end:
                 if mark is not None:
@@ -418,47 +419,3 @@ class OutputParser:
 def _word_length(text: str) -> int:
     found = _WORD.match(text)
     return 0 if found is None else found.end()
-
-
-def _loaded(text: str) -> Any:
-    """A JSON value; None for what is none."""
-    try:
-        return json.loads(text, parse_constant=_no_json)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=_no_json)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _no_json(text: str) -> None:
-    raise ValueError(text)
-
-
-def _arguments(text: str) -> str:
-    """Arguments that are no object: some models write them as JSON text in a string, and null for none."""
-    if text in ("", "null"):
-        return "{}"
-    inner = _loaded(text)
-    return inner if isinstance(inner, str) and inner.lstrip().startswith("{") else text
-
-
-def _pair_value(raw: str, schema: Any, is_whole: bool) -> str:
-    """JSON of a value that stands as plain text: by the schema's type, else as JSON where it is JSON."""
-    text = raw.removeprefix("\n").removesuffix("\n")
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    is_text = kind == "string" or (kind is None and _is_choice_of_texts(schema))
-    if not is_text and is_whole and text.strip() and (text.strip() == "null" or _loaded(text) is not None):
-        return text.strip()
-    written = json.dumps(text, ensure_ascii=False)
-    return written if is_whole else written[:-1]
-
-
-def _is_choice_of_texts(schema: Any) -> bool:
-    values = schema.get("enum") if isinstance(schema, dict) else None
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)

@@ -6,9 +6,9 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from rayllm.api.choice import Choice
 from rayllm.api.errors import answer_for, anthropic_envelope
 from rayllm.api.event_answer import EventAnswer
-from rayllm.api.generation import Choice
 from rayllm.api.openai.chat import PreparedChat
 from rayllm.api.service import ServedModel
 from rayllm.api.sse import EventWriter, log_fault

@@ -9,7 +9,7 @@ from typing import Any
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
 from rayllm.api.apart import apart, apart_unless, is_large
 from rayllm.api.beam import with_beam_search
-from rayllm.api.generation import Choice
+from rayllm.api.choice import Choice
 from rayllm.api.openai.logprobs import chat_logprobs, prompt_logprobs
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params, truncate_ids

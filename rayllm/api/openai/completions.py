@@ -10,7 +10,7 @@ import msgspec
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
 from rayllm.api.apart import apart, apart_unless
 from rayllm.api.beam import with_beam_search
-from rayllm.api.generation import Choice, Prompt
+from rayllm.api.choice import Choice
 from rayllm.api.openai.logprobs import completion_logprobs, own_logprob, prompt_logprobs
 from rayllm.api.protocol import MAX_CHOICES_IN_ALL, MAX_PROMPTS, CompletionBody, GenerationBody, read_body
 from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params, truncate_ids
@@ -18,6 +18,7 @@ from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.structured import structured_field, tried
 from rayllm.config import ResolvedConfig
 from rayllm.errors import RequestError, shorten
+from rayllm.prompt.prompts import PreparedPrompt
 from rayllm.request import MAX_CHOICES, Request, SamplingParams
 from rayllm.text.detokenizer import ChoiceText
 
@@ -67,7 +68,7 @@ def _is_ids(value: Any) -> bool:
 
 def _prepare(
     body: CompletionBody, raw_prompts: Sequence[str | list[int]], model: ServedModel, client_key: str
-) -> tuple[list[Prompt], list[Request]]:
+) -> tuple[list[PreparedPrompt], list[Request]]:
     params = sampling_params(body, model, **_settled(body))
     if len(raw_prompts) * params.n > MAX_CHOICES_IN_ALL:
         raise RequestError(
@@ -123,7 +124,7 @@ def _num_generated_choices(body: CompletionBody) -> int:
     return body.best_of
 
 
-def read_prompt(body: GenerationBody, prompt: str | list[int], model: ServedModel) -> Prompt:
+def read_prompt(body: GenerationBody, prompt: str | list[int], model: ServedModel) -> PreparedPrompt:
     """The ids of a prompt, cut where the body says so."""
     if isinstance(prompt, str):
         adds = body.add_special_tokens is not False
@@ -138,7 +139,7 @@ def read_prompt(body: GenerationBody, prompt: str | list[int], model: ServedMode
                 param="prompt",
             )
     kept = truncate_ids(ids, body, model.config.max_model_len)
-    return Prompt(text if len(kept) == len(ids) else None, kept)
+    return PreparedPrompt(text if len(kept) == len(ids) else None, kept)
 
 
 class CompletionAnswer(ChunkedAnswer):
@@ -148,7 +149,7 @@ class CompletionAnswer(ChunkedAnswer):
     _body: CompletionBody
 
     def __init__(
-        self, model: ServedModel, body: CompletionBody, prompts: Sequence[Prompt], requests: Sequence[Request]
+        self, model: ServedModel, body: CompletionBody, prompts: Sequence[PreparedPrompt], requests: Sequence[Request]
     ):
         self._prompts = prompts
         self._only_scores = bool(body.echo) and body.max_tokens == 0

@@ -7,9 +7,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+from rayllm.api.choice import Choice
 from rayllm.api.errors import answer_for
 from rayllm.api.event_answer import EventAnswer
-from rayllm.api.generation import Choice
 from rayllm.api.openai.chat import PreparedChat
 from rayllm.api.openai.logprobs import chat_logprobs
 from rayllm.api.service import ServedModel

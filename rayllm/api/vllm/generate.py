@@ -10,7 +10,6 @@ import orjson
 from rayllm.api.answer import Answer, new_id
 from rayllm.api.apart import apart, apart_unless
 from rayllm.api.errors import answer_for
-from rayllm.api.generation import Prompt
 from rayllm.api.openai.completions import default_max_tokens, read_prompt
 from rayllm.api.protocol import GenerateBody, read_body
 from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params
@@ -18,6 +17,7 @@ from rayllm.api.service import ModelService, ServedModel
 from rayllm.api.sse import DONE, error_event, log_fault
 from rayllm.api.structured import structured_field, tried
 from rayllm.errors import RequestError, shorten
+from rayllm.prompt.prompts import PreparedPrompt
 from rayllm.request import Request
 
 _NOT_SHOWN = (
@@ -41,7 +41,9 @@ async def open_generate_stream(fields: dict[str, Any], service: ModelService, cl
     return GenerateEvents(*await _read(fields, service, client_key))
 
 
-async def _read(fields: dict[str, Any], service: ModelService, client_key: str) -> tuple[ServedModel, Prompt, Request]:
+async def _read(
+    fields: dict[str, Any], service: ModelService, client_key: str
+) -> tuple[ServedModel, PreparedPrompt, Request]:
     body = await apart(read_body, fields, GenerateBody)
     model = service.named(body.model)
     for name in _NOT_SHOWN:
@@ -60,7 +62,7 @@ def _are_ids(prompt: list[Any]) -> bool:
     return all(type(token_id) is int for token_id in prompt)
 
 
-def _prepare(body: GenerateBody, model: ServedModel, client_key: str) -> tuple[Prompt, Request]:
+def _prepare(body: GenerateBody, model: ServedModel, client_key: str) -> tuple[PreparedPrompt, Request]:
     params = sampling_params(body, model, max_tokens=body.max_tokens)
     prompt = read_prompt(body, body.prompt, model)
     request = request_of_body(
@@ -75,7 +77,7 @@ class GenerateAnswer(Answer):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, model: ServedModel, prompt: Prompt, request: Request):
+    def __init__(self, model: ServedModel, prompt: PreparedPrompt, request: Request):
         super().__init__(model, [request], request.request_id)
         text = model.tokenizer.decode(prompt.token_ids, True) if prompt.text is None else prompt.text
         self._texts = [text] * self.generation.num_choices

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from rayllm.api import continuity
 from rayllm.api.continuity import Continuity
-from rayllm.api.openai import responses
+from rayllm.api.openai import responses, stored_responses
 from rayllm.api.openai.response_store import ResponseStore, StoredResponse
 from rayllm.api.openai.responses import OpenedResponse
 from rayllm.api.resume import HOLD_S, LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream
@@ -41,16 +41,20 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
 
     @app.delete(_PATH + "/{response_id}")
     async def delete_response(request: Request, response_id: str) -> Response:
-        return await served.found(request, response_id, lambda key: responses.deleted(served.store, key, response_id))
+        return await served.found(
+            request, response_id, lambda key: stored_responses.deleted(served.store, key, response_id)
+        )
 
     @app.post(_PATH + "/{response_id}/cancel")
     async def cancel_response(request: Request, response_id: str) -> Response:
-        return await served.found(request, response_id, lambda key: responses.cancelled(served.store, key, response_id))
+        return await served.found(
+            request, response_id, lambda key: stored_responses.cancelled(served.store, key, response_id)
+        )
 
     @app.get(_PATH + "/{response_id}/input_items")
     async def response_input_items(request: Request, response_id: str) -> Response:
         def page(client_key: str) -> Any:
-            return responses.input_items(served.store, client_key, response_id, request.query_params)
+            return stored_responses.input_items(served.store, client_key, response_id, request.query_params)
 
         return await served.found(request, response_id, page)
 
@@ -92,7 +96,7 @@ class _Responses:
         """The events of a response, those already seen left out."""
         client_key = request.state.client_key
         try:
-            name = EventName(response_id, responses.starting_after(request.query_params))
+            name = EventName(response_id, stored_responses.starting_after(request.query_params))
             if not self.store.has(client_key, response_id):
                 await self._adopt(client_key, name)
             self.store.get(client_key, response_id)

@@ -13,9 +13,10 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from rayllm.api.openai.response_store import ResponseStore, StoredResponse
-from rayllm.api.openai.responses import OpenedResponse, cancelled, deleted, input_items, open_response, starting_after
+from rayllm.api.openai.responses import OpenedResponse, open_response
 from rayllm.api.openai.responses_answer import OutputItems
 from rayllm.api.openai.responses_items import chat_messages, chat_tool_choice, chat_tools, read_input, read_tools
+from rayllm.api.openai.stored_responses import cancelled, deleted, input_items, starting_after
 from rayllm.api.service import ModelService
 from rayllm.errors import RequestError
 from rayllm.parsing.events import Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
