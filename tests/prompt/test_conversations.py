@@ -10,8 +10,7 @@ import pytest
 from rayllm.api.openai.chat import prepare_chat
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.service import ServedModel
-from rayllm.config import EngineConfig, ResolvedConfig
-from rayllm.engine.owner.resolve import resolve
+from rayllm.config import ResolvedConfig
 from rayllm.errors import ContextLengthError, RequestError
 from rayllm.prompt.conversations import ChatPrompts
 from rayllm.prompt.requests import program_request
@@ -70,12 +69,6 @@ BAD: dict[str, dict[str, Any]] = {
     "a reserved variable": {"messages": [USER], "chat_template_kwargs": {"messages": []}},
     "a broken template": {"messages": [USER], "chat_template": "{% for %}"},
 }
-
-
-@pytest.fixture(scope="module")
-def config() -> ResolvedConfig:
-    """The built-in model's, of a server that lets requests bring templates."""
-    return resolve(EngineConfig(trust_request_chat_template=True, device="cpu"))
 
 
 @pytest.fixture(scope="module")
