@@ -15,7 +15,7 @@ const RATE_MS = 3000;
 const WINDOW_MS = 60_000;
 const RANGES_MIN = [1, 15, 60];
 const RANGE = "rayllm.dashboard-range";
-const MAX_KINDS = 6; // rows of errors: as high as the facts beside them
+const MAX_KINDS = 5; // rows of errors: about as high as the facts beside them
 const QUANTILES = [0.5, 0.9, 0.99];
 
 const history = new History();
