@@ -171,15 +171,15 @@ def two_servers(machine: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def test_without_a_server_the_error_says_how_to_start_one(machine: None) -> None:
     for look in (rayllm.get_engine, rayllm.connect):
-        with pytest.raises(EngineUnreachableError, match="no server of yours runs on this machine: start one with"):
+        with pytest.raises(EngineUnreachableError, match="you have no running server on this machine: start one with"):
             look()
 
 
 def test_of_several_servers_one_must_be_named(two_servers: None) -> None:
     for look in (rayllm.get_engine, rayllm.connect):
-        with pytest.raises(ConfigError, match=r"2 servers run, say which by its name: 'one': .*'two': "):
+        with pytest.raises(ConfigError, match=r"2 servers are running, name one of them: 'one': .*'two': "):
             look()
-    with pytest.raises(EngineUnreachableError, match=r"no server named 'twoo' runs here; did you mean 'two'\?"):
+    with pytest.raises(EngineUnreachableError, match=r"no server named 'twoo' is running here; did you mean 'two'\?"):
         rayllm.get_engine("twoo")
 
 

@@ -41,7 +41,7 @@ def default_url() -> str:
     if len(urls) == 1:
         return urls[0]
     if urls and DEFAULT_URL not in urls:
-        raise UsageError(f"{len(urls)} servers run, say which by its name: {shown_list(entries)}")
+        raise UsageError(f"{len(urls)} servers are running, name one of them: {shown_list(entries)}")
     return DEFAULT_URL
 
 

@@ -68,7 +68,9 @@ def stop(entry: Entry) -> None:
     deadline = time.monotonic() + entry.shutdown_timeout_s + _STOP_TIMEOUT_S
     while entry.is_alive():
         if time.monotonic() > deadline:
-            raise EngineError(f"the server (pid {entry.pid}) still runs: end it with 'rayllm stop {entry.pid} --force'")
+            raise EngineError(
+                f"the server (pid {entry.pid}) is still running: stop it with 'rayllm stop {entry.pid} --force'"
+            )
         time.sleep(_POLL_S)
 
 
@@ -93,7 +95,7 @@ def _fitting(model: str | None, settings: Mapping[str, Any]) -> Entry | None:
     if model is None:
         if len(entries) > 1 and not settings:
             served = ", ".join(f"{entry.model} ({entry.url})" for entry in entries)
-            raise UsageError(f"{len(entries)} servers run, say which by its MODEL: {served}")
+            raise UsageError(f"{len(entries)} servers are running, name the MODEL of one of them: {served}")
         return entries[0] if entries and not settings else None
 
     from rayllm.engine.owner.resolve import served_name
@@ -151,7 +153,7 @@ def _listed(started: subprocess.Popen[bytes], engine: EngineConfig, output: Path
         _raise_if_ended(started, output)
         if time.monotonic() > deadline:
             started.terminate()
-            raise EngineError(f"the server did not begin within {_LISTED_TIMEOUT_S:g} s (details: {output})")
+            raise EngineError(f"the server did not start within {_LISTED_TIMEOUT_S:g} s (details: {output})")
         time.sleep(_POLL_S)
 
 
@@ -185,7 +187,7 @@ def _await_ready(entry: Entry, started: subprocess.Popen[bytes] | None) -> None:
     except KeyboardInterrupt:
         if started is not None:
             started.terminate()
-            print(f"\nthe server that was starting (pid {started.pid}) is stopped", file=sys.stderr)
+            print(f"\nthe server that was starting (pid {started.pid}) has been stopped", file=sys.stderr)
         raise
     finally:
         if shown is not None:

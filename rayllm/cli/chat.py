@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "/help": "what can be typed",
-    "/reset": "forget the conversation (the system prompt stays)",
-    "/regen": "answer the last message again",
-    "/system [TEXT]": "set the system prompt, or without TEXT remove it",
-    "/params [NAME=VALUE …]": "show or set sampling parameters; NAME= takes one back",
-    "/save FILE": "write the conversation as JSON",
-    "/load FILE": "read one back",
-    "/exit": "leave (also Ctrl-D)",
+    "/reset": "clear the conversation (the system prompt stays)",
+    "/regen": "regenerate the last response",
+    "/system [TEXT]": "set the system prompt; without TEXT, remove it",
+    "/params [NAME=VALUE …]": "show or set sampling parameters; NAME= resets one",
+    "/save FILE": "save the conversation as JSON",
+    "/load FILE": "load a saved conversation",
+    "/exit": "exit (also Ctrl-D)",
     '"""': "begins and ends a message of several lines; so does \\ at the end of a line",
 }
 _BLOCK = '"""'
@@ -85,7 +85,7 @@ class Conversation:
     def regenerate(self) -> None:
         """Drops the last answer and asks for another. `UsageError` when nothing was asked yet."""
         if not any(turn["role"] == "user" for turn in self.turns):
-            raise UsageError("there is nothing to answer again yet")
+            raise UsageError("there is no response to regenerate yet")
         dropped = self.turns.pop() if self.turns[-1]["role"] == "assistant" else None
         try:
             self._answer()
@@ -141,7 +141,7 @@ class Conversation:
             turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]]
             given = {name: v for name, v in content.get("params", {}).items() if name in PARAMS}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path!r} holds no saved conversation") from None
+            raise UsageError(f"{path!r} is not a saved conversation") from None
         params = {name: checked_param(name, value) for name, value in given.items()}
         self.system, self.turns = content.get("system"), turns
         self.params.update(params)
@@ -153,7 +153,7 @@ class Conversation:
             given, equals, value = word.partition("=")
             name = param_name(given)
             if not equals:
-                raise UsageError(f"give NAME=VALUE, not {word!r}: {name}=VALUE sets it, {name}= takes it back")
+                raise UsageError(f"give NAME=VALUE, not {word!r}: {name}=VALUE sets it, {name}= resets it")
             if value:
                 params[name] = parse_param(name, value)
             else:
@@ -164,7 +164,7 @@ class Conversation:
             )
         self.params = params
         shown = {name: value for name, value in self.params.items() if name in PARAMS}
-        self.write(f"{json.dumps(shown) if shown else 'the server decides everything'}\n")
+        self.write((json.dumps(shown) if shown else "all parameters are the server's defaults") + "\n")
 
 
 def _end(writer: AnswerWriter) -> None:
@@ -244,7 +244,7 @@ def converse(conversation: Conversation, read_line: Callable[[bool], str]) -> bo
                 return ok
             interrupted = True
             try:
-                conversation.note("\n(Ctrl-C again leaves, so does /exit)\n")
+                conversation.note("\n(press Ctrl-C again or type /exit to exit)\n")
             except KeyboardInterrupt:  # pressed again while this is said
                 return ok
         except (UsageError, ServerError, OSError) as error:
@@ -253,9 +253,9 @@ def converse(conversation: Conversation, read_line: Callable[[bool], str]) -> bo
 
 
 def parser() -> Parser:
-    made = Parser(prog="rayllm chat", description="Talk to a server, or to a model.")
+    made = Parser(prog="rayllm chat", description="Chat with a server or a model.")
     made.add_argument(
-        "model_folder", metavar="MODEL", nargs="?", help="a checkpoint's folder or hub name: start it for this chat"
+        "model_folder", metavar="MODEL", nargs="?", help="a checkpoint folder or hub name: start a server for this chat"
     )
     add_server_flags(made)
     made.add_argument("--system", metavar="TEXT", help="system prompt")
@@ -270,7 +270,7 @@ def run(argv: Sequence[str]) -> int:
     if "model_folder" not in given:
         engine_flags = [name for name in EngineConfig.model_fields if name in given and name != "served_model_name"]
         if engine_flags:
-            raise UsageError(f"{engine_flags[0]} belongs to a MODEL to start; a running server has its own")
+            raise UsageError(f"{engine_flags[0]} needs a MODEL to start: a running server has its own settings")
         with connected(given) as client:
             status = chat(client, given)
             if sys.stdin.isatty():  # it ends as it was asked to: one Ctrl-C more is no failure
@@ -305,7 +305,7 @@ def chat(client: ApiClient, given: dict[str, Any]) -> int:
         max_model_len=client.max_model_len(model),
     )
     with prompt:
-        prompt.greet(f"{model} at {client.url}. /help lists commands, Ctrl-C stops an answer, /exit leaves.\n")
+        prompt.greet(f"{model} at {client.url}. /help lists commands, Ctrl-C stops a response, /exit exits.\n")
         ok = converse(conversation, prompt.read_line)
     return 0 if ok or prompt.is_terminal else 1
 

@@ -120,7 +120,7 @@ class ApiClient:
                 if data == "[DONE]":
                     return
                 yield from _choices(json.loads(data), timing)
-        raise ServerError("the server ended the answer early")
+        raise ServerError("the server closed the stream before the response was complete")
 
     def _check(self, answer: httpx.Response) -> None:
         if answer.is_error:
@@ -141,7 +141,7 @@ class ApiClient:
         except httpx.HTTPError as error:
             raise ServerError(f"the connection to {self.url} broke: {error or type(error).__name__}") from None
         except (ValueError, KeyError, IndexError) as error:
-            raise ServerError(f"{self.url} does not answer as an OpenAI server does: {error!r}") from None
+            raise ServerError(f"{self.url} does not respond as an OpenAI-compatible server does: {error!r}") from None
 
 
 def _choices(event: dict[str, Any], timing: Timing) -> Iterator[dict[str, Any]]:
@@ -159,9 +159,9 @@ def _choices(event: dict[str, Any], timing: Timing) -> Iterator[dict[str, Any]]:
 
 
 def refusal(answer: httpx.Response, url: str) -> ServerError:
-    """What the server at `url` refused with, in its own words; and the mend where it is the key."""
-    mend = " (give --api-key KEY, or set RLLM_API_KEY)" if answer.status_code == 401 else ""
-    return ServerError(f"{answer.status_code} from {url}: {_error_text(answer)}{mend}")
+    """What the server at `url` refused with, in its own words; with a hint where the key is wrong or missing."""
+    hint = " (give --api-key KEY, or set RLLM_API_KEY)" if answer.status_code == 401 else ""
+    return ServerError(f"{answer.status_code} from {url}: {_error_text(answer)}{hint}")
 
 
 def _error_text(answer: httpx.Response) -> str:

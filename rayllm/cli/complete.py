@@ -13,7 +13,9 @@ from rayllm.cli.sampling_flags import add_param_flags, params_of
 
 def parser() -> Parser:
     made = Parser(prog="rayllm complete", description="Continue a prompt.")
-    made.add_argument("prompt", metavar="PROMPT", nargs="?", help="text; '-', or none in a pipe: read from stdin")
+    made.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="text; '-', or no PROMPT in a pipe: read standard input"
+    )
     add_server_flags(made)
     add_param_flags(made)
     made.add_argument("--echo", action="store_true", help="print the prompt first")
@@ -48,7 +50,7 @@ def _prompt(given: dict[str, Any]) -> str:
     """What was given, or stdin without the line end that `echo` adds. `UsageError` where there is no text."""
     asked = given.get("prompt")
     if asked is None and sys.stdin.isatty():
-        raise UsageError("give a PROMPT to continue, or pipe one in")
+        raise UsageError("give a PROMPT, or pipe one to standard input")
     prompt: str = sys.stdin.read().removesuffix("\n") if asked in (None, "-") else asked
     if not prompt:
         raise UsageError("the prompt is empty: give some text to continue")

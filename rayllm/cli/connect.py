@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 
 def add_server_flags(parser: Parser) -> None:
-    text = f"server to ask, by its URL, port, name or pid (default: the one that runs here, else {DEFAULT_URL})"
+    text = f"URL, port, name or pid of the server (default: the only local server, else {DEFAULT_URL})"
     parser.add_argument("--url", help=text)
-    parser.add_argument("--api-key", help="key to send (default: RLLM_API_KEY)")
-    parser.add_argument("--served-model-name", metavar="NAME", help="model to ask (default: the server's first)")
+    parser.add_argument("--api-key", help="API key to send (default: RLLM_API_KEY)")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="model name to send (default: the server's first model)"
+    )
 
 
 @contextlib.contextmanager

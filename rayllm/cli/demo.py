@@ -31,10 +31,10 @@ def parser() -> Parser:
         metavar="RANK",
         nargs="?",
         const="",
-        help="kill a worker while the answer streams (that rank, or a random one), and show how it goes on",
+        help="kill a worker (this rank, or a random one) during the stream, and show the recovery",
     )
     made.add_argument("--tensor-parallel-size", "-tp", metavar="SIZE", help="worker processes (default: 2)")
-    made.add_argument("--json", action="store_true", help="print one JSON line instead")
+    made.add_argument("--json", action="store_true", help="print one line of JSON instead")
     return made
 
 
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     if as_json:
         print(json.dumps(report))
     else:
-        print("everything has been stopped again; next: rayllm serve, then rayllm chat")
+        print("all processes have been stopped; next: rayllm serve, then rayllm chat")
     return 0 if report.get("kill", {}).get("same_as_undisturbed", True) else 1
 
 

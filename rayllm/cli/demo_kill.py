@@ -110,7 +110,9 @@ def stream_and_kill(
             seen.num_tokens_before = timing.num_tokens
             killer.start()
     if not seen.num_tokens_before:
-        raise KillFailedError(f"the answer ended after {timing.num_tokens} tokens, before the kill: ask a longer one")
+        raise KillFailedError(
+            f"the answer ended after {timing.num_tokens} tokens, before the kill: ask a question with a longer answer"
+        )
     killer.join()
     if failures:
         raise KillFailedError(f"the worker could not be killed: {failures[0]}")
@@ -129,7 +131,7 @@ def kill_report(
     messages: list[dict[str, str]],
     params: dict[str, Any],
 ) -> dict[str, Any]:
-    """What came of it: figures of the stream as its reader saw them and of the engine, and whether the same question
+    """What came of it: timings of the stream as its reader saw them and of the engine, and whether the same question
     without a kill has the same answer."""
     from rayllm.cli.answer import Timing
 

@@ -28,17 +28,17 @@ _LEAST_DRIVER_CUDA_12, _LEAST_DRIVER_CUDA_13 = (525, 60), (580,)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at; `mend` says what to do where it is not ok."""
+    """One thing looked at; `fix` says what to do where it is not ok."""
 
     name: str
     ok: bool
     value: str
-    mend: str = ""
+    fix: str = ""
 
 
 def parser() -> Parser:
     made = Parser(prog="rayllm doctor", description="Check this machine and what is installed on it.")
-    made.add_argument("--json", action="store_true", help="as one JSON line")
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     return made
 
 
@@ -51,8 +51,8 @@ def run(argv: Sequence[str]) -> int:
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
-            mend = f": {finding.mend}" if not finding.ok else ""
-            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:<{width}}  {finding.value}{mend}")
+            fix = f": {finding.fix}" if not finding.ok else ""
+            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:<{width}}  {finding.value}{fix}")
     return 0 if all(finding.ok for finding in findings) else 1
 
 
@@ -69,8 +69,13 @@ def examine() -> list[Finding]:
         *_gpus(),
         _at_least("memory", _free_memory(), _LEAST_MEMORY_BYTES, "RayLLM and Ray need about this much to start"),
         _at_least("/dev/shm", _free_disk("/dev/shm"), _LEAST_SHM_BYTES, "in a container: --shm-size=1g"),
-        _at_least("/tmp", _free_disk("/tmp"), _LEAST_DISK_BYTES, "make room: Ray keeps its session there"),
-        _at_least("home", _free_disk(str(home_folder())), _LEAST_DISK_BYTES, "make room: models and logs lie there"),
+        _at_least("/tmp", _free_disk("/tmp"), _LEAST_DISK_BYTES, "free disk space: Ray keeps its session there"),
+        _at_least(
+            "home",
+            _free_disk(str(home_folder())),
+            _LEAST_DISK_BYTES,
+            "free disk space: models and logs are stored there",
+        ),
         _writable("log folder", log_folder(), "set RLLM_LOG_DIR"),
         _runtime_folder(),
         _limit("open files", "RLIMIT_NOFILE", _LEAST_FILES, "ulimit -n 65536"),
@@ -107,26 +112,26 @@ def _gpus() -> list[Finding]:
 
     count = count_gpus()
     if not count:
-        return [Finding("gpus", True, "none: RayLLM computes on the CPU")]
+        return [Finding("gpus", True, "none: RayLLM runs on the CPU")]
     try:
         version = Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
     except OSError:
-        mend = "devices are there, and their driver is not: install it, or give the container access to it"
-        return [Finding("gpus", True, str(count)), Finding("gpu driver", False, "not found", mend)]
+        fix = "GPU devices were found but no driver: install it, or give the container access to it"
+        return [Finding("gpus", True, str(count)), Finding("gpu driver", False, "not found", fix)]
     return [Finding("gpus", True, str(count)), _driver(version, library_versions()["torch"] or "")]
 
 
 def _driver(version: str, torch: str) -> Finding:
     """Whether the driver is new enough for the CUDA that torch was built with."""
     if torch.endswith("+cpu"):
-        return Finding("gpu driver", False, version, f"torch {torch} knows no GPUs: install the one for CUDA")
+        return Finding("gpu driver", False, version, f"torch {torch} has no CUDA support: install the CUDA build")
     least = _LEAST_DRIVER_CUDA_12 if "+cu12" in torch else _LEAST_DRIVER_CUDA_13
-    mend = f"torch {torch} needs {'.'.join(map(str, least))} or newer"
-    return Finding("gpu driver", _numbers(version) >= least, version, mend)
+    fix = f"torch {torch} needs {'.'.join(map(str, least))} or newer"
+    return Finding("gpu driver", _numbers(version) >= least, version, fix)
 
 
-def _at_least(name: str, value: int, least: int, mend: str) -> Finding:
-    return Finding(name, value >= least, f"{amount(value)} free", f"at least {amount(least)} are needed; {mend}")
+def _at_least(name: str, value: int, least: int, fix: str) -> Finding:
+    return Finding(name, value >= least, f"{amount(value)} free", f"at least {amount(least)} are needed; {fix}")
 
 
 def _free_memory() -> int:
@@ -154,10 +159,10 @@ def _free_disk(path: str) -> int:
     return shutil.disk_usage(path).free if os.path.isdir(path) else 0
 
 
-def _writable(name: str, folder: Path, mend: str) -> Finding:
+def _writable(name: str, folder: Path, fix: str) -> Finding:
     """Whether the folder, or the nearest one above that is there, takes files."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    return Finding(name, os.access(there, os.W_OK), str(folder), f"it cannot be written: {mend}")
+    return Finding(name, os.access(there, os.W_OK), str(folder), f"it cannot be written: {fix}")
 
 
 def _runtime_folder() -> Finding:
@@ -169,7 +174,7 @@ def _runtime_folder() -> Finding:
         return Finding("runtime folder", False, "not usable", str(error))
 
 
-def _limit(name: str, which: str, least: int, mend: str) -> Finding:
+def _limit(name: str, which: str, least: int, fix: str) -> Finding:
     """A limit on this user's processes; Ray takes some for every worker."""
     try:
         import resource
@@ -179,19 +184,21 @@ def _limit(name: str, which: str, least: int, mend: str) -> Finding:
         return Finding(name, True, "no limit known")
     if limit == resource.RLIM_INFINITY:
         return Finding(name, True, "no limit")
-    return Finding(name, limit >= least, str(limit), f"at least {least} are needed; {mend}")
+    return Finding(name, limit >= least, str(limit), f"at least {least} are needed; {fix}")
 
 
 def _token() -> Finding:
     """Ray's token lets its holder run code: nobody else may read it."""
     path = token_file()
     if path is None:
-        return Finding("ray token", True, "no home folder: made at each start")
+        return Finding("ray token", True, "no home folder: created at each start")
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError:
-        return Finding("ray token", True, "none yet: made at the first start")
-    return Finding("ray token", not mode & 0o077, f"{path}, mode {mode:o}", f"others can read it: chmod 600 {path}")
+        return Finding("ray token", True, "none yet: created at the first start")
+    return Finding(
+        "ray token", not mode & 0o077, f"{path}, mode {mode:o}", f"other users can read it: chmod 600 {path}"
+    )
 
 
 def _port() -> Finding:
@@ -202,5 +209,5 @@ def _port() -> Finding:
     try:
         check_port(server.host, server.port)
     except ConfigError as error:
-        return Finding("port", True, f"{server.port} is taken ({error}); rayllm serve needs --port")
+        return Finding("port", True, f"{server.port} is in use ({error}); give rayllm serve another --port")
     return Finding("port", True, f"{server.port} is free")

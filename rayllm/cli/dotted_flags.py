@@ -44,7 +44,7 @@ def _put(value: dict[str, Any], path: list[str], entry: Any, word: str) -> None:
     for name in path[:-1]:
         value = value.setdefault(name, {})
         if not isinstance(value, dict):
-            raise UsageError(f"argument {word}: {name!r} has a value of its own already")
+            raise UsageError(f"argument {word}: {name!r} already has a value")
     value[path[-1]] = entry
 
 
@@ -59,6 +59,6 @@ def _with_object(words: list[str], flag: str, given: dict[str, Any]) -> list[str
             value = words[index + 1] if end <= len(words) else ""
         whole = _read(value)
         if not isinstance(whole, dict):
-            raise UsageError(f"argument {flag}: {value!r} is no JSON object, and {flag}.NAME adds to one")
+            raise UsageError(f"argument {flag}: {value!r} is not a JSON object, which {flag}.NAME needs")
         return [*words[:index], flag, json.dumps({**whole, **given}), *words[end:]]
     return [*words, flag, json.dumps(given)]

@@ -21,10 +21,14 @@ _POLL_S = 0.2
 
 def parser() -> Parser:
     made = Parser(prog="rayllm logs", description="Print a server's log; without a running server, the newest log.")
-    made.add_argument("server", metavar="NAME|PID|PORT|URL", nargs="?", help="which; needed where more than one runs")
-    made.add_argument("--lines", "-n", type=int, default=100, metavar="N", help="from the end (default: 100; 0: all)")
-    made.add_argument("--follow", "-f", action="store_true", help="go on with what is added, until the server ends")
-    made.add_argument("--json", action="store_true", help="path and lines as one JSON line")
+    made.add_argument(
+        "server", metavar="NAME|PID|PORT|URL", nargs="?", help="the server; required if more than one is running"
+    )
+    made.add_argument(
+        "--lines", "-n", type=int, default=100, metavar="N", help="number of last lines (default: 100; 0: all)"
+    )
+    made.add_argument("--follow", "-f", action="store_true", help="print new lines until the server stops")
+    made.add_argument("--json", action="store_true", help="print path and lines as one line of JSON")
     return made
 
 
@@ -34,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     if given["lines"] < 0:
         raise UsageError(f"--lines {given['lines']} must be 0 (all) or more")
     if given.get("json") and given.get("follow"):
-        raise UsageError("--json prints one line: leave --follow out")
+        raise UsageError("--json cannot be combined with --follow: leave one of them out")
     path, entry = _log_of(given.get("server"))
     try:
         file = path.open(encoding="utf-8", errors="replace")
@@ -63,7 +67,7 @@ def _log_of(server: str | None) -> tuple[Path, Entry | None]:
         return Path(entry.log), entry
     logs = sorted(log_folder().glob("*.log"), key=lambda path: path.stat().st_mtime)
     if not logs:
-        raise EngineUnreachableError(f"no server of yours runs here, and {log_folder()} holds no log")
+        raise EngineUnreachableError(f"you have no running server, and {log_folder()} has no log files")
     return logs[-1], None
 
 

@@ -18,18 +18,18 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "serve": ("rayllm.cli.serve", "start an OpenAI-compatible server on this machine"),
-    "run": ("rayllm.cli.run", "chat with a model at once; it is fetched and served in the background where needed"),
-    "demo": ("rayllm.cli.demo", "see it work: two workers, the built-in model, one streamed answer"),
-    "chat": ("rayllm.cli.chat", "talk to a server, or to a model, in the terminal"),
+    "run": ("rayllm.cli.run", "chat with a model; downloads it and starts a background server if needed"),
+    "demo": ("rayllm.cli.demo", "run a demonstration: two workers, the built-in model, one streamed response"),
+    "chat": ("rayllm.cli.chat", "chat with a server or a model in the terminal"),
     "complete": ("rayllm.cli.complete", "continue a prompt"),
-    "run-batch": ("rayllm.cli.run_batch", "answer a file of requests in OpenAI's batch format"),
+    "run-batch": ("rayllm.cli.run_batch", "run a file of requests in OpenAI's batch format"),
     "pull": ("rayllm.cli.pull", "download a model from Hugging Face or ModelScope"),
-    "ps": ("rayllm.cli.ps", "list the servers that run here"),
-    "status": ("rayllm.cli.status", "how a server is: load, KV use, tokens/s, faults, ranks"),
+    "ps": ("rayllm.cli.ps", "list the running servers of this machine"),
+    "status": ("rayllm.cli.status", "show a server's state: load, KV use, tokens/s, faults, ranks"),
     "logs": ("rayllm.cli.logs", "print a server's log"),
-    "stop": ("rayllm.cli.stop", "stop a server in order"),
+    "stop": ("rayllm.cli.stop", "stop a server gracefully"),
     "bench": ("rayllm.cli.bench", "measure: throughput, latency, serving, start-up"),
-    "config": ("rayllm.cli.config", "show settings and where they come from; check a file of them"),
+    "config": ("rayllm.cli.config", "show settings and their sources; check a settings file"),
     "doctor": ("rayllm.cli.doctor", "check this machine: libraries, devices, memory, disk, ports, limits"),
     "completion": ("rayllm.cli.completion", "print a completion script for bash, zsh or fish"),
     "version": ("rayllm.cli.version", "print the version"),
@@ -37,14 +37,14 @@ COMMANDS = {
 
 
 OTHER_WORDS = {
-    "list": "'rayllm ps' lists the servers that run here",
-    "ls": "'rayllm ps' lists the servers that run here; there is no list of downloaded models yet, they lie in the "
-    "hub's cache",
-    "rm": "downloaded models lie in the hub's cache, and no command removes them yet; 'rayllm stop' ends a server",
+    "list": "'rayllm ps' lists the running servers of this machine",
+    "ls": "'rayllm ps' lists the running servers of this machine; downloaded models are in the hub's cache, and no "
+    "command lists them yet",
+    "rm": "downloaded models are in the hub's cache, and no command removes them yet; 'rayllm stop' stops a server",
     "start": "'rayllm serve [MODEL]' starts a server",
     "up": "'rayllm serve [MODEL]' starts a server",
-    "kill": "'rayllm stop' ends a server",
-    "down": "'rayllm stop' ends a server",
+    "kill": "'rayllm stop' stops a server",
+    "down": "'rayllm stop' stops a server",
     "show": "'rayllm status' shows a server, 'rayllm config show' the settings",
     "info": "'rayllm status' shows a server, 'rayllm doctor' this machine",
     "download": "'rayllm pull MODEL' downloads a model",

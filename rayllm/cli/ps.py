@@ -11,7 +11,7 @@ from rayllm.cli.flags import Parser
 
 def parser() -> Parser:
     made = Parser(prog="rayllm ps", description="List your servers on this machine.")
-    made.add_argument("--json", action="store_true", help="as one JSON line")
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     return made
 
 
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     if given.get("json"):
         print(json.dumps([{**entry.shown(), "state": state} for entry, state in zip(entries, states, strict=True)]))
     elif not entries:
-        print("no server of yours runs on this machine; start one with 'rayllm serve'")
+        print("you have no running server on this machine; start one with 'rayllm serve'")
     else:
         now = time.time()
         rows = [

@@ -19,12 +19,12 @@ _SHARE_OF_LINE = 10
 def parser() -> Parser:
     made = Parser(
         prog="rayllm pull",
-        description="Download what serving needs of a model; what is here already is not fetched again.",
+        description="Download the files that serving needs. Files that are complete are not downloaded again.",
     )
     made.add_argument("model", metavar="MODEL", help="owner/model at Hugging Face, or ms:owner/model at ModelScope")
     made.add_argument("--revision", help="branch, tag or commit (default: the newest)")
     made.add_argument("--download-dir", metavar="DIR", help="default: the hub's own cache folder")
-    made.add_argument("--json", action="store_true", help="model and folder as one JSON line")
+    made.add_argument("--json", action="store_true", help="print model and folder as one line of JSON")
     return made
 
 
@@ -35,8 +35,8 @@ def run(argv: Sequence[str]) -> int:
     model = HubModel.parse(name, revision=given.get("revision"), download_dir=given.get("download_dir"))
     if model is None:
         if Path(name).expanduser().is_dir():
-            raise UsageError(f"{name!r} is a folder on this machine already: serve it as it is")
-        raise UsageError(f"{name!r} is no model's name: give owner/model, or ms:owner/model for ModelScope")
+            raise UsageError(f"{name!r} is a folder on this machine: serve it without downloading")
+        raise UsageError(f"{name!r} is not a model name: give owner/model, or ms:owner/model for ModelScope")
     folder = download_shown(model, quiet=bool(given.get("json")))
     print(json.dumps({"model": model.name, "folder": str(folder)}) if given.get("json") else folder)
     return 0

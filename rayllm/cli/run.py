@@ -26,7 +26,7 @@ def parser() -> Parser:
         prog="rayllm run",
         usage="rayllm run [MODEL] [PROMPT ...] [OPTIONS]",
         description="Chat with a model, or have it answer one PROMPT (standard input is read before it, where "
-        "something is piped in). The model is served in the background and stays; rayllm stop ends it.",
+        "something is piped in). The model is served in the background and keeps running; rayllm stop stops it.",
     )
     made.add_argument(
         "model_folder",
@@ -35,15 +35,15 @@ def parser() -> Parser:
         help="a checkpoint's folder, hub name, or what a running server calls its model "
         "(default: what the only running server serves, else the built-in model)",
     )
-    made.add_argument("prompt", metavar="PROMPT", nargs="*", help="a question to answer; without one: a conversation")
-    made.add_argument("--api-key", help="key to send (default: RLLM_API_KEY)")
+    made.add_argument(
+        "prompt", metavar="PROMPT", nargs="*", help="a single question; without one, a conversation starts"
+    )
+    made.add_argument("--api-key", help="API key to send (default: RLLM_API_KEY)")
     made.add_argument("--system", metavar="TEXT", help="system prompt")
     made.add_argument(
         "--port", type=int, help="port to serve at (default: 8000, or a free one where that is taken; 0: a free one)"
     )
-    made.add_argument(
-        "--stop", action="store_true", help="stop the server at the end, where this command has started it"
-    )
+    made.add_argument("--stop", action="store_true", help="stop the server afterwards if this command started it")
     add_param_flags(made)
     add_config_flags(made, EngineConfig, only=_ENGINE_FLAGS)
     return made
@@ -124,4 +124,4 @@ def _is_piped() -> bool:
 
 def _say_where(found: Found) -> None:
     entry = found.entry
-    print(f"{entry.model} stays at {entry.url}; rayllm stop {entry.pid} ends it", file=sys.stderr)
+    print(f"{entry.model} is still served at {entry.url}; rayllm stop {entry.pid} stops it", file=sys.stderr)

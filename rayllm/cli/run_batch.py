@@ -56,16 +56,16 @@ class Tally:
 
 
 def parser() -> Parser:
-    made = Parser(prog="rayllm run-batch", description="Answer a file of requests in OpenAI's batch format.")
+    made = Parser(prog="rayllm run-batch", description="Run a file of requests in OpenAI's batch format.")
     made.add_argument("--input-file", "-i", required=True, metavar="FILE", help="JSON lines: custom_id, url, body")
     made.add_argument(
         "--output-file",
         "-o",
         required=True,
         metavar="FILE",
-        help="a line an answer; what is there is kept, what a server failed at asked again",
+        help="one line per response; existing lines are kept, requests that failed on the server are sent again",
     )
-    made.add_argument("--model", metavar="MODEL", help="start it for this run, instead of asking a running server")
+    made.add_argument("--model", metavar="MODEL", help="start a server for this run instead of using a running one")
     made.add_argument("--max-concurrency", type=int, default=64, metavar="N", help="open requests (default: 64)")
     add_server_flags(made)
     add_config_flags(made, EngineConfig, only=("tensor_parallel_size", "dtype", "device", "max_model_len"))
@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
     done = finished_ids(output)
     left = [job for job in jobs if job.custom_id not in done]
     if len(left) < len(jobs):
-        print(f"{len(jobs) - len(left)} of {len(jobs)} lines are answered in {output} already", file=sys.stderr)
+        print(f"{len(jobs) - len(left)} of {len(jobs)} lines already have responses in {output}", file=sys.stderr)
     if not left:
         drop_replaced(output)
         return 0
@@ -116,7 +116,7 @@ def read_jobs(path: Path) -> list[Job]:
     seen: set[str] = set()
     for job in jobs:
         if job.custom_id in seen:
-            raise UsageError(f"custom_id {job.custom_id!r} is there twice: each line needs one of its own")
+            raise UsageError(f"custom_id {job.custom_id!r} appears twice: custom_id must be unique")
         seen.add(job.custom_id)
     return jobs
 
@@ -137,7 +137,7 @@ def _job(line: str, number: int) -> Job:
         return Job(custom_id, url, {}, "body must be a JSON object")
     if fields.get("method", "POST") != "POST":
         return Job(custom_id, url, body, f"method={fields['method']!r} must be 'POST'")
-    return Job(custom_id, url, body, "stream=true has no place in a batch" if body.get("stream") else "")
+    return Job(custom_id, url, body, "stream=true is not supported in a batch" if body.get("stream") else "")
 
 
 def finished_ids(output: Path) -> set[str]:
@@ -147,7 +147,7 @@ def finished_ids(output: Path) -> set[str]:
     if not output.exists():
         return set()
     if not output.is_file() or not os.access(output, os.R_OK | os.W_OK):
-        raise UsageError(f"{str(output)!r} is no file to be read and written: give another --output-file")
+        raise UsageError(f"{str(output)!r} is not a readable and writable file: give another --output-file")
     is_final: dict[str, bool] = {}
     num_whole, torn = 0, b""
     with output.open("rb") as lines:
@@ -208,7 +208,7 @@ def drop_replaced(output: Path) -> None:
 
 
 def _no_output(output: Path) -> UsageError:
-    return UsageError(f"{str(output)!r} is no output of run-batch: give another --output-file")
+    return UsageError(f"{str(output)!r} is not an output file of run-batch: give another --output-file")
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ from rayllm.cli.flags import Parser, UsageError, flag_name
 
 PARAMS: dict[str, tuple[type, str]] = {
     "temperature": (float, "0 is greedy; default: the model's"),
-    "top_p": (float, "share of probability to draw from"),
-    "top_k": (int, "number of tokens to draw from; 0: all"),
-    "min_p": (float, "least probability, as a share of the likeliest token's"),
-    "max_tokens": (int, "tokens to answer with, at most"),
-    "seed": (int, "the same seed gives the same answer"),
+    "top_p": (float, "cumulative probability of the tokens to sample from"),
+    "top_k": (int, "number of most likely tokens to sample from; 0: all"),
+    "min_p": (float, "minimum probability relative to the most likely token"),
+    "max_tokens": (int, "maximum number of generated tokens"),
+    "seed": (int, "random seed; the same seed gives the same response"),
     "repetition_penalty": (float, "above 1: fewer repetitions"),
     "presence_penalty": (float, "above 0: more new words"),
     "frequency_penalty": (float, "above 0: fewer frequent words"),

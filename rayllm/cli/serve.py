@@ -34,9 +34,11 @@ def parser() -> Parser:
 
 def add_serve_flags(parser: Parser) -> None:
     """MODEL, --config and a flag for each setting."""
-    text = "a checkpoint's folder or hub name; default: the built-in model"
+    text = "a checkpoint folder or hub name (default: the built-in model)"
     parser.add_argument("positional_model", metavar="MODEL", nargs="?", help=text)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as these flags; flags win")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of settings with the names of these flags; flags take precedence"
+    )
     add_config_flags(parser, EngineConfig, ServerConfig)
 
 
@@ -52,7 +54,7 @@ def settings_from(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     model = given.get("positional_model")
     _check_model_comes_first(flags)
     if model is not None and flags.setdefault("model", model) != model:
-        raise UsageError(f"two models are given, {model!r} and --model {flags['model']!r}: one server serves one model")
+        raise UsageError(f"two models are given, MODEL {model!r} and --model {flags['model']!r}: give one")
     return read_settings_file(given["config"], _ours) if "config" in given else {}, flags
 
 
@@ -68,7 +70,7 @@ def _check_model_comes_first(flags: Mapping[str, Any]) -> None:
     """All words behind --served-model-name are names, also one that was meant as MODEL."""
     for name in flags.get("served_model_name", ())[1:]:
         if name and Path(name).is_dir():
-            raise UsageError(f"{name!r} is a folder behind --served-model-name: give MODEL before the flags")
+            raise UsageError(f"{name!r} is a folder given to --served-model-name: give MODEL before the flags")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -106,7 +108,7 @@ def _announce(screen: Screen, running: RunningServer) -> None:
     engine = running.describe()
     screen.box("RayLLM is ready", summary(running, engine))
     screen.print(f"{curl_line(running.url, engine.served_model_name, has_key=bool(running.server.api_key))}\n")
-    screen.print(f"log: {screen.log_path}\nCtrl-C stops it; rayllm chat talks to it.")
+    screen.print(f"log: {screen.log_path}\nPress Ctrl-C to stop. Chat with it: rayllm chat")
 
 
 def summary(running: RunningServer, engine: EngineDescription) -> list[tuple[str, str]]:

@@ -52,8 +52,8 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
 def _warn_of_open_door(server: ServerConfig) -> None:
     if not server.api_key and not server.is_loopback:
         print(
-            f"WARNING: listening on {server.host} without an API key: whoever can reach this machine can use the "
-            "model, and see its figures. Give --api-key KEY (or @FILE), or --host 127.0.0.1.",
+            f"WARNING: listening on {server.host} without an API key: anyone who can reach this machine can use the "
+            "model and see its statistics. Give --api-key KEY (or @FILE), or --host 127.0.0.1.",
             file=sys.stderr,
         )
 
@@ -63,8 +63,8 @@ def _check_weights(engine: EngineConfig, model_path: str) -> None:
 
     if engine.load_format != "dummy" and not holds_weights(Path(model_path)):
         raise ConfigError(
-            f"{model_path} holds no model.safetensors and no pytorch_model.bin: give the folder of a whole checkpoint, "
-            "or --load-format dummy for random weights"
+            f"{model_path} has neither model.safetensors nor pytorch_model.bin: give the folder of a complete "
+            "checkpoint, or --load-format dummy for random weights"
         )
 
 

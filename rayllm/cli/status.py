@@ -18,13 +18,17 @@ _INTERVAL_S = 1.0
 
 
 def parser() -> Parser:
-    made = Parser(prog="rayllm status", description="Tell how a server is: load, KV use, tokens/s, faults, ranks.")
-    made.add_argument("server", metavar="NAME|PID|PORT|URL", nargs="?", help="which; default: the one that runs here")
-    made.add_argument("--api-key", help="key to send (default: RLLM_API_KEY)")
-    made.add_argument(
-        "--interval", type=float, metavar="S", help=f"seconds to count tokens for (default: {_INTERVAL_S:g})"
+    made = Parser(
+        prog="rayllm status", description="Tell show a server's state: load, KV use, tokens/s, faults, ranks."
     )
-    made.add_argument("--json", action="store_true", help="as one JSON line")
+    made.add_argument(
+        "server", metavar="NAME|PID|PORT|URL", nargs="?", help="the server (default: the only local server)"
+    )
+    made.add_argument("--api-key", help="API key to send (default: RLLM_API_KEY)")
+    made.add_argument(
+        "--interval", type=float, metavar="S", help=f"seconds to measure token rates over (default: {_INTERVAL_S:g})"
+    )
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     return made
 
 
@@ -97,11 +101,11 @@ def _figures(client: Any) -> dict[str, float]:
     from prometheus_client.parser import text_string_to_metric_families
 
     answer = client.get_checked("/metrics")
-    figures: dict[str, float] = {}
+    stats: dict[str, float] = {}
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
-            figures[sample.name] = figures.get(sample.name, 0.0) + sample.value
-    return figures
+            stats[sample.name] = stats.get(sample.name, 0.0) + sample.value
+    return stats
 
 
 def _as_text(found: Mapping[str, Any]) -> str:
@@ -114,7 +118,7 @@ def _as_text(found: Mapping[str, Any]) -> str:
         rows += [
             ("model", found["model"]),
             ("requests", f"{_count(found, 'num_running')} running, {_count(found, 'num_waiting')} waiting"),
-            ("KV cache", "not told" if found["kv_cache_usage"] is None else f"{found['kv_cache_usage']:.1%} in use"),
+            ("KV cache", "unknown" if found["kv_cache_usage"] is None else f"{found['kv_cache_usage']:.1%} in use"),
             ("pace", f"{_count(found, 'generation_tokens_per_second', 1)} tokens/s out, "
                      f"{_count(found, 'prompt_tokens_per_second', 1)} in"),
             ("preemptions", _count(found, "num_preemptions")),

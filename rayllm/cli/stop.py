@@ -1,4 +1,4 @@
-"""`rayllm stop`: ends servers of this machine in order: no new requests, time for the open ones, nothing left."""
+"""`rayllm stop`: stops servers of this machine gracefully: no new requests, time for the open ones, nothing left."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ class NotStoppedError(RayLLMError):
 def parser() -> Parser:
     made = Parser(
         prog="rayllm stop",
-        description="Stop a server on this machine: it takes no new requests and finishes the open ones.",
+        description="Stop a server on this machine: it refuses new requests and finishes the open ones.",
     )
-    made.add_argument("server", metavar="NAME|PID|PORT|URL", nargs="?", help="which; needed where more than one runs")
-    made.add_argument("--all", action="store_true", help="every server of yours on this machine")
+    made.add_argument(
+        "server", metavar="NAME|PID|PORT|URL", nargs="?", help="the server; required if more than one is running"
+    )
+    made.add_argument("--all", action="store_true", help="all your servers on this machine")
     made.add_argument(
         "--timeout",
         type=float,
         metavar="S",
         help=f"seconds to wait (default: the server's --shutdown-timeout and {_AFTER_DRAIN_S:g})",
     )
-    made.add_argument("--force", action="store_true", help="do not let open requests finish")
+    made.add_argument("--force", action="store_true", help="end open requests at once")
     return made
 
 
@@ -49,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
     entries = running() if given.get("all") else [find(given.get("server"))]
     if not entries:
-        print("no server of yours runs on this machine")
+        print("you have no running server on this machine")
     for entry in entries:
         _ask_to_end(entry, force=bool(given.get("force")))
     for entry in entries:

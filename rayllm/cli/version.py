@@ -9,7 +9,7 @@ from rayllm.cli.flags import Parser
 
 def parser() -> Parser:
     made = Parser(prog="rayllm version", description="Print the version.")
-    made.add_argument("--json", action="store_true", help="as one JSON line")
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     return made
 
 

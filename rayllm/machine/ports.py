@@ -25,7 +25,9 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except PermissionError:
-            raise ConfigError(f"port={port} needs rights that you do not have: use one above 1023") from None
+            raise ConfigError(
+                f"port={port} needs privileges that this user does not have: use one above 1023"
+            ) from None
         except OSError as error:
             holder = port_holder(port)
             by = f" by {holder}" if holder else ""

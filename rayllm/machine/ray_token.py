@@ -44,7 +44,9 @@ def ensure_ray_token() -> None:
     path = token_file()
     if Environment.ray_token_path():
         if not read_ray_token():
-            raise ConfigError(f"RAY_AUTH_TOKEN_PATH={str(path)!r} is no file with a token: write one, or unset it")
+            raise ConfigError(
+                f"RAY_AUTH_TOKEN_PATH={str(path)!r} is not a file with a token: write one, or unset the variable"
+            )
         return
     if path is None or not _made(path):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

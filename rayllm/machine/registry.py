@@ -73,7 +73,7 @@ def runtime_folder() -> Path:
         if fault is None:
             return folder
         faults.append(f"{str(folder)!r} {fault}")
-    raise ConfigError(f"there is no runtime folder: {'; '.join(faults)}. Set XDG_RUNTIME_DIR to a folder of yours")
+    raise ConfigError(f"no usable runtime folder: {'; '.join(faults)}. Set XDG_RUNTIME_DIR to a folder that you own")
 
 
 def _fault_of(folder: Path) -> str | None:
@@ -82,7 +82,7 @@ def _fault_of(folder: Path) -> str | None:
         folder.mkdir(mode=_PRIVATE, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            return "is not a folder of yours"
+            return "is not a folder that you own"
         if stat.S_IMODE(found.st_mode) & 0o077:
             folder.chmod(_PRIVATE)
     except OSError as error:
@@ -197,7 +197,9 @@ def find(word: str | None) -> Entry:
         if fitting:
             return _only(fitting)
     known = [known for entry in entries for known in (entry.name, str(entry.pid), entry.model, entry.url)]
-    raise EngineUnreachableError(f"no server {word!r} runs here{did_you_mean(word, known)} ({shown_list(entries)})")
+    raise EngineUnreachableError(
+        f"no server {word!r} is running here{did_you_mean(word, known)} ({shown_list(entries)})"
+    )
 
 
 def find_named(name: str | None) -> Entry:
@@ -208,7 +210,7 @@ def find_named(name: str | None) -> Entry:
     fitting = [entry for entry in entries if entry.name == name]
     if not fitting:
         near = did_you_mean(name, [entry.name for entry in entries])
-        raise EngineUnreachableError(f"no server named {name!r} runs here{near} ({shown_list(entries)})")
+        raise EngineUnreachableError(f"no server named {name!r} is running here{near} ({shown_list(entries)})")
     return _only(fitting)
 
 
@@ -223,13 +225,13 @@ def find_at(word: str) -> Entry | None:
 def _some_running() -> list[Entry]:
     entries = running()
     if not entries:
-        raise EngineUnreachableError("no server of yours runs on this machine: start one with 'rayllm serve'")
+        raise EngineUnreachableError("you have no running server on this machine: start one with 'rayllm serve'")
     return entries
 
 
 def _only(fitting: Sequence[Entry]) -> Entry:
     if len(fitting) > 1:
-        raise ConfigError(f"{len(fitting)} servers run, say which by its name: {shown_list(fitting)}")
+        raise ConfigError(f"{len(fitting)} servers are running, name one of them: {shown_list(fitting)}")
     return fitting[0]
 
 

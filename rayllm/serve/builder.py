@@ -33,7 +33,7 @@ _MAX_OPEN_REQUESTS = 100_000
 
 _SHUTDOWN_MARGIN_S = 10.0
 _MAX_STREAM_S = 3600.0
-"""A former ingress ends when its last request does. Where no engine follows, that is after `driver_wait_s`."""
+"""A previous ingress ends when its last request does. Where no engine follows, that is after `driver_wait_s`."""
 _ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 """The head node is the one without which there is no cluster: what is there is not lost with another node."""
 _QUICK = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0, "graceful_shutdown_wait_loop_s": 0.1}
@@ -100,7 +100,7 @@ def _num_nodes() -> int:
 def application(engine: EngineConfig, server: ServerConfig) -> serve.Application:
     """Ingress and engine as deployments of one application; requests go by the engine's own sockets.
 
-    When Serve replaces both, the former ingress outlives the former engine: what is open goes on with the next one.
+    When Serve replaces both, the previous ingress outlives the previous engine: what is open goes on with the next one.
     """
     shutdown_timeout_s = server.shutdown_timeout_s + _SHUTDOWN_MARGIN_S
     owner = serve.deployment(EngineReplica).options(

@@ -46,13 +46,13 @@ class EngineReplica:
         self._shutdown_timeout_s = shutdown_timeout_s
         self._failure: str | None = None
         self._failed_s = 0.0
-        # When Serve replaces a replica, the former one may still be letting its open requests finish.
+        # When Serve replaces a replica, the previous one may still be letting its open requests finish.
         await asyncio.to_thread(await_free, config.name, shutdown_timeout_s + _CLOSE_TIME_S)
         self._engine = await self._start()
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def check_health(self) -> None:
-        """Asked by Serve; `EngineError` when the engine is beyond what can be mended here."""
+        """Asked by Serve; `EngineError` when the engine cannot be recovered here."""
         if self._failure is not None and time.monotonic() - self._failed_s > _SHOW_FAILURE_S:
             raise EngineError(self._failure)
 

@@ -78,7 +78,7 @@ class Guard:
         token = current_request.set(context)
         status = 0
 
-        async def tell(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -89,13 +89,13 @@ class Guard:
         try:
             refused = self._refusal(scope, headers)
             if refused is not None:
-                await error_response(shaped(refused, scope["path"]), close=True)(scope, receive, tell)
+                await error_response(shaped(refused, scope["path"]), close=True)(scope, receive, send_noted)
             else:
-                await self._app(scope, receive, tell)
+                await self._app(scope, receive, send_noted)
         except Exception as error:
             _LOG.exception("%s %s failed", scope["method"], scope["path"])
             if not status:
-                await error_response(shaped(answer_for(error), scope["path"]))(scope, receive, tell)
+                await error_response(shaped(answer_for(error), scope["path"]))(scope, receive, send_noted)
         finally:
             self._on_answer(_handler(scope), _method(scope), status or 500)
             if context.span is not None:

@@ -146,8 +146,8 @@ async def keep_connected(
     reports: bool = False,
 ) -> None:
     """Makes `service` ready when there is a driver of that name with the model that is `expected`, not ready when it
-    is lost, and so on for ever. In a rolling update the former model's driver may still be there.
-    With `reports`, its figures are left with the driver, for other ingresses.
+    is lost, and so on for ever. In a rolling update the previous model's driver may still be there.
+    With `reports`, its metrics are left with the driver, for other ingresses.
     Open requests go on with the next driver; when this is cancelled, they end. So they do when the Ray of our own dies
     in which this runs; then this returns."""
     engine = JournaledClient(driver_wait_s, on_replay=service.note_replay)
@@ -161,7 +161,9 @@ async def keep_connected(
         found, connection = await _connect(engine_name)
         if (found.model_path, found.tokenizer_path) != (expected.model_path, expected.tokenizer_path):
             connection.close()
-            raise EngineUnreachableError(f"engine {engine_name!r} serves another model, of a former or a next version")
+            raise EngineUnreachableError(
+                f"engine {engine_name!r} serves a different model, of the previous or the next version"
+            )
         config = found
         return connection
 
@@ -193,7 +195,7 @@ async def keep_connected(
 
 
 async def _report(service: ModelService, engine: JournaledClient) -> None:
-    """Leaves this ingress's figures with the driver, for the others, which may be asked for them."""
+    """Leaves this ingress's metrics with the driver, for the others, which may be asked for them."""
     while True:
         if service.metrics is not None:
             engine.report(service.metrics.report())

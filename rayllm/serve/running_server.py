@@ -120,7 +120,7 @@ class RunningServer:
         return cluster_address()
 
     def describe(self) -> EngineDescription:
-        """The engine's resolved config, blocks and processes, as its driver tells them."""
+        """The engine's resolved config, blocks and processes, as its driver reports them."""
         import ray
 
         from rayllm.engine.discovery import find_driver

@@ -91,7 +91,7 @@ class _Counter:
 
 @contextlib.contextmanager
 def _translated(model: HubModel) -> Iterator[None]:
-    """Each way in which the hub fails, as one line with the mend."""
+    """Each way in which the hub fails, as one line with the fix."""
     from huggingface_hub import errors
 
     try:

@@ -40,7 +40,7 @@ def test_an_address_need_not_be_listed(server: str) -> None:
     assert server_url("10.0.0.5:8000/v1") == "http://10.0.0.5:8000"
     assert server_url("https://example.org/v1") == "https://example.org"
     for word in ("mein", "99999", "0"):
-        with pytest.raises(EngineUnreachableError, match=f"no server '{word}' runs here"):
+        with pytest.raises(EngineUnreachableError, match=f"no server '{word}' is running here"):
             server_url(word)
 
 
@@ -54,7 +54,7 @@ def test_verbs_of_a_server_say_which_run_where_the_word_is_wrong(
 ) -> None:
     assert main([command, "mien"]) == 3
     said = capsys.readouterr().err
-    assert "no server 'mien' runs here" in said
+    assert "no server 'mien' is running here" in said
     assert "'mine': pid" in said
 
 

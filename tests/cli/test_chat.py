@@ -69,7 +69,7 @@ def test_regen_asks_the_same_again(chat: Conversation, echo: Echo) -> None:
 
 
 def test_regen_without_a_question_is_refused(chat: Conversation) -> None:
-    with pytest.raises(UsageError, match="nothing to answer again"):
+    with pytest.raises(UsageError, match="no response to regenerate"):
         handle(chat, "/regen")
 
 
@@ -110,7 +110,7 @@ def test_saved_conversations_come_back(chat: Conversation, echo: Echo, tmp_path:
 def test_a_file_that_holds_no_conversation_changes_none(chat: Conversation, tmp_path: Path) -> None:
     handle(chat, "hello")
     (tmp_path / "c.json").write_text('{"messages": [], "params": 3}')
-    with pytest.raises(UsageError, match="holds no saved conversation"):
+    with pytest.raises(UsageError, match="is not a saved conversation"):
         handle(chat, f"/load {tmp_path}/c.json")
     assert len(chat.turns) == 2
 
@@ -162,7 +162,7 @@ def test_a_message_may_have_several_lines(lines: list[str], message: str) -> Non
 def test_a_second_interrupt_leaves_and_a_first_does_not(chat: Conversation, echo: Echo) -> None:
     assert converse(chat, from_lines("^C", "hello", "^C", "^C", "never read"))
     assert [turn["content"] for turn in chat.turns] == ["hello", "hello "]
-    assert "Ctrl-C again leaves" in written(chat)
+    assert "Ctrl-C again or type /exit" in written(chat)
 
 
 def test_an_answer_that_breaks_off_ends_its_line(chat: Conversation) -> None:
@@ -296,7 +296,7 @@ def test_client_streams_text_and_counts_tokens(client: ApiClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("refuse", "no such thing"), ("fail", "worker died"), ("cut", "ended the answer early")]
+    ("text", "expected"), [("refuse", "no such thing"), ("fail", "worker died"), ("cut", "closed the stream before")]
 )
 def test_what_the_server_says_went_wrong_is_an_error(client: ApiClient, text: str, expected: str) -> None:
     with pytest.raises(ServerError, match=expected):
@@ -325,7 +325,7 @@ def test_chat_on_a_terminal_completes_commands_and_stops_an_answer(client: ApiCl
         terminal.read_until("wait for it")
         terminal.send("\x03")
         terminal.read_until("stopped]")
-        terminal.press_until("\x03", "Ctrl-C again leaves, so does /exit)\n> ")
+        terminal.press_until("\x03", "Ctrl-C again or type /exit to exit)\n> ")
         terminal.press_until_end("\x03")
     assert terminal.process.returncode == 0
     history = tmp_path / ".cache" / "rayllm" / "chat_history"

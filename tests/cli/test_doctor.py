@@ -26,7 +26,7 @@ def test_everything_is_looked_at_and_told_as_json(capsys: pytest.CaptureFixture[
     assert {"python", "ray", "torch", "gpus", "memory", "/dev/shm", "home", "open files", "ray token", "port"} <= names
 
 
-def test_one_failure_is_exit_code_1_with_its_mend(
+def test_one_failure_is_exit_code_1_with_its_fix(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_LEAST_SHM_BYTES", 2**60)
@@ -43,7 +43,7 @@ def test_a_token_that_others_can_read_is_found(home: Path) -> None:
     token.write_text("x")
     token.chmod(0o644)
     assert not found("ray token").ok
-    assert f"chmod 600 {token}" in found("ray token").mend
+    assert f"chmod 600 {token}" in found("ray token").fix
     token.chmod(0o600)
     assert found("ray token").ok
 
@@ -52,7 +52,7 @@ def test_a_ray_that_is_too_old_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("rayllm.cli.version.library_versions", lambda: {"ray": "2.9.3", "triton": None})
     ray, triton = doctor._libraries()
     assert (ray.ok, triton.ok) == (False, True)
-    assert "2.50" in ray.mend
+    assert "2.50" in ray.fix
 
 
 @pytest.mark.parametrize(

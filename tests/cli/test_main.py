@@ -114,11 +114,11 @@ def test_help_and_typos_import_nothing_heavy() -> None:
     ("argv", "expected"),
     [
         (["srve"], "unknown command 'srve'; did you mean 'serve'?"),
-        (["list"], "there is no command 'list': 'rayllm ps' lists the servers that run here"),
-        (["ls"], "there is no command 'ls': 'rayllm ps' lists the servers"),
+        (["list"], "there is no command 'list': 'rayllm ps' lists the running servers of this machine"),
+        (["ls"], "there is no command 'ls': 'rayllm ps' lists the running servers"),
         (
             ["rm", "m"],
-            "there is no command 'rm': downloaded models lie in the hub's cache, and no command removes them yet",
+            "there is no command 'rm': downloaded models are in the hub's cache, and no command removes them yet",
         ),
         (["download", "m"], "there is no command 'download': 'rayllm pull MODEL' downloads a model"),
         (["--verson"], "unknown option '--verson'; did you mean '--version'?"),
@@ -127,12 +127,12 @@ def test_help_and_typos_import_nothing_heavy() -> None:
         (["serve", "--no-enable-prefix-cachin"], "did you mean '--no-enable-prefix-caching'?"),
         (["serve", "-pp", "2"], "pipeline_parallel_size='2': RayLLM has no pipeline parallelism yet"),
         (["serve", "--enable-lora"], "enable_lora=True: RayLLM has no LoRA adapters yet"),
-        (["pull", "qwen"], "'qwen' is no model's name: give owner/model"),
-        (["pull", "/tmp"], "'/tmp' is a folder on this machine already"),
+        (["pull", "qwen"], "'qwen' is not a model name: give owner/model"),
+        (["pull", "/tmp"], "'/tmp' is a folder on this machine"),
         (["stop", "a", "--all"], "give a server or --all, not both"),
-        (["logs", "--json", "-f"], "leave --follow out"),
+        (["logs", "--json", "-f"], "--json cannot be combined with --follow"),
         (["serve", "a", "b"], "unexpected argument 'b'"),
-        (["serve", "a", "--model", "b"], "two models are given, 'a' and --model 'b'"),
+        (["serve", "a", "--model", "b"], "two models are given, MODEL 'a' and --model 'b'"),
         (["serve", "--dtype", "bfloat61"], "dtype='bfloat61'"),
         (["serve", "-tp", "0"], "tensor_parallel_size='0': Input should be greater than or equal to 1"),
         (["serve", "--port", "99999"], "port='99999'"),
@@ -142,7 +142,7 @@ def test_help_and_typos_import_nothing_heavy() -> None:
         (["bench", "throughput", "--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
         (["bench", "throughput", "--model", "random:qwen2-0.5"], "did you mean 'qwen2-0.5b'?"),
         (["chat", "--url", "http://127.0.0.1:1", "folder"], "not both"),
-        (["chat", "-tp", "2"], "tensor_parallel_size belongs to a MODEL to start"),
+        (["chat", "-tp", "2"], "tensor_parallel_size needs a MODEL to start"),
         (["complete", ""], "the prompt is empty"),
     ],
 )
@@ -174,7 +174,7 @@ def test_folder_without_weights_is_named_before_anything_starts(
     for file in llama_path.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert cli.main(["serve", str(tmp_path)]) == 2
-    assert "no model.safetensors" in one_line(capsys.readouterr().err)
+    assert "neither model.safetensors" in one_line(capsys.readouterr().err)
 
 
 def test_unknown_architecture_is_named_before_anything_starts(

@@ -127,7 +127,7 @@ def test_without_a_model_it_is_the_only_server(listed: Any) -> None:
     listed("second")
     several = rayllm(stdin="hi")
     assert several.returncode == 2
-    assert "2 servers run, say which by its MODEL: first (http" in several.stderr
+    assert "2 servers are running, name the MODEL of one of them: first (http" in several.stderr
     assert rayllm("second", "hi").stdout == "**second** heard hi\n"
 
 
@@ -196,7 +196,7 @@ def test_a_server_that_ends_before_it_is_ready_is_not_waited_for(listed: Any, tm
 
 def test_two_servers_of_other_names_and_no_model_is_refused_in_this_process(listed: Any) -> None:
     listed("first"), listed("second")
-    with pytest.raises(UsageError, match="2 servers run"):
+    with pytest.raises(UsageError, match="2 servers are running"):
         background.find_or_start(None, {}, 0)
     assert main(["run", "x", "--port", "no"]) == 2
 
@@ -210,7 +210,7 @@ def test_a_model_is_served_in_the_background_and_stays() -> None:
         assert first.returncode == 0, first.stderr
         assert "inference engine" in first.stdout
         [entry] = registry.running()
-        assert f"stays at {entry.url}; rayllm stop {entry.pid} ends it" in first.stderr
+        assert f"is still served at {entry.url}; rayllm stop {entry.pid} stops it" in first.stderr
         again = rayllm(entry.model, "--temperature", "0", "What is RayLLM?")
         assert again.stdout == first.stdout
         assert again.stderr == ""

@@ -183,7 +183,7 @@ def test_open_requests_are_bounded(server: tuple[type[_Handler], str], tmp_path:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("", "holds no requests"), (line("a", "x") + line("a", "y"), "custom_id 'a' is there twice")],
+    [("", "holds no requests"), (line("a", "x") + line("a", "y"), "custom_id 'a' appears twice")],
 )
 def test_a_file_that_cannot_be_run_is_a_usage_error(
     text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -198,7 +198,7 @@ def test_a_file_that_is_no_output_is_left_alone(text: str, tmp_path: Path, capsy
     (tmp_path / "in").write_text(line("a", "x"))
     (tmp_path / "out").write_text(text)
     assert batch("http://127.0.0.1:1", tmp_path) == 2
-    assert "is no output of run-batch" in capsys.readouterr().err
+    assert "is not an output file of run-batch" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == text
 
 
@@ -206,7 +206,7 @@ def test_the_input_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """Its lines have ids too, and must not count as answered."""
     (tmp_path / "in").write_text(line("a", "x"))
     assert main(["run-batch", "-i", f"{tmp_path}/in", "-o", f"{tmp_path}/in", "--url", "http://127.0.0.1:1"]) == 2
-    assert "is no output of run-batch" in capsys.readouterr().err
+    assert "is not an output file of run-batch" in capsys.readouterr().err
 
 
 def test_neither_a_folder_nor_a_pipe_is_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +214,7 @@ def test_neither_a_folder_nor_a_pipe_is_an_output(tmp_path: Path, capsys: pytest
     os.mkfifo(tmp_path / "pipe")
     for output in (tmp_path, tmp_path / "pipe"):
         assert main(["run-batch", "-i", f"{tmp_path}/in", "-o", str(output), "--url", "http://127.0.0.1:1"]) == 2
-        assert "is no file to be read and written" in capsys.readouterr().err
+        assert "is not a readable and writable file" in capsys.readouterr().err
 
 
 def test_no_server_exits_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,9 +110,9 @@ def test_a_runtime_folder_of_somebody_elses_making_is_not_used(
     (tmp_path / "elsewhere").mkdir()
     runtime.symlink_to(tmp_path / "elsewhere")
     assert registry.runtime_folder().name == f"rayllm-{os.getuid()}"
-    monkeypatch.setattr(registry, "_fault_of", lambda folder: "is not a folder of yours")
+    monkeypatch.setattr(registry, "_fault_of", lambda folder: "is not a folder that you own")
     with pytest.raises(
-        ConfigError, match=r"rayllm' is not a folder of yours; '/tmp/rayllm-\d+' is not .*XDG_RUNTIME_DIR"
+        ConfigError, match=r"rayllm' is not a folder that you own; '/tmp/rayllm-\d+' is not .*XDG_RUNTIME_DIR"
     ):
         registry.running()
 
@@ -260,7 +260,7 @@ def test_which_of_several_servers_is_meant_must_be_said(start: Start, capsys: py
     start("two", url="http://127.0.0.1:2")
     assert main(["status"]) == 2
     said = capsys.readouterr().err
-    assert "2 servers run, say which by its name: " in said
+    assert "2 servers are running, name one of them: " in said
     assert "http://127.0.0.1:2" in said
 
 

@@ -46,7 +46,7 @@ def test_without_any_folder_for_temporary_files_tmp_is_left(monkeypatch: pytest.
     monkeypatch.setattr(folders.tempfile, "gettempdir", none)
     assert temporary_folders() == ["/tmp"]
     monkeypatch.setattr(registry, "_fault_of", lambda folder: "cannot be written")
-    with pytest.raises(ConfigError, match=r"there is no runtime folder: .*'/tmp/rayllm-.*Set XDG_RUNTIME_DIR"):
+    with pytest.raises(ConfigError, match=r"no usable runtime folder: .*'/tmp/rayllm-.*Set XDG_RUNTIME_DIR"):
         registry.runtime_folder()
 
 

@@ -51,7 +51,7 @@ def test_where_the_home_folder_cannot_be_written_the_token_is_handed_down_in_the
 
 def test_a_given_token_is_taken_and_a_named_file_must_hold_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH='.*/token' is no file with a token"):
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH='.*/token' is not a file with a token"):
         ensure_ray_token()
     (tmp_path / "token").write_text("of the file\n")
     ensure_ray_token()

@@ -102,18 +102,22 @@ def test_what_is_not_found_or_not_one_is_an_error_that_names_all(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for look in (find, find_named):
-        with pytest.raises(EngineUnreachableError, match="no server of yours runs on this machine: start one with"):
+        with pytest.raises(EngineUnreachableError, match="you have no running server on this machine: start one with"):
             look(None)
     _listed(stack, monkeypatch, pid=1, name="one")
     _listed(stack, monkeypatch, pid=2, name="two")
     for look in (find, find_named):
-        with pytest.raises(ConfigError, match=r"2 servers run, say which by its name: 'one': pid 1, .*'two': pid 2, "):
+        with pytest.raises(
+            ConfigError, match=r"2 servers are running, name one of them: 'one': pid 1, .*'two': pid 2, "
+        ):
             look(None)
-    with pytest.raises(ConfigError, match="2 servers run, say which"):
+    with pytest.raises(ConfigError, match="2 servers are running, name one"):
         find("m")
-    with pytest.raises(EngineUnreachableError, match=r"no server named 'twoo' runs here; did you mean 'two'\? \('one'"):
+    with pytest.raises(
+        EngineUnreachableError, match=r"no server named 'twoo' is running here; did you mean 'two'\? \('one'"
+    ):
         find_named("twoo")
-    with pytest.raises(EngineUnreachableError, match=r"no server 'http://10.0.0.1:9001' runs here"):
+    with pytest.raises(EngineUnreachableError, match=r"no server 'http://10.0.0.1:9001' is running here"):
         find("http://10.0.0.1:9001")
     assert find_at("http://localhost:9002") == find("two")
     assert find_at("9003") is None
@@ -153,7 +157,7 @@ def test_a_running_server_of_another_version_is_not_listed_and_its_file_stays(st
     assert not path.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_with_the_mend(
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_fix(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:

@@ -142,7 +142,7 @@ def test_the_sdk_is_not_imported_unless_it_is_asked_for() -> None:
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 
-def test_a_collectors_address_that_cannot_work_is_refused_with_the_mend() -> None:
+def test_a_collectors_address_that_cannot_work_is_refused_with_the_fix() -> None:
     with pytest.raises(ConfigError, match=r"otlp_traces_endpoint='grpc://x:4317'.*http://HOST:4318/v1/traces"):
         EngineConfig.parse({"otlp_traces_endpoint": "grpc://x:4317"})
     assert EngineConfig(otlp_traces_endpoint="http://x:4318/v1/traces").otlp_traces_endpoint

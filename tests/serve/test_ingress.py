@@ -131,7 +131,7 @@ async def test_a_driver_of_another_model_is_waited_out(driver: Driver) -> None:
     driver.config = config(model_path="/former")
     async with _connecting() as service:
         await _until(lambda: bool(service.stages))
-        assert "serves another model" in service.stages[-1][1]
+        assert "serves a different model" in service.stages[-1][1]
         assert all(connection.closed for connection in driver.connections)
         assert service.engine is None
         driver.config = config()

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rayllm.cli.subcommands import run_subcommand
 
 SUBCOMMANDS = {
-    "throughput": ("rayllm.cli.bench.throughput", "requests and tokens a second of an offline batch"),
-    "latency": ("rayllm.cli.bench.latency", "seconds that one batch takes"),
-    "serve": ("rayllm.cli.bench.serve", "what clients of a running server see: TTFT, TPOT, ITL, E2E"),
+    "throughput": ("rayllm.cli.bench.throughput", "offline throughput: requests and tokens per second"),
+    "latency": ("rayllm.cli.bench.latency", "latency of a single batch"),
+    "serve": ("rayllm.cli.bench.serve", "latencies that clients of a running server see: TTFT, TPOT, ITL, E2E"),
     "startup": ("rayllm.cli.bench.startup", "seconds from the command to the first token"),
 }
 

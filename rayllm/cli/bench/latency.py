@@ -18,17 +18,19 @@ _PERCENTS = (10, 25, 50, 75, 90, 99)
 
 
 def parser() -> Parser:
-    made = Parser(prog="rayllm bench latency", description="Time one batch of random prompts, again and again.")
+    made = Parser(
+        prog="rayllm bench latency", description="Measure the latency of one batch of random prompts, repeatedly."
+    )
     counts = (
-        ("--input-len", 32, "tokens of each prompt"),
-        ("--output-len", 128, "tokens to generate for each"),
+        ("--input-len", 32, "tokens per prompt"),
+        ("--output-len", 128, "tokens to generate per prompt"),
         ("--batch-size", 8, "prompts in the batch"),
-        ("--num-iters-warmup", 2, "batches before the timed ones"),
+        ("--num-iters-warmup", 2, "warm-up batches"),
         ("--num-iters", 10, "timed batches"),
         ("--seed", 0, "of the prompts"),
     )
     add_count_flags(made, counts)
-    made.add_argument("--json", action="store_true", help="print one JSON line too")
+    made.add_argument("--json", action="store_true", help="also print one line of JSON")
     add_config_flags(made, EngineConfig, only=ENGINE_FLAGS)
     return made
 
@@ -36,12 +38,12 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Prints mean and percentiles, as vLLM does."""
     given = parser().parse(argv)
-    figures = latency(given)
-    print(f"Avg latency: {figures['avg_latency']} seconds")
-    for percent, seconds in figures["percentiles"].items():
+    stats = latency(given)
+    print(f"Avg latency: {stats['avg_latency']} seconds")
+    for percent, seconds in stats["percentiles"].items():
         print(f"{percent}% percentile latency: {seconds} seconds")
     if given.get("json"):
-        print(json.dumps(figures))
+        print(json.dumps(stats))
     return 0
 
 

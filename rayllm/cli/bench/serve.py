@@ -53,8 +53,8 @@ def parser() -> Parser:
     add_server_flags(made)
     counts = (
         ("--num-prompts", 100, "requests"),
-        ("--input-len", 64, "tokens of each prompt, about"),
-        ("--output-len", 128, "tokens of each answer"),
+        ("--input-len", 64, "approximate tokens per prompt"),
+        ("--output-len", 128, "tokens per response"),
         ("--seed", 0, "of prompts and arrivals"),
     )
     add_count_flags(made, counts)
@@ -63,13 +63,15 @@ def parser() -> Parser:
         type=float,
         default=float("inf"),
         metavar="R",
-        help="requests a second, at random moments (Poisson); default: inf, all at once",
+        help="requests per second, with Poisson arrivals (default: inf, all at once)",
     )
-    made.add_argument("--max-concurrency", type=int, metavar="N", help="open requests, at most; default: no limit")
     made.add_argument(
-        "--no-ignore-eos", action="store_true", help="let answers end early (for servers without ignore_eos)"
+        "--max-concurrency", type=int, metavar="N", help="maximum number of open requests (default: no limit)"
     )
-    made.add_argument("--json", action="store_true", help="print one JSON line too")
+    made.add_argument(
+        "--no-ignore-eos", action="store_true", help="let responses end early (for servers without ignore_eos)"
+    )
+    made.add_argument("--json", action="store_true", help="also print one line of JSON")
     return made
 
 
@@ -82,13 +84,13 @@ def run(argv: Sequence[str]) -> int:
     if given.get("max_concurrency", 1) < 1:
         raise UsageError(f"--max-concurrency {given['max_concurrency']} must be at least 1")
     samples, elapsed_s = asyncio.run(_measure(given))
-    figures = summarize(samples, elapsed_s, given)
-    _print(figures)
+    stats = summarize(samples, elapsed_s, given)
+    _print(stats)
     if given.get("json"):
-        print(json.dumps(figures))
+        print(json.dumps(stats))
     failed = [sample.error for sample in samples if sample.error]
     if failed:
-        print(f"{len(failed)} requests failed; the first: {failed[0]}", file=sys.stderr)
+        print(f"{len(failed)} requests failed; first error: {failed[0]}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -188,7 +190,7 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Sample:
         sample.error = f"{type(error).__name__}: {error}"
     sample.end_s = time.perf_counter() - began
     if not sample.error and not sample.chunk_s:
-        sample.error = "the answer held no text"
+        sample.error = "the response has no text"
     return sample
 
 
@@ -257,13 +259,13 @@ _LATENCIES = (
 )
 
 
-def _print(figures: dict[str, Any]) -> None:
+def _print(stats: dict[str, Any]) -> None:
     print(headline("Serving Benchmark Result"))
     for label, name in _TOTALS:
-        if figures[name] is not None:
-            print(line(label, figures[name]))
+        if stats[name] is not None:
+            print(line(label, stats[name]))
     for title, short in _LATENCIES:
         print(headline(title, "-"))
         for kind in ("Mean", "Median", "P90", "P99"):
-            print(line(f"{kind} {short} (ms):", float(figures[f"{kind.lower()}_{short.lower()}_ms"])))
+            print(line(f"{kind} {short} (ms):", float(stats[f"{kind.lower()}_{short.lower()}_ms"])))
     print(headline(""))

@@ -30,8 +30,8 @@ def parser() -> Parser:
         prog="rayllm bench startup",
         description="Start a server, ask it for one token, stop it; flags of 'rayllm serve' come after '--'.",
     )
-    add_count_flags(made, (("--num-iters", 3, "starts"), ("--timeout", 600, "seconds that one may take")))
-    made.add_argument("--json", action="store_true", help="print one JSON line too")
+    add_count_flags(made, (("--num-iters", 3, "starts"), ("--timeout", 600, "time limit for one start, in seconds")))
+    made.add_argument("--json", action="store_true", help="also print one line of JSON")
     return made
 
 
@@ -75,7 +75,7 @@ def one_start(serve: Sequence[str], timeout_s: float) -> dict[str, float]:
         except EngineError as error:
             output.seek(0)
             said = output.read().decode(errors="replace").strip().splitlines()
-            raise EngineError(f"{error}; it said: {said[-1] if said else 'nothing'}") from None
+            raise EngineError(f"{error}; its last output: {said[-1] if said else 'nothing'}") from None
         finally:
             process.send_signal(signal.SIGTERM)
             try:

@@ -1,4 +1,4 @@
-"""`rayllm bench throughput`: requests and tokens a second of an offline batch, by RayLLM or by `transformers`.
+"""`rayllm bench throughput`: offline throughput: requests and tokens per second, by RayLLM or by `transformers`.
 
 Both backends get the same token ids, weights and dtype, and must emit every token asked for. Flags and output are those
 of vLLM's `benchmark_throughput.py`.
@@ -47,7 +47,7 @@ _SAMPLE_PERIOD_S = 0.05
 
 
 @dataclass
-class Figures:
+class Stats:
     """What a run of a workload took, for each repeat, and what else was seen."""
 
     workload: Workload
@@ -85,7 +85,7 @@ def timed(run: Callable[[], None], repeat: int) -> list[float]:
 # ------------------------------------------------------------------------------------------------------- backends
 
 
-def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Figures:
+def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Stats:
     """Times `LLM.generate` after a short warm-up; then one more run, not timed, looks at how full blocks are."""
     from rayllm import LLM, SamplingParams
     from rayllm.engine.client.outputs import raise_failed
@@ -120,7 +120,7 @@ def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Figures
             "num_preemptions": after.num_preemptions - before.num_preemptions,
             "kv_slots_filled": _slots_filled(llm, run, config.block_size),
         }
-    return Figures(workload, elapsed, details)
+    return Stats(workload, elapsed, details)
 
 
 def _slots_filled(llm: Any, run: Callable[[], None], block_size: int) -> float | None:
@@ -150,7 +150,7 @@ def _slots_filled(llm: Any, run: Callable[[], None], block_size: int) -> float |
     return round(sum(filled for filled, _ in at_most) / sum(slots for _, slots in at_most), 4)
 
 
-def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_batch_size: int) -> Figures:
+def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_batch_size: int) -> Stats:
     """Times `transformers` generate on full left-padded batches, every token forced."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -197,7 +197,7 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
         run(workload.prompts[:1], min(4, workload.output_lens[0]))
         elapsed = timed(run_all, repeat)
     details = {"dtype": config.dtype, "device": config.device, "max_batch_size": max_batch_size}
-    return Figures(workload, elapsed, details)
+    return Stats(workload, elapsed, details)
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -205,27 +205,27 @@ def run_transformers(engine: EngineConfig, workload: Workload, repeat: int, max_
 
 def parser() -> Parser:
     made = Parser(prog="rayllm bench throughput", description="Time an offline batch of prompts.")
-    text = "hf: transformers' generate; vllm: RayLLM under the name that vLLM's benchmark has"
+    text = "hf: transformers' generate; vllm: an alias of rayllm"
     made.add_argument("--backend", choices=("rayllm", "vllm", "hf", "mii"), default="rayllm", help=text)
-    made.add_argument("--dataset", metavar="FILE", help="JSON in ShareGPT's form; default: random prompts")
+    made.add_argument("--dataset", metavar="FILE", help="JSON file in ShareGPT format (default: random prompts)")
     counts = (
-        ("--input-len", 64, "tokens of each random prompt"),
+        ("--input-len", 64, "tokens per random prompt"),
         ("--num-prompts", 25, "requests"),
         ("--n", 1, "answers to each"),
         ("--seed", 0, "of the prompts"),
-        ("--repeat", 3, "timed runs; medians are told"),
+        ("--repeat", 3, "timed runs; medians are reported"),
     )
     add_count_flags(made, counts)
-    text = "tokens to generate for each prompt (default: 128; with --dataset: as many as its answer has)"
+    text = "tokens to generate for each prompt (default: 128; with --dataset: as many as the reference answer has)"
     made.add_argument("--output-len", type=int, metavar="N", help=text)
     made.add_argument("--hf-max-batch-size", type=int, metavar="N", help="default: all prompts in one batch")
-    made.add_argument("--json", action="store_true", help="print one JSON line too")
+    made.add_argument("--json", action="store_true", help="also print one line of JSON")
     add_config_flags(made, EngineConfig, only=ENGINE_FLAGS)
     return made
 
 
 def throughput(argv: Sequence[str]) -> dict[str, Any]:
-    """Runs the benchmark that the arguments describe and returns its figures (see `Figures.summary`)."""
+    """Runs the benchmark that the arguments describe and returns its stats (see `Stats.summary`)."""
     given = parser().parse(argv)
     counts = (
         "input_len",
@@ -246,16 +246,16 @@ def throughput(argv: Sequence[str]) -> dict[str, Any]:
     workload = _workload(given, resolve(engine))
     if given["backend"] == "hf":
         max_batch_size = given.get("hf_max_batch_size") or len(workload.prompts)
-        figures = run_transformers(engine, workload, given["repeat"], max_batch_size)
+        stats = run_transformers(engine, workload, given["repeat"], max_batch_size)
     else:
-        figures = run_rayllm(engine, workload, given["repeat"])
-    told = {name: given.get(name) for name in ("backend", "input_len", "output_len", "num_prompts", "seed")}
-    return {**told, "model": given.get("model", ""), **figures.summary()}
+        stats = run_rayllm(engine, workload, given["repeat"])
+    arguments = {name: given.get(name) for name in ("backend", "input_len", "output_len", "num_prompts", "seed")}
+    return {**arguments, "model": given.get("model", ""), **stats.summary()}
 
 
 def _check_backend(given: dict[str, Any]) -> None:
     if given["backend"] == "mii":
-        raise UsageError("--backend mii is DeepSpeed-MII, which is no part of RayLLM: give rayllm, vllm or hf")
+        raise UsageError("--backend mii is DeepSpeed-MII, which RayLLM does not include: give rayllm, vllm or hf")
     if given["backend"] == "vllm":
         print("--backend vllm measures RayLLM's engine; vLLM itself is not used", file=sys.stderr)
     if given["backend"] != "hf" and "hf_max_batch_size" in given:
@@ -301,19 +301,19 @@ def engine_config(given: dict[str, Any]) -> EngineConfig:
 
 def run(argv: Sequence[str]) -> int:
     """`rayllm bench throughput ...`."""
-    figures = throughput(argv)
-    print(f"Throughput: {figures['requests_per_second']:.2f} requests/s, {figures['tokens_per_second']:.2f} tokens/s")
-    print(f"Output: {figures['output_tokens_per_second']:.2f} tokens/s")
-    if "kv_slots_filled" in figures:
-        waiting = _share(figures, "driver_share_of_step")
+    stats = throughput(argv)
+    print(f"Throughput: {stats['requests_per_second']:.2f} requests/s, {stats['tokens_per_second']:.2f} tokens/s")
+    print(f"Output: {stats['output_tokens_per_second']:.2f} tokens/s")
+    if "kv_slots_filled" in stats:
+        waiting = _share(stats, "driver_share_of_step")
         print(
-            f"Step: {figures['step_ms']:.2f} ms, workers waiting for the driver {waiting}; "
-            f"KV slots filled in blocks in use {_share(figures, 'kv_slots_filled')}"
+            f"Step: {stats['step_ms']:.2f} ms, workers waiting for the driver {waiting}; "
+            f"KV slots filled in blocks in use {_share(stats, 'kv_slots_filled')}"
         )
     if "--json" in argv:
-        print(json.dumps(figures))
+        print(json.dumps(stats))
     return 0
 
 
-def _share(figures: dict[str, Any], name: str) -> str:
-    return "not measured" if figures[name] is None else f"{figures[name]:.1%}"
+def _share(stats: dict[str, Any], name: str) -> str:
+    return "not measured" if stats[name] is None else f"{stats[name]:.1%}"

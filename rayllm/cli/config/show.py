@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
 def parser() -> Parser:
     made = Parser(prog="rayllm config show", description="Show the settings that 'rayllm serve' would have.")
-    made.add_argument("--json", action="store_true", help="as one JSON line")
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     add_serve_flags(made)
     return made
 

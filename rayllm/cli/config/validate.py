@@ -15,7 +15,7 @@ from rayllm.settings_file import read_settings_file
 def parser() -> Parser:
     made = Parser(prog="rayllm config validate", description="Check a YAML file of settings, and its model's folder.")
     made.add_argument("file", metavar="FILE", help="as for 'rayllm serve --config'")
-    made.add_argument("--json", action="store_true", help="as one JSON line")
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     return made
 
 

@@ -1,4 +1,4 @@
-"""What stands where Serve looks for the HAProxy binary: it mends the configuration that Serve has written, then becomes
+"""The script that Serve runs as the HAProxy binary: it adjusts the configuration that Serve has written, then becomes
 HAProxy.
 
 Serve's template leaves no choice about the side ports (all interfaces), about error pages (plain text, status 500), or
@@ -54,7 +54,7 @@ _REFUSED = """backend refused_request
 """
 
 
-def mended(config: str, pages: str) -> str:
+def adjusted(config: str, pages: str) -> str:
     """The configuration as we want it; `pages` is the folder of error pages. Unknown lines stay as they are."""
     sections = _sections(config)
     has_app = any(line.startswith("use_backend ") for section in sections for line in section)
@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> None:
     if "-f" in rest:
         path = rest[rest.index("-f") + 1]
         with open(path, encoding="utf-8") as file:
-            config = mended(file.read(), pages)
+            config = adjusted(file.read(), pages)
         with open(path, "w", encoding="utf-8") as file:
             file.write(config)
     # Without -dR HAProxy shares its port with `EarlyPort`, which has it until there is an ingress.

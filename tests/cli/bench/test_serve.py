@@ -128,10 +128,10 @@ def test_failures_are_counted_and_told(server: tuple[type[_Handler], str], capsy
     assert main(["bench", "serve", "--url", server[1], "--num-prompts", "5", "--max-concurrency", "1"]) == 1
     captured = capsys.readouterr()
     assert any(line.split() == ["Failed", "requests:", "3"] for line in captured.out.splitlines())
-    assert "3 requests failed; the first: 400" in captured.err
+    assert "3 requests failed; first error: 400" in captured.err
 
 
-def test_a_missing_key_is_told_with_the_mend(
+def test_a_missing_key_is_told_with_the_fix(
     server: tuple[type[_Handler], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RLLM_API_KEY", raising=False)
@@ -161,5 +161,5 @@ def test_startup_is_timed_in_three_steps(server: tuple[type[_Handler], str]) -> 
 def test_a_server_that_does_not_come_up_is_told_with_its_reason() -> None:
     from rayllm.cli.bench.startup import one_start
 
-    with pytest.raises(EngineError, match=r"exit code 2; it said: .*'/nowhere/at/all' does not exist"):
+    with pytest.raises(EngineError, match=r"exit code 2; its last output: .*'/nowhere/at/all' does not exist"):
         one_start(["/nowhere/at/all"], 60)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rayllm.cli.bench.throughput import Figures, throughput
+from rayllm.cli.bench.throughput import Stats, throughput
 from rayllm.cli.bench.workload import Workload, random_workload, read_sharegpt
 from rayllm.cli.flags import UsageError
 from rayllm.cli.main import main
@@ -21,7 +21,7 @@ def test_the_same_seed_gives_the_same_prompts() -> None:
 
 
 def test_figures_tell_medians_and_spread() -> None:
-    summary = Figures(Workload([[5] * 6] * 10, [4] * 10), [1.0, 2.0, 4.0]).summary()
+    summary = Stats(Workload([[5] * 6] * 10, [4] * 10), [1.0, 2.0, 4.0]).summary()
     assert summary["elapsed_time"] == 2.0
     assert summary["requests_per_second"] == 5.0
     assert summary["tokens_per_second"] == 50.0
@@ -139,7 +139,10 @@ def test_the_documents_command_runs_on_a_dataset(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--backend", "mii"], "--backend mii is DeepSpeed-MII, which is no part of RayLLM: give rayllm, vllm or hf"),
+        (
+            ["--backend", "mii"],
+            "--backend mii is DeepSpeed-MII, which RayLLM does not include: give rayllm, vllm or hf",
+        ),
         (["--hf-max-batch-size", "4"], "--hf-max-batch-size is for --backend hf"),
         (["--n", "0"], "--n 0 must be at least 1"),
     ],

@@ -66,7 +66,7 @@ def test_haproxy_takes_serves_configuration_as_it_has_recovered(serves_config: s
 
 @needs_haproxy
 def test_serves_own_paths_are_closed_and_ids_of_any_length_dropped(serves_config: str) -> None:
-    config = haproxy.haproxy_config.mended(serves_config, "/pages")
+    config = haproxy.haproxy_config.adjusted(serves_config, "/pages")
     frontend = config.partition("frontend http_frontend")[2].partition("\nbackend ")[0]
     assert [line.split()[3] for line in frontend.splitlines() if "http-request return" in line] == ["405", "404", "404"]
     assert "http-request del-header x-request-id unless" in frontend
@@ -74,7 +74,7 @@ def test_serves_own_paths_are_closed_and_ids_of_any_length_dropped(serves_config
     assert "errorfile 400 /dev/null" in config.partition("backend http-app")[2]  # whoever closes one half hears nothing
     frontend = "frontend http_frontend\n    bind x:1\n    # static use_backend selection below\n"
     without_app = f"{frontend}backend default_backend\n    http-request return status 404\n"
-    assert "status 503" in haproxy.haproxy_config.mended(without_app, "/pages")
+    assert "status 503" in haproxy.haproxy_config.adjusted(without_app, "/pages")
     assert "status 503" not in config
 
 
