@@ -19,14 +19,14 @@ MAX_P95_FUNCTION_LINES = 25
 MIN_TESTED_SHARE = 0.85
 """Of each package."""
 
-LONG_FILES_PENDING = ("rayllm/api/", "rayllm/parsing/")
+LONG_FILES_PENDING: tuple[str, ...] = ()
 """Folders with files that are still to be parted: never add one."""
 UNTESTED_PENDING = {
     "api",
+    "parsing",
     "cli",
     "entrypoints",
     "kernels",
-    "parsing",
     "serve",
     "structured",
     "weights",

@@ -86,9 +86,7 @@ ALLOWED_NAMES = {("draft", "rayllm/structured/schema.py")}
 """JSON Schema has drafts."""
 
 PENDING = (
-    "rayllm/api/",
     "rayllm/cli/",
-    "rayllm/parsing/",
     "rayllm/serve/",
     "rayllm/weights/",
 )

@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from rayllm.api import continuity
-from rayllm.api.apart import apart_unless
+from rayllm.api import resume_context
 from rayllm.api.choice import Choice, Parsing
 from rayllm.api.generation import Generation
+from rayllm.api.offload import offload_unless
 from rayllm.api.protocol import GenerationBody
 from rayllm.api.request_metrics import request_metrics
 from rayllm.api.service import ServedModel
@@ -22,7 +22,7 @@ from rayllm.request import Request
 
 def new_id(prefix: str) -> str:
     """A new answer's id; that of the answer that is made again, where one is."""
-    continued = continuity.current()
+    continued = resume_context.current()
     if continued is not None and continued.answer_id is not None:
         return continued.answer_id
     return f"{prefix}{secrets.token_hex(16)}"
@@ -30,7 +30,7 @@ def new_id(prefix: str) -> str:
 
 def created_s() -> int:
     """When the answer that is being opened was asked for, in Unix time."""
-    continued = continuity.current()
+    continued = resume_context.current()
     return int(time.time()) if continued is None else continued.created_s
 
 
@@ -69,7 +69,7 @@ class Answer(ABC):
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         await self.generation.finished()
-        return await apart_unless(not self.generation.is_long, self._whole)
+        return await offload_unless(not self.generation.is_long, self._whole)
 
     @abstractmethod
     def stream(self) -> AsyncIterator[bytes]:
@@ -118,7 +118,7 @@ class ChunkedAnswer(Answer):
         async for news in self.generation.batches():
             is_short = not is_first or not self.generation.is_long
             is_first = False
-            yield await apart_unless(is_short, self._chunks, writer, news)
+            yield await offload_unless(is_short, self._chunks, writer, news)
         if self._includes_usage:
             yield writer.chunk(None, self._closing_fields())
 

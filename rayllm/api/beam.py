@@ -1,6 +1,6 @@
-"""`use_beam_search` of completions and chats: a stream that searches, and then tells its beams as choices.
+"""`use_beam_search` of completions and chats: a stream that searches, and then sends its beams as choices.
 
-What reads the stream cannot tell it from an engine's own, so that every shape of answers is written as always: choice i
+What reads the stream cannot distinguish it from an engine's own, so every shape of answers is written as always: choice i
 is the i-th best beam, all of it in one delta.
 """
 
@@ -131,7 +131,7 @@ class BeamSearchStream:
         return self._deltas()
 
     def abort_choice(self, choice: int) -> None:
-        """Nothing: the beams are told all at once."""
+        """Nothing: the beams are sent all at once."""
 
     def close(self) -> None:
         for stream in self._open:

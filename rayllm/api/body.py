@@ -16,7 +16,7 @@ from rayllm.errors import RequestError
 
 MAX_DEPTH = 128
 LARGE_BODY_BYTES = 64 * 1024
-"""Beyond it a body is large: parsed and checked beside the event loop (`api.apart`)."""
+"""Beyond it a body is large: parsed and checked beside the event loop (`api.offload`)."""
 MAX_CONTAINERS = 2**15
 MAX_NAMES = 40_000
 MAX_STRINGS = 2**17
@@ -45,7 +45,7 @@ def max_values(max_model_len: int) -> int:
 def parse_object(body: bytes, max_num_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object of a request. Raises `RequestError` (400; 413 for one that holds too much) for everything else.
 
-    Python's own parser, not the fastest: only it can see names that stand twice, and tell where NaN was.
+    Python's own parser, not the fastest: only it can see names that are given twice, and say where NaN was.
     """
     if len(body) > LARGE_BODY_BYTES:
         _check_counts(body, max_num_values)
@@ -116,7 +116,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise RequestError(
-            f"the name {twice[:100]!r} stands twice in one object", param=twice[:100], code="invalid_json"
+            f"the name {twice[:100]!r} is given twice in one object", param=twice[:100], code="invalid_json"
         )
     return found
 

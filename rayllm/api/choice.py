@@ -24,7 +24,7 @@ class Choice:
         "last_token_s",
         "logprobs",
         "num_reasoning_tokens",
-        "num_told",
+        "num_sent",
         "parser",
         "prefill_s",
         "prompt_index",
@@ -44,7 +44,7 @@ class Choice:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
-        self.num_told = 0
+        self.num_sent = 0
         """Tokens that chunks have spoken of."""
         self.first_token_s: float | None = None
         self.last_token_s = 0.0

@@ -1,4 +1,4 @@
-"""What Anthropic's messages and OpenAI's responses share: one choice, told as blocks or items."""
+"""What Anthropic's messages and OpenAI's responses share: one choice, sent as blocks or items."""
 
 from __future__ import annotations
 

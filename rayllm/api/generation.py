@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import msgspec
 
-from rayllm.api import continuity
-from rayllm.api.apart import in_turns
+from rayllm.api import resume_context
 from rayllm.api.choice import Choice, Parsing, new_choice
 from rayllm.api.errors import error_of
+from rayllm.api.offload import in_turns
 from rayllm.engine.client.protocols import EngineClient, RequestStream
 from rayllm.errors import EngineError
 from rayllm.messages import ADOPTED_BY_ANOTHER, TokenDelta, TokenLogprobs, single_tokens
@@ -45,7 +45,7 @@ class Generation:
         answer_id: str,
         parsing: Parsing | None = None,
     ):
-        continued = continuity.current() if len(requests) == 1 else None
+        continued = resume_context.current() if len(requests) == 1 else None
         if continued is not None:
             requests = [_continued(requests[0], answer_id, continued)]
         self._goes_by_tokens = requests[0].retention is not None
@@ -255,7 +255,7 @@ class Generation:
             self._metrics.request_finished(max(len(sibling.token_ids) for sibling in siblings))
 
 
-def _continued(request: Request, answer_id: str, continued: continuity.Continuity) -> Request:
+def _continued(request: Request, answer_id: str, continued: resume_context.ResumeContext) -> Request:
     """The request as it is kept: the one that is kept already, of an answer that is made again."""
     if continued.adopted is not None:
         return continued.adopted.request

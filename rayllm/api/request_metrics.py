@@ -1,4 +1,4 @@
-"""What one answer took, as vLLM tells it with `--enable-per-request-metrics`."""
+"""What one answer took, as vLLM reports it with `--enable-per-request-metrics`."""
 
 from __future__ import annotations
 

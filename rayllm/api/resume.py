@@ -2,7 +2,7 @@
 
 Each event of a stream has an id, `ANSWER:NUMBER`. Asked for with `x-rayllm-resume: true`, the answer goes on being
 made while its client is away, and what it may not have received is held by the process that makes it. Where that one
-is gone, or another is asked, the answer is made again from what the driver keeps (`api.continuity`).
+is gone, or another is asked, the answer is made again from what the driver keeps (`api.resume_context`).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class HeldStream:
                 self._keep(piece)
                 self._change()
                 if self._hold_s is None:
-                    self._let_go(MAX_BACKGROUND_BYTES)
+                    self._drop_oldest(MAX_BACKGROUND_BYTES)
                     continue
                 while self._num_unread_bytes > MAX_UNREAD_BYTES:
                     await self._changed.wait()
@@ -194,7 +194,7 @@ class HeldStream:
                 self._num_read_bytes -= len(self._held.popleft()[1])
         self._change()
 
-    def _let_go(self, num_bytes: int) -> None:
+    def _drop_oldest(self, num_bytes: int) -> None:
         """Of the oldest, until no more than that is held."""
         while self.num_bytes > num_bytes:
             first, piece = self._held.popleft()

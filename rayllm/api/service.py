@@ -203,7 +203,7 @@ class ModelService:
         return model
 
     async def engine_stats(self) -> EngineStats | None:
-        """The engine's figures; None where it does not answer in time."""
+        """The engine's stats; None where it does not answer in time."""
         if self._model is None:
             return None
         try:

@@ -40,16 +40,16 @@ class Joint:
 
     def __init__(self, make: Callable[[str], Event]):
         self._make = make
-        self._has_told = False
+        self._has_sent = False
         self._is_due = False
 
     def begin(self) -> None:
         """A message begins."""
-        self._is_due = self._has_told
+        self._is_due = self._has_sent
 
     def __call__(self, text: str) -> Event:
         joint = "\n\n" if self._is_due else ""
-        self._has_told, self._is_due = True, False
+        self._has_sent, self._is_due = True, False
         return self._make(joint + text)
 
 

@@ -1,7 +1,7 @@
 """How one model's chats are written: what its template takes, and how it marks calls and reasoning.
 
 All of it is found out from the template and the tokenizer, once; `--tool-call-parser` and `--reasoning-parser` decide
-where that fails. A template that knows nothing of tools is told of them in words: a system prompt describes them and
+where that fails. A template that knows nothing of tools gets them in words: a system prompt describes them and
 how calls are written, and earlier calls and their results are shown in the same way.
 """
 
@@ -226,8 +226,10 @@ def _probe(tokenizer: Tokenizer, form: ToolFormat) -> tuple[bool, str | None]:
                 text = tokenizer.render_chat(messages, tools=tools)
             except RequestError:
                 continue
-            told = text.rpartition("probed")[0]
-            is_shown = _PROBE_VALUE in told and f"{{'{_PROBE_KEY}'" not in text and f'\\"{_PROBE_KEY}' not in text
+            shown_before = text.rpartition("probed")[0]
+            is_shown = (
+                _PROBE_VALUE in shown_before and f"{{'{_PROBE_KEY}'" not in text and f'\\"{_PROBE_KEY}' not in text
+            )
             if is_shown and "None" not in text:
                 return as_text, content
     return False, ""

@@ -1,6 +1,6 @@
 """Text to events (see `events`), in one pass and piece by piece. A pure function of the text.
 
-The parser is a generator that reads from a `TextReader`, so each notation reads as if the whole text were there.
+The parser is a generator that reads from a `TextReader`, so each format reads as if the whole text were there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from rayllm.parsing.channels import Joint, called, channel_of, next_head
 from rayllm.parsing.events import Event, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
 from rayllm.parsing.json_values import arguments_text, is_json, loaded, pair_value
-from rayllm.parsing.python_values import tell_value
+from rayllm.parsing.python_values import send_value
 from rayllm.parsing.reasoning import ReasoningFormat
 from rayllm.parsing.text_reader import Reading, Steps, TextReader, first_of
 from rayllm.parsing.tool_formats import Payload, ToolFormat
@@ -34,7 +34,7 @@ class _NoCallError(Exception):
 
 class OutputParser:
     """Parses one choice. `tools`: the known tools' names and the JSON schemas of their parameters. Without a
-    `tool_format` calls are not looked for, without a `reasoning_format` reasoning is not. A notation that frames all
+    `tool_format` calls are not looked for, without a `reasoning_format` reasoning is not. A format that frames all
     text is read without tools as well, and then has no calls.
 
     `opened`: the prompt already began the reasoning. `call_id` makes the id of call number n. `only_one`: the first
@@ -177,7 +177,7 @@ class OutputParser:
         """Whether something began as a call and turned out to be none."""
         return self.num_whole_calls < self.num_calls
 
-    def _tell(self, arguments: str) -> Event:
+    def _send(self, arguments: str) -> Event:
         self._arguments.append(arguments)
         return ToolCallArguments(self.num_calls - 1, arguments)
 
@@ -201,9 +201,9 @@ class OutputParser:
                 yield from self._begin(name, known_only=False)
                 yield from text.skip()
                 if (yield from text.peek()) == "{":
-                    yield from text.value(self._tell)
+                    yield from text.value(self._send)
                 else:
-                    yield from text.flow(marks, self._tell, keeps_mark=True)
+                    yield from text.flow(marks, self._send, keeps_mark=True)
                 yield from self._end()
                 text.taken = None
                 yield from text.skip()
@@ -254,13 +254,13 @@ class OutputParser:
             if key in _NAME_KEYS and not begun:
                 yield from self._begin(loaded((yield from self._text.value()) or ""), known_only)
                 if early is not None:
-                    yield self._tell(arguments_text(early))
+                    yield self._send(arguments_text(early))
             elif key in _ARGUMENT_KEYS and not has_arguments:
                 has_arguments = True
-                early = yield from self._text.value(self._tell if begun else None)
+                early = yield from self._text.value(self._send if begun else None)
                 is_cut = early == "" and self._text.ended and not self._text.rest
                 if begun and early is not None and not is_cut:
-                    yield self._tell(arguments_text(early))
+                    yield self._send(arguments_text(early))
             elif known_only and not begun and key not in _OTHER_KEYS:
                 raise _NoCallError
             else:
@@ -270,7 +270,7 @@ class OutputParser:
         if character == "}":
             self._text.take(1)
             if not has_arguments:
-                yield self._tell("{}")
+                yield self._send("{}")
         yield from self._end()
 
     # ----------------------------------------------------------------------------------------------------- as Python
@@ -323,14 +323,14 @@ class OutputParser:
                 yield from self._begin(name, known_only)
             if is_over:
                 text.take(1)
-                yield self._tell("{}" if opening == "{" else "}")
+                yield self._send("{}" if opening == "{" else "}")
                 break
             if character != "=" or not key:
                 break
             text.take(1)
-            yield self._tell(f"{opening}{json.dumps(key, ensure_ascii=False)}: ")
+            yield self._send(f"{opening}{json.dumps(key, ensure_ascii=False)}: ")
             opening = ", "
-            if not (yield from tell_value(text, self._tell)):
+            if not (yield from send_value(text, self._send)):
                 break
             yield from text.skip()
             if (yield from text.peek()) == ",":
@@ -359,9 +359,9 @@ class OutputParser:
         if form.payload is Payload.PAIRS:
             yield from self._pairs(form, self._tools.get(name))
         elif (yield from self._text.peek()) == "{":
-            yield from self._text.value(self._tell)
+            yield from self._text.value(self._send)
         else:
-            yield from self._text.flow([mark for mark in (form.end, form.begin) if mark], self._tell, keeps_mark=True)
+            yield from self._text.flow([mark for mark in (form.end, form.begin) if mark], self._send, keeps_mark=True)
         yield from self._end()
         self._text.taken = None
         yield from self._text.skip("`")
@@ -394,7 +394,7 @@ class OutputParser:
         return name
 
     def _pairs(self, form: ToolFormat, schema: Any) -> Steps:
-        """Arguments as marked keys and values, written as JSON; each is told when it is whole."""
+        """Arguments as marked keys and values, written as JSON; each is sent when it is whole."""
         opening = "{"
         properties = schema.get("properties") if isinstance(schema, dict) else None
         while True:
@@ -406,11 +406,11 @@ class OutputParser:
                 yield from self._text.skip_one(form.value[0])
                 raw, is_whole = yield from self._text.until(form.value[1])
                 kind = properties.get(key) if isinstance(properties, dict) else None
-                yield self._tell(f"{opening}{json.dumps(key, ensure_ascii=False)}: {pair_value(raw, kind, is_whole)}")
+                yield self._send(f"{opening}{json.dumps(key, ensure_ascii=False)}: {pair_value(raw, kind, is_whole)}")
                 opening = ", "
             elif mark is None or mark == form.end:
                 if mark is not None:
-                    yield self._tell("{}" if opening == "{" else "}")
+                    yield self._send("{}" if opening == "{" else "}")
                 return
             else:
                 self._text.take(len(mark))

@@ -1,4 +1,4 @@
-"""Python literals, as models write them, told as JSON piece by piece. Nothing is ever evaluated as an expression."""
+"""Python literals, as models write them, sent as JSON piece by piece. Nothing is ever evaluated as an expression."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v
 Tell = Callable[[str], Event]
 
 
-def tell_value(text: TextReader, tell: Tell, depth: int = 0) -> Reading[bool]:
+def send_value(text: TextReader, send: Tell, depth: int = 0) -> Reading[bool]:
     """One value; a tuple is a list, and what is no literal becomes a string. Whether it was whole: where not, neither
     is the JSON, and the text stays from where it could not be read."""
     yield from text.skip()
     character = yield from text.peek()
     if character in _QUOTES:
-        return (yield from _tell_string(text, tell))
+        return (yield from _send_string(text, send))
     if character in _CLOSERS:
-        return depth < _MAX_DEPTH and (yield from _tell_items(text, tell, depth))
+        return depth < _MAX_DEPTH and (yield from _send_items(text, send, depth))
     raw = yield from _scalar(text)
     if raw:
-        yield tell(_json_scalar(raw))
+        yield send(_json_scalar(raw))
     return bool(raw)
 
 
-def _tell_items(text: TextReader, tell: Tell, depth: int) -> Reading[bool]:
+def _send_items(text: TextReader, send: Tell, depth: int) -> Reading[bool]:
     closer = _CLOSERS[text.take(1)]
     is_map = closer == "}"
-    yield tell("{" if is_map else "[")
+    yield send("{" if is_map else "[")
     separator = ""
     while True:
         yield from text.skip()
         if (yield from text.peek()) == closer:
             text.take(1)
-            yield tell("}" if is_map else "]")
+            yield send("}" if is_map else "]")
             return True
         if separator:
-            yield tell(separator)
-        if is_map and not (yield from _tell_key(text, tell)):
+            yield send(separator)
+        if is_map and not (yield from _send_key(text, send)):
             return False
-        if not (yield from tell_value(text, tell, depth + 1)):
+        if not (yield from send_value(text, send, depth + 1)):
             return False
         yield from text.skip()
         if (yield from text.peek()) == ",":
@@ -71,18 +71,18 @@ def _tell_items(text: TextReader, tell: Tell, depth: int) -> Reading[bool]:
             return False
 
 
-def _tell_key(text: TextReader, tell: Tell) -> Reading[bool]:
+def _send_key(text: TextReader, send: Tell) -> Reading[bool]:
     """The key of a dict, which JSON wants as a string, and the colon."""
     if (yield from text.peek()) in _QUOTES:
-        if not (yield from _tell_string(text, tell)):
+        if not (yield from _send_string(text, send)):
             return False
     elif raw := (yield from _scalar(text)):
-        yield tell(json.dumps(raw, ensure_ascii=False))
+        yield send(json.dumps(raw, ensure_ascii=False))
     yield from text.skip()
     if (yield from text.peek()) != ":":
         return False
     text.take(1)
-    yield tell(": ")
+    yield send(": ")
     return True
 
 
@@ -107,28 +107,28 @@ def _json_scalar(raw: str) -> str:
     return json.dumps(raw, ensure_ascii=False)
 
 
-def _tell_string(text: TextReader, tell: Tell) -> Reading[bool]:
+def _send_string(text: TextReader, send: Tell) -> Reading[bool]:
     """Neighbouring strings are one, as in Python."""
-    yield tell('"')
+    yield send('"')
     quote = text.take(1)
     while True:
         found = _STRING_STOPS[quote].search(text.rest)
         num_plain = len(text.rest) if found is None else found.start()
         if num_plain:
-            yield tell(_in_string(text.take(num_plain)))
+            yield send(_in_string(text.take(num_plain)))
         if found is None:
             if text.ended:
                 return False
-            text.quick = _STRING_PART, tell
+            text.quick = _STRING_PART, send
             yield None
         elif found.group() == "\\":
             escape = yield from _escape(text)
-            yield tell(_json_escape(escape))
+            yield send(_json_escape(escape))
         else:
             text.take(1)
             yield from text.skip()
             if (yield from text.peek()) not in _QUOTES:
-                yield tell('"')
+                yield send('"')
                 return True
             quote = text.take(1)
 

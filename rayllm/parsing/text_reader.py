@@ -106,10 +106,10 @@ class TextReader:
             found = first_of(self.rest, marks)
             if found is not None:
                 before = self.take(found[0])
-                told = before.rstrip()
-                self.dropped = before[len(told) :]
-                if told:
-                    yield make(told)
+                shown_before = before.rstrip()
+                self.dropped = before[len(shown_before) :]
+                if shown_before:
+                    yield make(shown_before)
                 return found[1] if keeps_mark else self.take(len(found[1]))
             num_ready = len(self.rest)
             if not self.ended:
@@ -122,14 +122,14 @@ class TextReader:
                 self.quick = suspect, make
             yield None
 
-    def value(self, tell: Callable[[str], Event] | None = None) -> Reading[str | None]:
-        """A JSON value, as it stands. With `tell`, an object or a list is told as it comes, and None returned."""
+    def value(self, send: Callable[[str], Event] | None = None) -> Reading[str | None]:
+        """A JSON value, as it stands. With `send`, an object or a list is sent as it comes, and None returned."""
         character = yield from self.peek()
         if character and character in "{[":
-            return (yield from self._nested(tell))
+            return (yield from self._nested(send))
         return (yield from (self._string() if character == '"' else self._scalar()))
 
-    def _nested(self, tell: Callable[[str], Event] | None) -> Reading[str | None]:
+    def _nested(self, send: Callable[[str], Event] | None) -> Reading[str | None]:
         parts: list[str] = []
         depth, in_string, is_over = 0, False, False
         while not is_over:
@@ -137,14 +137,14 @@ class TextReader:
             if self.ended and not is_over:
                 num, is_over = len(self.rest), True
             text = self.take(num)
-            if tell is not None and text:
-                yield tell(text)
+            if send is not None and text:
+                yield send(text)
             parts.append(text)
             if not is_over:
-                if tell is not None and in_string and not self.rest:
-                    self.quick = _STRING_PART, tell
+                if send is not None and in_string and not self.rest:
+                    self.quick = _STRING_PART, send
                 yield None
-        return None if tell is not None else "".join(parts)
+        return None if send is not None else "".join(parts)
 
     def _string(self) -> Reading[str]:
         position = 1

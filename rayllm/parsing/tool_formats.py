@@ -53,7 +53,7 @@ _PYTHON_WRITTEN = Written(_LLAMA_OBJECT, ("[", "]"), ", ")
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """The notation of one family of models. Calls follow the text of an answer.
+    """The format of one family of models. Calls follow the text of an answer.
 
     One occurrence of `begin` begins one call (for OBJECT: one or several). Markers in `noise` stand round calls and
     mean nothing. `bare` calls may also begin the answer without `begin`; their names must be those of known tools.
@@ -64,7 +64,7 @@ class ToolFormat:
     begin: str
     end: str = ""
     signs: tuple[str, ...] = ()
-    """Texts that a chat template with this notation holds, all of them."""
+    """Texts that a chat template with this format holds, all of them."""
     noise: tuple[str, ...] = ()
     bare: bool = False
     name_begin: str = ""
@@ -82,7 +82,7 @@ class ToolFormat:
 
     @property
     def frames_text(self) -> bool:
-        """Whether text that calls nothing stands in this notation too."""
+        """Whether text that calls nothing stands in this format too."""
         return self.payload is Payload.CHANNELS
 
     @property
@@ -253,7 +253,7 @@ HERMES = TOOL_FORMATS["hermes"]
 
 
 def detect_tool_format(template: str) -> ToolFormat:
-    """The notation that a chat template shows. Where it shows none, Hermes': the one that most models know."""
+    """The format that a chat template shows. Where it shows none, Hermes': the one that most models know."""
     for found in TOOL_FORMATS.values():
         if all(sign in template for sign in found.signs):
             return found

@@ -76,7 +76,7 @@ class GrammarWriter:
             start = f"start: {prefix}(lead {self._group(form, mark)}){repeat} text"
             lead = [f"lead[suffix={_quoted(mark)}]: {_ANY_TEXT}"]
         rules = [f"text: {_ANY_TEXT}", *lead, *self._thought(reasoning, thinking)]
-        return self._grammar([start, *rules, *self._calls(plan, form, told="" if first else mark, free=True)])
+        return self._grammar([start, *rules, *self._calls(plan, form, shown_before="" if first else mark, free=True)])
 
     def _free_channels(
         self, plan: ToolPlan, form: ToolFormat, reasoning: ReasoningFormat | None, thinking: Thinking
@@ -168,17 +168,17 @@ class GrammarWriter:
 
     # ------------------------------------------------------------------------------------------------------ calls
 
-    def _group(self, form: ToolFormat, told: str = "") -> str:
-        """All calls; `told` is what of their beginning is there already."""
-        opening = form.written.all[0].removeprefix(told)
+    def _group(self, form: ToolFormat, shown_before: str = "") -> str:
+        """All calls; `shown_before` is what of their beginning is there already."""
+        opening = form.written.all[0].removeprefix(shown_before)
         return " ".join(filter(None, (self.literal(opening), "calls", self.literal(form.written.all[1]))))
 
-    def _calls(self, plan: ToolPlan, form: ToolFormat, told: str = "", free: bool = False) -> list[str]:
+    def _calls(self, plan: ToolPlan, form: ToolFormat, shown_before: str = "", free: bool = False) -> list[str]:
         """The rules `calls` and `call`. In free text, calls that do not stand in a list are joined by any text."""
         written = form.written
         before, between, after = written.each
         if not written.all[0]:
-            before = before.removeprefix(told)
+            before = before.removeprefix(shown_before)
         joint = "" if written.joint is None else self.literal(written.joint)
         repeats = plan.parallel and written.joint is not None and not (free and not written.all[0])
         rules = [

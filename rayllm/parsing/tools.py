@@ -33,7 +33,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolPlan:
-    """Tools that the model is told of, those of them that it may call, and whether it must."""
+    """Tools that the model is shown, those of them that it may call, and whether it must."""
 
     tools: tuple[Tool, ...]
     allowed: tuple[Tool, ...]
@@ -54,7 +54,7 @@ def read_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) 
     names = [tool.name for tool in found]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"tools: the name {twice!r} stands twice", param="tools")
+        raise RequestError(f"tools: the name {twice!r} is given twice", param="tools")
     if choice == "none" or (choice is None and not found):
         return None
     if not found:

@@ -11,8 +11,8 @@ import anyio
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from rayllm.api.apart import MAX_LARGE_AT_ONCE, apart, large_request
 from rayllm.api.body import LARGE_BODY_BYTES, parse_object
+from rayllm.api.offload import MAX_LARGE_AT_ONCE, large_request, offload
 from rayllm.api.service import ModelService
 from rayllm.errors import RequestError, shorten
 from rayllm.serve.http_responses import ClientGoneError
@@ -54,7 +54,7 @@ class BodyReader:
             self._service.model()  # where there is none, nothing need be parsed
             request.state.has_large_body = True
             async with self._turn(True):
-                fields = await apart(parse_object, body, self._service.max_values)
+                fields = await offload(parse_object, body, self._service.max_values)
                 del body
                 yield fields
 

@@ -15,7 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
-from rayllm.api import apart
+from rayllm.api import offload
 from rayllm.api.service import READY, ModelService
 from rayllm.config import EngineConfig, ResolvedConfig, ServerConfig
 from rayllm.engine.client.driver_connection import DriverConnection
@@ -120,7 +120,7 @@ def build_http_app(engine: EngineConfig, server: ServerConfig) -> FastAPI:
         )
         if grammars is not None:
             grammars.warm_up()
-        apart.share_interpreter()
+        offload.share_interpreter()
         try:
             yield
         finally:

@@ -17,8 +17,8 @@ from api.fake_engine import FakeEngine, FakeStream
 from badinput.large_bodies import LARGE_BODIES, MESSAGE, body_of
 from serve.served import Served, tokenizer
 
-from rayllm.api.apart import SWITCH_INTERVAL_S
 from rayllm.api.body import MAX_CONTAINERS, MAX_NAMES, MAX_STRINGS, max_body_bytes
+from rayllm.api.offload import SWITCH_INTERVAL_S
 from rayllm.request import Request
 from rayllm.serve import body_reader
 

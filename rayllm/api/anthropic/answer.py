@@ -21,7 +21,7 @@ _NEW_BLOCKS: dict[str, dict[str, Any]] = {
 
 
 class Blocks:
-    """The content of one message as it grows, and the events that tell of it."""
+    """The content of one message as it grows, and the events that report it."""
 
     def __init__(self) -> None:
         self.content: list[dict[str, Any]] = []
@@ -42,7 +42,7 @@ class Blocks:
             yield self._delta({"type": "input_json_delta", "partial_json": event.text})
         elif isinstance(event, ToolCallEnd):
             yield from self.end()
-            if event.unread is not None:  # a stream has told of it; a whole message says what it is
+            if event.unread is not None:  # a stream has sent it; a whole message says what it is
                 self.content[-1] = {"type": "text", "text": event.unread.lstrip()}
 
     def end(self) -> Iterator[dict[str, Any]]:

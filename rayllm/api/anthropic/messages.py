@@ -9,7 +9,7 @@ from pydantic import FailFast
 
 from rayllm.api.anthropic.answer import MessageAnswer
 from rayllm.api.anthropic.conversion import chat_messages, chat_tool_choice, chat_tools
-from rayllm.api.apart import apart
+from rayllm.api.offload import offload
 from rayllm.api.openai.chat import prepare_chat
 from rayllm.api.protocol import (
     Body,
@@ -75,22 +75,22 @@ class MessagesBody(CountTokensBody, SamplingFields):
 
 async def open_message(fields: dict[str, Any], service: ModelService, client_key: str = "") -> MessageAnswer:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
-    body = await apart(read_body, fields, MessagesBody)
+    body = await offload(read_body, fields, MessagesBody)
     model = service.named(body.model)
     if body.max_tokens < 1:
         raise RequestError(f"max_tokens={shorten(body.max_tokens)} must be at least 1", param="max_tokens")
     with named_as(_PARAMS):
-        chat = await apart(_chat_body, body)
+        chat = await offload(_chat_body, body)
         prepared = await prepare_chat(chat, model, client_key, "msg_", default_max_tokens=body.max_tokens)
     return MessageAnswer(model, prepared, body.max_tokens)
 
 
 async def count_tokens(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
     """How many tokens the prompt of such a message has."""
-    body = await apart(read_body, fields, CountTokensBody)
+    body = await offload(read_body, fields, CountTokensBody)
     model = service.named(body.model)
     with named_as(_PARAMS):
-        chat = await apart(_chat_body, body)
+        chat = await offload(_chat_body, body)
         text = await asyncio.to_thread(render, chat, model)
         token_ids = await asyncio.to_thread(model.tokenize, text, add_special_tokens=False, param="messages")
     return {"input_tokens": len(token_ids)}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
-from rayllm.api.apart import apart, apart_unless, is_large
 from rayllm.api.beam import with_beam_search
 from rayllm.api.choice import Choice
+from rayllm.api.offload import is_large, offload, offload_unless
 from rayllm.api.openai.logprobs import chat_logprobs, prompt_logprobs
 from rayllm.api.protocol import ChatBody, read_body
 from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params, truncate_ids
@@ -29,7 +29,7 @@ from rayllm.request import Request
 
 async def open_chat(fields: dict[str, Any], service: ModelService, client_key: str = "") -> ChatAnswer:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
-    body = await apart(read_body, fields, ChatBody)
+    body = await offload(read_body, fields, ChatBody)
     model = service.named(body.model)
     check_stream_options(body)
     chat = await prepare_chat(body, model, client_key, "chatcmpl-")
@@ -80,7 +80,7 @@ async def prepare_chat(
     if is_short:
         num_prompt_characters = num_characters(body.messages, body.tools) + num_further_characters(body)
         is_short = model.prepares_inline(num_prompt_characters, is_chat=True)
-    chat = await apart_unless(is_short, _prepare, body, model, client_key, id_prefix, default_max_tokens)
+    chat = await offload_unless(is_short, _prepare, body, model, client_key, id_prefix, default_max_tokens)
     field = "tools" if chat.calls_are_bound else structured_field(body)
     return replace(chat, request=await tried(chat.request, model, field))
 
@@ -137,23 +137,23 @@ class ChatAnswer(ChunkedAnswer):
         self._head["service_tier"] = "default"
 
     def _entries(self, choice: Choice, text: str) -> Iterator[dict[str, Any]]:
-        start, end = choice.num_told, len(choice.token_ids)
-        tells_tokens = end > start and bool(self._body.logprobs or self._body.return_token_ids)
+        start, end = choice.num_sent, len(choice.token_ids)
+        sends_tokens = end > start and bool(self._body.logprobs or self._body.return_token_ids)
         if choice.parser is None:
             deltas = [{"content": text}] if text else []
         else:
             deltas = [delta for event in choice.take_events(text) if (delta := _delta(event)) is not None]
             if not deltas and choice.finish_reason is None:
-                return  # the parser holds the text back; its tokens are told with what it becomes
+                return  # the parser holds the text back; its tokens are sent with what it becomes
         if start == 0:
             calls_first = bool(deltas) and "tool_calls" in deltas[0]
             yield self._entry(choice, {"role": "assistant", "content": None if calls_first else ""})
             if self._echoed_text:
                 yield self._entry(choice, {"content": self._echoed_text})
-        choice.num_told = end
-        for i, delta in enumerate(deltas or [{"content": ""}] * tells_tokens):
+        choice.num_sent = end
+        for i, delta in enumerate(deltas or [{"content": ""}] * sends_tokens):
             entry = self._entry(choice, delta)
-            if tells_tokens and i == 0:
+            if sends_tokens and i == 0:
                 self._add_tokens(entry, choice, start, end)
             yield entry
         if choice.finish_reason is not None:
@@ -164,12 +164,12 @@ class ChatAnswer(ChunkedAnswer):
             }
 
     def _finish_reason(self, choice: Choice) -> str | None:
-        """OpenAI says `stop` where the call was the client's choice. So do streams that told of a call which turned out
+        """OpenAI says `stop` where the call was the client's choice. So do streams that sent a call which turned out
         to be none: `tool_calls` says that all of them can be made."""
         plan, parser = self._chat.plan, choice.parser
         if choice.finish_reason == "stop" and parser is not None and parser.num_whole_calls:
-            told_of_none = bool(self._body.stream) and parser.has_unread_calls
-            return "tool_calls" if plan is not None and plan.mode != "named" and not told_of_none else "stop"
+            sent_broken_call = bool(self._body.stream) and parser.has_unread_calls
+            return "tool_calls" if plan is not None and plan.mode != "named" and not sent_broken_call else "stop"
         return choice.finish_reason
 
     def _entry(self, choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
@@ -179,12 +179,12 @@ class ChatAnswer(ChunkedAnswer):
         fields = super()._chunk_fields(choice, entry)
         if "role" not in entry["delta"]:
             return fields
-        if fields and fields["usage"] and len(self.generation.choices) == 1:  # it is told before any token
+        if fields and fields["usage"] and len(self.generation.choices) == 1:  # it is sent before any token
             fields["usage"] |= {"completion_tokens": 0, "total_tokens": fields["usage"]["prompt_tokens"]}
         return {**(fields or {}), **self._prompt_fields()}
 
     def _prompt_fields(self) -> dict[str, Any]:
-        """What is told of the prompt, once."""
+        """What is sent about the prompt, once."""
         fields: dict[str, Any] = {}
         if self._body.return_token_ids:
             fields["prompt_token_ids"] = self.generation.prompt_ids[0]
@@ -267,7 +267,7 @@ def _call(event: ToolCallBegin) -> dict[str, Any]:
 
 
 def _delta(event: Event) -> dict[str, Any] | None:
-    """The event as a chunk tells it; None for what a chunk does not tell."""
+    """The event as a chunk shows it; None for what a chunk does not show."""
     if isinstance(event, Text):
         return {"content": event.text}
     if isinstance(event, ToolCallArguments):

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from rayllm.api.answer import ChunkedAnswer, check_stream_options, new_id
-from rayllm.api.apart import apart, apart_unless
 from rayllm.api.beam import with_beam_search
 from rayllm.api.choice import Choice
+from rayllm.api.offload import offload, offload_unless
 from rayllm.api.openai.logprobs import completion_logprobs, own_logprob, prompt_logprobs
 from rayllm.api.protocol import MAX_CHOICES_IN_ALL, MAX_PROMPTS, CompletionBody, GenerationBody, read_body
 from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params, truncate_ids
@@ -35,13 +35,13 @@ def default_max_tokens(config: ResolvedConfig) -> int:
 
 async def open_completion(fields: dict[str, Any], service: ModelService, client_key: str = "") -> CompletionAnswer:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
-    body = await apart(read_body, fields, CompletionBody)
+    body = await offload(read_body, fields, CompletionBody)
     model = service.named(body.model)
     check_stream_options(body)
-    raw_prompts = await apart(_prompt_list, body.prompt)
+    raw_prompts = await offload(_prompt_list, body.prompt)
     num_characters = sum(_PROMPT_CHARACTERS + len(prompt) for prompt in raw_prompts) + num_further_characters(body)
     is_short = model.prepares_inline(num_characters, is_chat=False)
-    prompts, requests = await apart_unless(is_short, _prepare, body, raw_prompts, model, client_key)
+    prompts, requests = await offload_unless(is_short, _prepare, body, raw_prompts, model, client_key)
     params = (await tried(requests[0], model, structured_field(body))).params  # which all of them share
     if params is not requests[0].params:
         requests = [msgspec.structs.replace(request, params=params) for request in requests]
@@ -159,8 +159,8 @@ class CompletionAnswer(ChunkedAnswer):
         return 0 if self._only_scores else super()._num_generated()
 
     def _entries(self, choice: Choice, text: str) -> Iterator[dict[str, Any]]:
-        start, end = choice.num_told, len(choice.token_ids)
-        choice.num_told = end
+        start, end = choice.num_sent, len(choice.token_ids)
+        choice.num_sent = end
         if self._only_scores:
             text, end = "", start
         echoes = bool(self._body.echo) and start == 0

@@ -93,12 +93,12 @@ def completion_logprobs(
 
 
 def _id_text(token_id: int) -> str:
-    """vLLM's notation for a token by its id."""
+    """vLLM's format for a token by its id."""
     return f"token_id:{token_id}"
 
 
 def _legacy_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """OpenAI's notation for a token that is no whole character: `bytes:\\xe4\\xb8`."""
+    """OpenAI's format for a token that is no whole character: `bytes:\\xe4\\xb8`."""
     raw = tokenizer.token_bytes(token_id)
     try:
         return raw.decode()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, WithJsonSchema
 
-from rayllm.api.apart import apart
+from rayllm.api.offload import offload
 from rayllm.api.protocol import MAX_PROMPTS, Body, Objects, read_body
 from rayllm.api.service import ModelService, ServedModel, Task
 from rayllm.errors import RequestError, shorten
@@ -92,23 +92,23 @@ class RerankBody(PoolingFields):
 
 
 async def embeddings(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
-    return await apart(_refused, fields, service, EmbeddingsBody, "embed", _check_input, _check_dimensions)
+    return await offload(_refused, fields, service, EmbeddingsBody, "embed", _check_input, _check_dimensions)
 
 
 async def pooling(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
-    return await apart(_refused, fields, service, PoolingBody, "pool", _check_input, _check_dimensions)
+    return await offload(_refused, fields, service, PoolingBody, "pool", _check_input, _check_dimensions)
 
 
 async def classify(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
-    return await apart(_refused, fields, service, ClassifyBody, "classify", _check_input)
+    return await offload(_refused, fields, service, ClassifyBody, "classify", _check_input)
 
 
 async def score(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
-    return await apart(_refused, fields, service, ScoreBody, "score", _check_pairs)
+    return await offload(_refused, fields, service, ScoreBody, "score", _check_pairs)
 
 
 async def rerank(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
-    return await apart(_refused, fields, service, RerankBody, "score", _check_documents)
+    return await offload(_refused, fields, service, RerankBody, "score", _check_documents)
 
 
 def _refused(

@@ -36,7 +36,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """What one process keeps. The oldest that have ended go first; `on_dropped` is told of each that goes."""
+    """What one process keeps. The oldest that have ended go first; `on_dropped` is called with each that goes."""
 
     def __init__(
         self,

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, FiniteFloat, WithJsonSchema
 
-from rayllm.api import continuity
+from rayllm.api import resume_context
 from rayllm.api.answer import created_s
-from rayllm.api.apart import apart
+from rayllm.api.offload import offload
 from rayllm.api.openai.chat import PreparedChat, prepare_chat
 from rayllm.api.openai.response_store import ResponseStore, StoredResponse
 from rayllm.api.openai.responses_answer import ResponseAnswer, raw_message
@@ -181,18 +181,18 @@ async def open_response(
     fields: dict[str, Any], service: ModelService, store: ResponseStore, client_key: str = ""
 ) -> OpenedResponse:
     """Checks a body and submits it. Raises `RequestError`, `OverloadedError` or `EngineError`."""
-    body = await apart(read_body, fields, ResponsesBody)
+    body = await offload(read_body, fields, ResponsesBody)
     model = service.named(body.model)
     _check(body)
-    items = await apart(_with_references, body.input, store, client_key)
-    continued = continuity.current()
+    items = await offload(_with_references, body.input, store, client_key)
+    continued = resume_context.current()
     if continued is not None and continued.adopted is not None:
-        context = await apart(read_input, items)  # all of it was written down
+        context = await offload(read_input, items)  # all of it was written down
     else:
-        context = [*_previous_items(body, store, client_key), *await apart(read_input, items)]
+        context = [*_previous_items(body, store, client_key), *await offload(read_input, items)]
         if continued is not None:
             continued.fields = {**fields, "input": context}
-    tools = await apart(read_tools, body.tools or ())
+    tools = await offload(read_tools, body.tools or ())
     with named_as(_PARAMS):
         chat = await _prepare(body, context, tools, model, client_key)
     response = _new_response(chat.request.request_id, model, body, tools)
@@ -286,7 +286,7 @@ async def _prepare(
     """The request. With truncation=auto, as many of the oldest turns are left out as do not fit."""
 
     async def prepared(items: list[dict[str, Any]]) -> PreparedChat:
-        chat = await apart(_chat_body, body, items, tools, model)
+        chat = await offload(_chat_body, body, items, tools, model)
         return await prepare_chat(chat, model, client_key, "resp_")
 
     try:

@@ -1,4 +1,4 @@
-"""An answer as OpenAI's response: items of output, and the events that tell of their growth."""
+"""An answer as OpenAI's response: items of output, and the events that report their growth."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _UNFINISHED = ("queued", "in_progress")
 
 
 class OutputItems:
-    """The output of one response as it grows, and the events that tell of it. What began as a call and turned out to be
-    none stays an incomplete call in a stream, which has told of it, and is a message else."""
+    """The output of one response as it grows, and the events that report it. What began as a call and turned out to be
+    none stays an incomplete call in a stream, which has sent it, and is a message else."""
 
     def __init__(self, response_id: str, is_streamed: bool = False) -> None:
         self._response_id = response_id
         self._is_streamed = is_streamed
         self.items: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
-        """Of tokens that no text was told of yet."""
+        """Of tokens whose text was not sent yet."""
         self._open: dict[str, Any] | None = None
 
     def take(self, event: Event) -> Iterator[_Event]:
@@ -161,7 +161,7 @@ class ResponseAnswer(EventAnswer):
                 self._set("in_progress")
             yield written({"type": "response.in_progress", "response": self.response})
             async for news in self.generation.batches():
-                yield b"".join(written(event) for choice, text in news for event in self._told(choice, text))
+                yield b"".join(written(event) for choice, text in news for event in self._events_of(choice, text))
         except Exception as error:
             log_fault(error)
             self._fail(error)
@@ -172,24 +172,24 @@ class ResponseAnswer(EventAnswer):
     def cancel(self) -> bytes:
         """Ends the answer at somebody's wish; returns the last event of its stream."""
         self.close()
-        told = {"code": "response_cancelled", "message": "the response was cancelled", "param": None}
-        return self._written({"type": "error", **told})
+        error = {"code": "response_cancelled", "message": "the response was cancelled", "param": None}
+        return self._written({"type": "error", **error})
 
     def _written(self, event: _Event) -> bytes:
         return self._writer.event({**event, "sequence_number": self._writer.num_events})
 
-    def _told(self, choice: Choice, text: str) -> Iterator[_Event]:
+    def _events_of(self, choice: Choice, text: str) -> Iterator[_Event]:
         yield from self._growth(choice, text)
         if choice.finish_reason is not None:
             self._end(choice)
             yield {"type": f"response.{self.response['status']}", "response": self.response}
 
     def _growth(self, choice: Choice, text: str) -> Iterator[_Event]:
-        start, choice.num_told = choice.num_told, len(choice.token_ids)
+        start, choice.num_sent = choice.num_sent, len(choice.token_ids)
         if self._shows_logprobs:
             if choice.reasoning_end > start:
                 self._output.logprobs.clear()  # of what marks the reasoning
-            new = choice.logprobs[max(start, choice.reasoning_end) : choice.num_told]
+            new = choice.logprobs[max(start, choice.reasoning_end) : choice.num_sent]
             as_ids = self._model.config.engine.return_tokens_as_token_ids
             self._output.logprobs += chat_logprobs(self._model.tokenizer, new, as_ids=as_ids)["content"]
         for event in self._events_of(choice, text):

@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 
 from rayllm.api.answer import Answer, new_id
-from rayllm.api.apart import apart, apart_unless
 from rayllm.api.errors import answer_for
+from rayllm.api.offload import offload, offload_unless
 from rayllm.api.openai.completions import default_max_tokens, read_prompt
 from rayllm.api.protocol import GenerateBody, read_body
 from rayllm.api.sampling import num_further_characters, request_of_body, sampling_params
@@ -44,17 +44,17 @@ async def open_generate_stream(fields: dict[str, Any], service: ModelService, cl
 async def _read(
     fields: dict[str, Any], service: ModelService, client_key: str
 ) -> tuple[ServedModel, PreparedPrompt, Request]:
-    body = await apart(read_body, fields, GenerateBody)
+    body = await offload(read_body, fields, GenerateBody)
     model = service.named(body.model)
     for name in _NOT_SHOWN:
         if getattr(body, name):
             raise RequestError(f"{name} has no place in this answer: use /v1/completions", param=name)
     if not isinstance(body.prompt, (str, list)) or (not body.prompt and body.prompt != ""):
         raise RequestError(f"prompt must be text or token ids, got {shorten(body.prompt)}", param="prompt")
-    if isinstance(body.prompt, list) and not await apart(_are_ids, body.prompt):
+    if isinstance(body.prompt, list) and not await offload(_are_ids, body.prompt):
         raise RequestError("prompt must be one text or the token ids of one", param="prompt")
     is_short = model.prepares_inline(len(body.prompt) + num_further_characters(body), is_chat=False)
-    prompt, request = await apart_unless(is_short, _prepare, body, model, client_key)
+    prompt, request = await offload_unless(is_short, _prepare, body, model, client_key)
     return model, prompt, await tried(request, model, structured_field(body))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from rayllm.api.apart import apart
+from rayllm.api.offload import offload
 from rayllm.api.protocol import DetokenizeBody, TokenizeBody, read_body
 from rayllm.api.service import ModelService, ServedModel
 from rayllm.errors import RequestError, shorten
@@ -15,7 +15,7 @@ from rayllm.prompt.fields import ChatFields
 
 async def tokenize(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
     """Ids of a prompt, or of messages as a chat would be sent to the model."""
-    body = await apart(read_body, fields, TokenizeBody)
+    body = await offload(read_body, fields, TokenizeBody)
     model = service.named(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give prompt or messages, one of them", param="prompt")
@@ -49,7 +49,7 @@ def _tokenize(body: TokenizeBody, model: ServedModel) -> list[int]:
 
 async def detokenize(fields: dict[str, Any], service: ModelService) -> dict[str, Any]:
     """The text of ids, special tokens too."""
-    body = await apart(read_body, fields, DetokenizeBody)
+    body = await offload(read_body, fields, DetokenizeBody)
     model = service.named(body.model)
     model.tokenizer.require_text("/detokenize", "tokens")
     return {"prompt": await asyncio.to_thread(_detokenize, body.tokens, model)}

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api import continuity
+from rayllm.api import resume_context
 from rayllm.api.answer import Answer
-from rayllm.api.continuity import Continuity
 from rayllm.api.errors import answer_for, shaped
 from rayllm.api.resume import LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream, HeldStreams
+from rayllm.api.resume_context import ResumeContext
 from rayllm.api.service import ModelService
 from rayllm.errors import RayLLMError, RequestError, shorten
 from rayllm.serve.body_reader import UNREAD, BodyReader
@@ -71,7 +71,7 @@ class Endpoints:
                 return await self._resume(request, open_answer)
             async with self.body(request, fields) as fields:
                 streams = always_streams or bool(fields.get("stream"))
-                with continuity.opened_with(continuity_of(request, fields) if streams else None):
+                with resume_context.opened_with(continuity_of(request, fields) if streams else None):
                     found = await open_answer(fields, self.service, client_key)
         except Exception as error:
             return self.refuse(request, error)
@@ -103,7 +103,7 @@ class Endpoints:
 
         def dropped() -> None:
             if not found.is_adopted_by_another and (engine := self.service.engine) is not None:
-                engine.forget(client_key, continuity.kept_name(path, found.id))
+                engine.forget(client_key, resume_context.kept_name(path, found.id))
 
         return self.held.hold(found, client_key, background=background, num_seen=num_seen, on_dropped=dropped)
 
@@ -111,7 +111,7 @@ class Endpoints:
         """Ends an answer that is held, here or elsewhere; False where there is none."""
         if self.held.drop(answer_id, client_key):
             return True
-        engine, name = self.service.model().engine, continuity.kept_name(path, answer_id)
+        engine, name = self.service.model().engine, resume_context.kept_name(path, answer_id)
         stream = await engine.adopt(client_key, name)
         if stream is None:
             return False
@@ -132,13 +132,13 @@ class Endpoints:
         that the engine keeps of it; None where it keeps none, or, unless it `takes_over`, another process has it."""
         if len(answer_id) > _MAX_ANSWER_ID_CHARACTERS:
             return None
-        name = continuity.kept_name(path, answer_id)
+        name = resume_context.kept_name(path, answer_id)
         stream = await self.service.model().engine.adopt(client_key, name, takes_over)
         if stream is None:
             return None
         try:
-            continued = continuity.adopted(path, answer_id, stream)
-            with continuity.opened_with(continued):
+            continued = resume_context.adopted(path, answer_id, stream)
+            with resume_context.opened_with(continued):
                 return await open_again(continued.fields)
         except BaseException:
             stream.close()
@@ -190,9 +190,9 @@ class Endpoints:
         return error_response(shaped(refused, request.scope["path"]), close=body_unread)
 
 
-def continuity_of(request: Request, fields: dict[str, Any]) -> Continuity | None:
+def continuity_of(request: Request, fields: dict[str, Any]) -> ResumeContext | None:
     """Of an answer that its client says it comes back to."""
-    return Continuity(request.url.path, fields) if _comes_back(request) else None
+    return ResumeContext(request.url.path, fields) if _comes_back(request) else None
 
 
 def _comes_back(request: Request) -> bool:

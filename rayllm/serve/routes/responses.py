@@ -11,12 +11,12 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayllm.api import continuity
-from rayllm.api.continuity import Continuity
+from rayllm.api import resume_context
 from rayllm.api.openai import responses, stored_responses
 from rayllm.api.openai.response_store import ResponseStore, StoredResponse
 from rayllm.api.openai.responses import OpenedResponse
 from rayllm.api.resume import HOLD_S, LAST_EVENT_HEADER, RESUME_HEADER, EventName, HeldStream
+from rayllm.api.resume_context import ResumeContext
 from rayllm.errors import RequestError
 from rayllm.serve.http_responses import EventStream, json_response
 from rayllm.serve.routes.endpoints import Endpoints, continuity_of, nothing
@@ -78,10 +78,10 @@ class _Responses:
                     await self._ended(client_key, previous)
                 streams, background = bool(fields.get("stream")), fields.get("background") is True
                 if background:
-                    outlives: Continuity | None = Continuity(_PATH, fields, in_background=True)
+                    outlives: ResumeContext | None = ResumeContext(_PATH, fields, in_background=True)
                 else:
                     outlives = continuity_of(request, fields) if streams else None
-                with continuity.opened_with(outlives):
+                with resume_context.opened_with(outlives):
                     opened = await responses.open_response(fields, endpoints.service, self.store, client_key)
         except Exception as error:
             return endpoints.refuse(request, error)

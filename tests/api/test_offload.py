@@ -3,18 +3,18 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from rayllm.api.apart import MAX_LARGE_AT_ONCE, apart, apart_unless, is_large, large_request
+from rayllm.api.offload import MAX_LARGE_AT_ONCE, is_large, large_request, offload, offload_unless
 
 
 async def test_only_the_work_of_large_requests_leaves_the_event_loops_thread() -> None:
     here = threading.get_ident()
-    assert await apart(threading.get_ident) == here
-    assert await apart_unless(True, threading.get_ident) == here
-    assert await apart_unless(False, threading.get_ident) != here
+    assert await offload(threading.get_ident) == here
+    assert await offload_unless(True, threading.get_ident) == here
+    assert await offload_unless(False, threading.get_ident) != here
     with large_request():
-        assert await apart(threading.get_ident) != here
-        assert await apart_unless(True, threading.get_ident) != here
-        assert await apart(is_large)
+        assert await offload(threading.get_ident) != here
+        assert await offload_unless(True, threading.get_ident) != here
+        assert await offload(is_large)
     assert not is_large()
 
 
@@ -32,5 +32,5 @@ async def test_large_requests_have_few_threads() -> None:
             running -= 1
 
     with large_request():
-        await asyncio.gather(*(apart(work) for _ in range(8)))
+        await asyncio.gather(*(offload(work) for _ in range(8)))
     assert most <= MAX_LARGE_AT_ONCE

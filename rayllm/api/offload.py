@@ -1,7 +1,7 @@
 """Work of large requests, beside the event loop on which all others are answered.
 
 Whoever reads a request's body says that it is large (`large_request`); what checks and prepares the request calls its
-longer steps by `apart`, without passing that on. A thread is enough: steps are Python, which lets the loop in between
+longer steps by `offload`, without passing that on. A thread is enough: steps are Python, which lets the loop in between
 its lines, or calls into C that are short for what `api.body` lets through, or that release the interpreter's lock.
 """
 
@@ -56,7 +56,7 @@ def large_request() -> Iterator[None]:
         _is_large.reset(token)
 
 
-async def apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+async def offload(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """The function's result: from a thread where the request is large, else called at once."""
     if not _is_large.get():
         return function(*args, **kwargs)
@@ -64,10 +64,10 @@ async def apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs)
     return await asyncio.get_running_loop().run_in_executor(_threads, call)
 
 
-async def apart_unless(is_short: bool, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+async def offload_unless(is_short: bool, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """The same, where also work of a request that is not large may be long."""
     if is_short or _is_large.get():
-        return await apart(function, *args, **kwargs)
+        return await offload(function, *args, **kwargs)
     return await asyncio.to_thread(function, *args, **kwargs)
 
 

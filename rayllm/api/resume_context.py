@@ -27,16 +27,16 @@ MAX_BODY_BYTES = 8 * 2**20
 """The answer of a larger body ends with its ingress."""
 
 
-class _Recipe(msgspec.Struct, frozen=True, array_like=True):
+class _ResumeBody(msgspec.Struct, frozen=True, array_like=True):
     body: bytes
     created_s: int
 
 
-_DECODER = msgspec.msgpack.Decoder(_Recipe)
+_DECODER = msgspec.msgpack.Decoder(_ResumeBody)
 
 
 @dataclass
-class Continuity:
+class ResumeContext:
     """Of the answer that is being opened. `adopted`: the kept stream that it is made of again."""
 
     path: str
@@ -51,8 +51,8 @@ class Continuity:
         body = orjson.dumps(self.fields)
         if len(body) > MAX_BODY_BYTES:
             return None
-        recipe = msgspec.msgpack.encode(_Recipe(body, self.created_s))
-        return Retention(kept_name(self.path, answer_id), recipe, self.in_background)
+        resume_body = msgspec.msgpack.encode(_ResumeBody(body, self.created_s))
+        return Retention(kept_name(self.path, answer_id), resume_body, self.in_background)
 
 
 def kept_name(path: str, answer_id: str) -> str:
@@ -60,26 +60,28 @@ def kept_name(path: str, answer_id: str) -> str:
     return f"{path}:{answer_id}"
 
 
-def adopted(path: str, answer_id: str, stream: RequestStream) -> Continuity:
+def adopted(path: str, answer_id: str, stream: RequestStream) -> ResumeContext:
     """Of an answer that is made again from a kept request."""
     keep = stream.request.retention
     assert keep is not None
-    recipe = _DECODER.decode(keep.response_context)
-    return Continuity(path, orjson.loads(recipe.body), keep.in_background, recipe.created_s, answer_id, stream)
+    resume_body = _DECODER.decode(keep.response_context)
+    return ResumeContext(
+        path, orjson.loads(resume_body.body), keep.in_background, resume_body.created_s, answer_id, stream
+    )
 
 
-_current: ContextVar[Continuity | None] = ContextVar("continuity", default=None)
+_current: ContextVar[ResumeContext | None] = ContextVar("resume_context", default=None)
 
 
-def current() -> Continuity | None:
+def current() -> ResumeContext | None:
     """Of the answer that is being opened; None where it ends with its ingress."""
     return _current.get()
 
 
 @contextlib.contextmanager
-def opened_with(continuity: Continuity | None) -> Iterator[None]:
+def opened_with(resume_context: ResumeContext | None) -> Iterator[None]:
     """Answers are opened with it inside."""
-    token = _current.set(continuity)
+    token = _current.set(resume_context)
     try:
         yield
     finally:
