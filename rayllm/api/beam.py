@@ -1,7 +1,7 @@
 """`use_beam_search` of completions and chats: a stream that searches, and then sends its beams as choices.
 
-What reads the stream cannot distinguish it from an engine's own, so every shape of answers is written as always: choice i
-is the i-th best beam, all of it in one delta.
+Readers cannot distinguish it from an engine's own stream, so each response format is written as usual: choice i is the
+i-th best beam, all of it in one delta.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v
     character: character for character in "\\'\""
 }
 
-Tell = Callable[[str], Event]
+Send = Callable[[str], Event]
 
 
-def send_value(text: TextReader, send: Tell, depth: int = 0) -> Reading[bool]:
+def send_value(text: TextReader, send: Send, depth: int = 0) -> Reading[bool]:
     """One value; a tuple is a list, and what is no literal becomes a string. Whether it was whole: where not, neither
     is the JSON, and the text stays from where it could not be read."""
     yield from text.skip()
@@ -46,7 +46,7 @@ def send_value(text: TextReader, send: Tell, depth: int = 0) -> Reading[bool]:
     return bool(raw)
 
 
-def _send_items(text: TextReader, send: Tell, depth: int) -> Reading[bool]:
+def _send_items(text: TextReader, send: Send, depth: int) -> Reading[bool]:
     closer = _CLOSERS[text.take(1)]
     is_map = closer == "}"
     yield send("{" if is_map else "[")
@@ -71,7 +71,7 @@ def _send_items(text: TextReader, send: Tell, depth: int) -> Reading[bool]:
             return False
 
 
-def _send_key(text: TextReader, send: Tell) -> Reading[bool]:
+def _send_key(text: TextReader, send: Send) -> Reading[bool]:
     """The key of a dict, which JSON wants as a string, and the colon."""
     if (yield from text.peek()) in _QUOTES:
         if not (yield from _send_string(text, send)):
@@ -107,7 +107,7 @@ def _json_scalar(raw: str) -> str:
     return json.dumps(raw, ensure_ascii=False)
 
 
-def _send_string(text: TextReader, send: Tell) -> Reading[bool]:
+def _send_string(text: TextReader, send: Send) -> Reading[bool]:
     """Neighbouring strings are one, as in Python."""
     yield send('"')
     quote = text.take(1)

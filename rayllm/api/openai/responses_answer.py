@@ -161,7 +161,7 @@ class ResponseAnswer(EventAnswer):
                 self._set("in_progress")
             yield written({"type": "response.in_progress", "response": self.response})
             async for news in self.generation.batches():
-                yield b"".join(written(event) for choice, text in news for event in self._events_of(choice, text))
+                yield b"".join(written(event) for choice, text in news for event in self._output_events(choice, text))
         except Exception as error:
             log_fault(error)
             self._fail(error)
@@ -178,7 +178,7 @@ class ResponseAnswer(EventAnswer):
     def _written(self, event: _Event) -> bytes:
         return self._writer.event({**event, "sequence_number": self._writer.num_events})
 
-    def _events_of(self, choice: Choice, text: str) -> Iterator[_Event]:
+    def _output_events(self, choice: Choice, text: str) -> Iterator[_Event]:
         yield from self._growth(choice, text)
         if choice.finish_reason is not None:
             self._end(choice)
