@@ -93,7 +93,7 @@ def test_an_answer_that_is_given_up_costs_the_others_nothing(llm: LLM) -> None:
     assert failed.finished
     assert (failed.outputs[0].finish_reason, failed.outputs[0].token_ids) == ("error", [5, 5])
     assert failed.outputs[0].error == OutputError(
-        "bad_words, with the other limits, leave no token to sample", "no_token_left"
+        "bad_words and the request's other constraints leave no token to sample", "no_token_left"
     )
     assert expected.outputs[0].error is None
 

@@ -403,7 +403,7 @@ async def test_an_engine_of_actors_is_found_by_name_serves_outlives_a_worker_and
             tokens: dict[int, list[int]] = {0: [], 1: []}
             async for deltas in connection.submit(request):
                 for delta in deltas:
-                    tokens[delta.stream] += unpack_ids(delta.token_ids)
+                    tokens[delta.choice] += unpack_ids(delta.token_ids)
             assert tokens == {choice: expected_tokens(request, choice) for choice in (0, 1)}
 
             own = await driver.address.remote(ray.get_runtime_context().get_node_id())
@@ -415,7 +415,7 @@ async def test_an_engine_of_actors_is_found_by_name_serves_outlives_a_worker_and
             tokens = {0: [], 1: []}
             async for deltas in connection.submit(request):
                 for delta in deltas:
-                    tokens[delta.stream] += unpack_ids(delta.token_ids)
+                    tokens[delta.choice] += unpack_ids(delta.token_ids)
             assert tokens == {choice: expected_tokens(request, choice) for choice in (0, 1)}
             while (stats := await connection.stats()).recovering or not stats.num_faults:  # these ranks need no peer
                 await asyncio.sleep(0.05)
