@@ -60,7 +60,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_what_it_says_is_its_own(server: Server) -> None:
     """Its last words are looked at when it is stopped."""
     said = server.served.output.read_text().splitlines()
-    assert said[-1].startswith("Ctrl-C stops it")
+    assert said[-1].startswith("Press Ctrl-C to stop")
     ours = re.compile(r"Ray \.\.\.|\bRay +127\.0\.0\.1:\d+|import rayllm; engine = rayllm\.get_engine\(")
     assert not any("ray" in line.lower().replace("rayllm", "") for line in said if not ours.search(line))
     assert server.served.errors.read_text() == ""
