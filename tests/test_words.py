@@ -85,13 +85,6 @@ NAME_PIECES = (
 ALLOWED_NAMES = {("draft", "rayllm/structured/schema.py")}
 """JSON Schema has drafts."""
 
-PENDING = (
-    "rayllm/cli/",
-    "rayllm/serve/",
-    "rayllm/weights/",
-)
-"""Folders whose words are still to be changed: never add one."""
-
 
 def _sources() -> list[Path]:
     return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -161,15 +154,13 @@ def test_old_names_are_found_as_whole_names_or_parts(source: str, expected: set[
 
 def test_no_old_word_in_code_and_documents() -> None:
     found = {_relative(path): words_of(path.read_text(encoding="utf-8")) for path in [*_sources(), *_documents()]}
-    found = {path: words for path, words in found.items() if words and not path.startswith(PENDING)}
-    assert {path: {word: WORDS[word] for word in words} for path, words in found.items()} == {}
+    assert {path: {word: WORDS[word] for word in words} for path, words in found.items() if words} == {}
 
 
 def test_no_old_name_in_code() -> None:
     found = {
         (name, _relative(path))
         for path in _sources()
-        if not _relative(path).startswith(PENDING)
         for name in names_of(path.read_text(encoding="utf-8")) | ({path.stem} & NAMES.keys())
     }
     assert sorted(found - ALLOWED_NAMES) == []

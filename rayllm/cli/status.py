@@ -67,10 +67,10 @@ def look(client: Any, interval_s: float) -> dict[str, Any]:
     if stage == "not reachable" or not health.is_success:
         return found
     found["model"] = client.model()
-    first, began = _figures(client), time.monotonic()
+    first, began = _read_metrics(client), time.monotonic()
     if interval_s:
         time.sleep(interval_s)
-    last, elapsed_s = _figures(client), time.monotonic() - began
+    last, elapsed_s = _read_metrics(client), time.monotonic() - began
     found |= {name: last.get(metric) for name, metric in _GAUGES.items()}
     for name, metric in _RATES.items():
         if metric in last and interval_s:
@@ -96,7 +96,7 @@ _RATES = {
 }
 
 
-def _figures(client: Any) -> dict[str, float]:
+def _read_metrics(client: Any) -> dict[str, float]:
     """The samples of `/metrics`, each summed over its labels; empty where a server has none."""
     from prometheus_client.parser import text_string_to_metric_families
 

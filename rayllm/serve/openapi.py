@@ -213,8 +213,8 @@ def _field_rows(schema: dict[str, Any]) -> Iterator[str]:
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
         mark = " <i>required</i>" if name in required else ""
-        told = field.get("description") or _type_words(field)
-        yield f"<tr><td><code>{html.escape(name)}</code>{mark}<td>{html.escape(told)}"
+        description = field.get("description") or _type_words(field)
+        yield f"<tr><td><code>{html.escape(name)}</code>{mark}<td>{html.escape(description)}"
 
 
 def _type_words(field: dict[str, Any]) -> str:

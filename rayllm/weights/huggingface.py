@@ -62,13 +62,13 @@ class _Counter:
         self._of_file = 0
         yield
         self._done, self._of_file = self._done + file.num_bytes, 0
-        self._tell()
+        self._report()
 
     def add(self, num_bytes: float) -> None:
         self._of_file += int(num_bytes)
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._on_progress(min(self._done + self._of_file, self._total), self._total)
 
     def bar_class(self) -> Any:

@@ -73,7 +73,9 @@ def _fetch(http: Any, model: HubModel, file: RemoteFile, path: Path, on_bytes: A
                 raise
     if unfinished.stat().st_size != file.num_bytes or (file.sha256 and _sha256(unfinished) != file.sha256):
         unfinished.unlink()
-        raise HubUnreachableError(f"{file.path} of {model} came damaged: pull it again")
+        raise HubUnreachableError(
+            f"{file.path} of {model} is corrupt: its size or SHA-256 is not what ModelScope says. Pull the model again"
+        )
     unfinished.replace(path)
 
 

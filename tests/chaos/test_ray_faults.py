@@ -286,18 +286,27 @@ def test_a_program_that_ends_hard_leaves_nothing_5_s_later(
 def test_a_program_that_is_interrupted_while_it_starts_leaves_nothing(
     after_s: float, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    folders = _folders()
+    others = _folders()
     running = start(LLM, "")
     time.sleep(after_s)
     family = descendants(running.pid)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert "KeyboardInterrupt" in said
-    assert _until(lambda: not _left(family) and _folders() <= folders, 5 + SLACK_S), (_left(family), _folders())
+    assert _until(lambda: not _left(family) and not _folders_of(running.pid, others), 5 + SLACK_S), (
+        _left(family),
+        _folders_of(running.pid, others),
+    )
 
 
-def _folders() -> set[str]:
-    return {entry.name for entry in os.scandir("/tmp") if entry.name.startswith("rl-")}
+def _folders() -> set[Path]:
+    return set(Path("/tmp").glob("rl-*"))
+
+
+def _folders_of(pid: int, others: set[Path]) -> set[Path]:
+    """New temporary folders in which a Ray of that process has a session, or none has one."""
+    new = {folder: [path.name for path in folder.glob("session_2*")] for folder in _folders() - others}
+    return {folder for folder, sessions in new.items() if not sessions or any(s.endswith(f"_{pid}") for s in sessions)}
 
 
 def _sockets_left() -> list[str]:

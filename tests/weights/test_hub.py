@@ -176,7 +176,7 @@ def test_modelscope_keeps_nothing_that_is_damaged(
     described = hub.describe("/api/v1/models/owner/model/repo/files", {"Revision": ["master"]})
     monkeypatch.setattr(hub, "describe", lambda path, query: described if path.endswith("/files") else None)
     hub.files["config.json"] = files["config.json"].replace(b"l", b"k")
-    with pytest.raises(HubUnreachableError, match=r"config\.json of owner/model came damaged"):
+    with pytest.raises(HubUnreachableError, match=r"config\.json of owner/model is corrupt"):
         download(model)
     assert downloaded_folder(model) is None
 
