@@ -26,7 +26,6 @@ UNTESTED_PENDING = {
     "parsing",
     "cli",
     "entrypoints",
-    "kernels",
     "serve",
     "structured",
     "weights",
