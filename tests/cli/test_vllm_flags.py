@@ -97,7 +97,7 @@ def test_origins_come_as_a_json_list_or_one_by_one() -> None:
         ("--structured-outputs-config x", "give a JSON object"),
         ("--override-generation-config.temperature", "argument --override-generation-config.temperature: expected one"),
         ("--override-generation-config.a 1 --override-generation-config.a.b 2", "'a' already has a value"),
-        ("--hf-overrides x --hf-overrides.a 1", "argument --hf-overrides: 'x' is no JSON object"),
+        ("--hf-overrides x --hf-overrides.a 1", "argument --hf-overrides: 'x' is not a JSON object"),
         ("--max-log-len", "argument --max-log-len: expected one argument"),
         ("--allowed-origins [1]", r"--allowed-origins \[1\]: give an origin, or a JSON list"),
     ],

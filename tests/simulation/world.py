@@ -600,7 +600,7 @@ class World:
             assert retry_after_s is not None
         elif code == "deadline_exceeded":
             assert request.deadline_s is not None, "it has no deadline"
-            given_up = "waited for so long" in message and not reader.num_tokens
+            given_up = "waited too long" in message and not reader.num_tokens
             assert given_up or request.deadline_s <= self.now, "its deadline has not come"
         elif code == "invalid_logits":
             assert (request.prompt, request.seed) in self.faults.spoiled, "no NaN was computed for it"
