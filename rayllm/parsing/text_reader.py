@@ -157,7 +157,7 @@ class TextReader:
             elif self.ended:
                 return self.take(len(self.rest))
             else:
-                position = max(1, len(self.rest) - 1)
+                position = max(position, len(self.rest) - 1)
                 yield None
 
     def _scalar(self) -> Reading[str]:
