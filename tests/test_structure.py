@@ -23,7 +23,6 @@ LONG_FILES_PENDING: tuple[str, ...] = ()
 """Folders with files that are still to be parted: never add one."""
 UNTESTED_PENDING = {
     "api",
-    "parsing",
     "cli",
     "entrypoints",
     "serve",

@@ -151,46 +151,6 @@ def test_expressions_of_python_are_read_and_never_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "value"),
-    [
-        ("True, unit=None", True),
-        ("-1_000", -1000),
-        (".5", 0.5),
-        ("0x10", 16),
-        ("007", "007"),
-        ("1e5", 1e5),
-        ("nan", "nan"),
-        ("'a' \"b\"\n 'c'", "abc"),
-        (r"'\x41\u00e9\U0001F389\101\q\ud83c\udf89'", "Aé🎉A\\q🎉"),
-        ("'it\\'s \"\ttab'", "it's \"\ttab"),
-        ("(1, 'a',)", [1, "a"]),
-        ("{'a': [True, {}], 5: (), }", {"a": [True, {}], "5": []}),
-    ],
-)
-def test_literals_of_python_become_json(written: str, value: Any) -> None:
-    [(_, arguments)] = calls_of(parse("pythonic", f"[weather(city={written})]"))
-    assert json.loads(arguments)["city"] == value
-
-
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(value=_JSON, size=st.integers(1, 9))
-def test_what_python_writes_of_a_value_becomes_its_json(value: Any, size: int) -> None:
-    text = f"[weather(city={value!r}, days=3)]"
-    pieces = [text[start : start + size] for start in range(0, len(text), size)]
-
-    [(_, arguments)] = calls_of(events_of(OutputParser(TOOL_FORMATS["pythonic"], tools=TOOLS), pieces))
-
-    assert json.loads(arguments) == {"city": value, "days": 3}
-
-
-@pytest.mark.parametrize(
     ("text", "arguments", "rest"),
     [
         ("[weather(city='Zü", '{"city": "Zü', ""),
