@@ -10,7 +10,7 @@ from weights.fake_hub import COMMIT, FakeHub, served_hub
 from rayllm.config import EngineConfig
 from rayllm.engine.owner.resolve import resolve, served_name
 from rayllm.errors import ConfigError
-from rayllm.weights.hub import download, downloaded_folder, local_model
+from rayllm.weights.hub import local_model
 from rayllm.weights.hub_model import HubModel, RemoteFile, needed_files
 
 
@@ -139,49 +139,3 @@ def test_an_unknown_model_and_a_hub_that_does_not_answer_are_one_line(hub: FakeH
     assert unreachable.returncode == 3
     assert "the Hugging Face hub does not answer for owner/model" in unreachable.stderr
     assert unknown.stderr.count("\n") == unreachable.stderr.count("\n") == 1
-
-
-# ------------------------------------------------------------------------------------------------------ ModelScope
-
-
-@pytest.fixture
-def model(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubModel:
-    monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
-    found = HubModel.parse("ms:owner/model", download_dir=str(tmp_path))
-    assert found is not None
-    return found
-
-
-def test_modelscope_goes_on_where_it_broke_and_fetches_nothing_twice(hub: FakeHub, model: HubModel) -> None:
-    hub.break_at["model.safetensors"] = 1000
-    told: list[tuple[int, int]] = []
-    assert downloaded_folder(model) is None
-    folder = download(model, lambda done, total: told.append((done, total)))
-    assert downloaded_folder(model) == folder
-    assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
-    assert [asked for name, asked in hub.asked if name == "model.safetensors"] == [None, "bytes=1000-"]
-    assert told[-1][0] == told[-1][1] == sum(path.stat().st_size for path in folder.iterdir())
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    hub.asked.clear()
-    download(model)
-    assert hub.asked == []
-
-
-def test_modelscope_keeps_nothing_that_is_damaged(
-    hub: FakeHub, model: HubModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from rayllm.errors import HubUnreachableError
-
-    files = dict(hub.files)
-    described = hub.describe("/api/v1/models/owner/model/repo/files", {"Revision": ["master"]})
-    monkeypatch.setattr(hub, "describe", lambda path, query: described if path.endswith("/files") else None)
-    hub.files["config.json"] = files["config.json"].replace(b"l", b"k")
-    with pytest.raises(HubUnreachableError, match=r"config\.json of owner/model is corrupt"):
-        download(model)
-    assert downloaded_folder(model) is None
-
-
-def test_a_name_that_modelscope_does_not_have_is_refused(model: HubModel, tmp_path: Path) -> None:
-    other = HubModel("owner/other", is_modelscope=True, download_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match="ModelScope has no model owner/other"):
-        download(other)
