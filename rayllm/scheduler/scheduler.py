@@ -5,9 +5,10 @@ them, and each step lets it *catch up* as far as one budget of tokens allows. A 
 one, the token sampled last, a prefix found in the cache, recomputing after preemption and replay after a
 fault are this one rule.
 
-**Steps may be in flight**, two with tensor parallelism. Step n+1 is planned while n runs. A sequence that n samples
-for has then one token more than the driver has seen; the worker holds it, so n+1 can compute it. Known lengths are
-never planned past; a stop token is seen only at commit, and what n+1 sampled after it is dropped at its own commit.
+**Steps may be in flight**, two where workers are processes of their own. Step n+1 is planned while n runs. A sequence
+that n samples for has then one token more than the driver has seen; the worker holds it, so n+1 can compute it.
+Known lengths are never planned past; a stop token is seen only at commit, and what n+1 sampled after it is dropped at
+its own commit.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Scheduler:
         """Queues the request's `params.n` sequences, choice 0 first.
 
         A replayed choice that had come to its end already is returned with `finish` set, and is not run.
-        The request is one that `engine.admission` lets in, and its id is no open request's.
+        The request is one that `engine.driver.admission` lets in, and its id is no open request's.
         """
         assert 0 < len(request.prompt) // 4 < self._max_model_len, "the prompt is empty, or leaves no room for a token"
         assert request.request_id not in self._requests, f"request_id={request.request_id!r} is in use"

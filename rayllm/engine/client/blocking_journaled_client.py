@@ -1,4 +1,5 @@
-"""The journal for one thread that blocks: what `engine.client.journal.JournaledClient` is for an asyncio program."""
+"""The journal for one thread that blocks: what `journaled_client.JournaledClient` is for an asyncio
+program."""
 
 from __future__ import annotations
 
