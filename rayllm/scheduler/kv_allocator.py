@@ -139,3 +139,9 @@ class KVAllocator:
             assert sequence.status is Status.RUNNING
             assert sequence.num_computed <= len(sequence.blocks) * self.block_size, f"{sequence} lacks a block"
             assert sequence.num_published <= sequence.num_computed // self.block_size
+
+
+def num_blocks_to_grow(num_running: int) -> int:
+    """Blocks that no one is admitted to. Half a block for each that runs: with fewer they are soon preempted, with more
+    blocks lie idle."""
+    return (num_running + 1) // 2

@@ -13,7 +13,7 @@ its own commit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from rayllm.errors import ConfigError
 from rayllm.layout import ParallelLayout
@@ -21,7 +21,7 @@ from rayllm.messages import Finish, StepPlan, StepResult, TokenLogprobs
 from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
 from rayllm.scheduler.in_flight import InFlightSteps, PlanBuilder
-from rayllm.scheduler.kv_allocator import KVAllocator
+from rayllm.scheduler.kv_allocator import KVAllocator, num_blocks_to_grow
 from rayllm.scheduler.quarantine import Quarantine
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
@@ -288,7 +288,7 @@ class Scheduler:
             return False  # its tokens are not all known yet
         if not self._running or self._running[-1].priority > sequence.priority:
             return True
-        return self._allocator.can_allocate(sequence.num_blocks_missing + _num_blocks_to_grow(len(self._running)))
+        return self._allocator.can_allocate(sequence.num_blocks_missing + num_blocks_to_grow(len(self._running)))
 
     def _admit(self, sequence: Sequence, hits: list[int], builder: PlanBuilder) -> bool:
         """Starts it where there is room for all its tokens, so that it is not cut off half-way."""
@@ -309,7 +309,7 @@ class Scheduler:
         lower = self._running.lower_than(sequence.priority)
         num_staying = len(self._running) - len(lower)
         sequence.num_blocks_missing = num_blocks
-        wanted = num_blocks + _num_blocks_to_grow(num_staying)
+        wanted = num_blocks + num_blocks_to_grow(num_staying)
         if not self._allocator.can_allocate_without(wanted, without=lower):
             return False
         while not self._allocator.can_allocate(wanted):
@@ -348,13 +348,32 @@ class Scheduler:
             sequence = step.by_row[row]
             if sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += prompt_logprobs
-        for row, token_ids in zip(rows, result.tokens()):
-            sequence = step.by_row[row]
-            if sequence.finish is None:
-                reported = result.ends.get(row) if result.ends else None
-                logprobs = result.logprobs.get(row) if result.logprobs else None
-                updates.append(self._append(sequence, token_ids, logprobs, reported))
+        if result.counts or result.ends or result.logprobs:
+            for row, token_ids in zip(rows, result.tokens()):
+                sequence = step.by_row[row]
+                if sequence.finish is None:
+                    reported = result.ends.get(row) if result.ends else None
+                    logprobs = result.logprobs.get(row) if result.logprobs else None
+                    updates.append(self._append(sequence, token_ids, logprobs, reported))
+        else:
+            updates += self._append_each(zip(map(step.by_row.__getitem__, rows), unpack_ids(result.token_ids)))
         return updates
+
+    def _append_each(self, gained: Iterable[tuple[Sequence, int]]) -> Iterator[SequenceUpdate]:
+        """What `_append` does where each sequence gains one token and the worker says no more of it: most steps, and
+        the driver's largest cost of one."""
+        charge = self._counters.charge
+        for sequence, token_id in gained:
+            if sequence.finish is not None:
+                continue
+            tokens = sequence.tokens
+            if not sequence.answered or token_id in sequence.stop_ids or len(tokens) + 1 >= sequence.max_length:
+                yield self._append(sequence, [token_id], None, None)
+                continue
+            tokens.append(token_id)
+            sequence.num_pending -= 1
+            charge(sequence.client, OUTPUT_WEIGHT)
+            yield SequenceUpdate(sequence, [token_id])
 
     def _append(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs] | None, reported: Finish | None
@@ -366,7 +385,7 @@ class Scheduler:
             return SequenceUpdate(sequence, [], reported)
         update = SequenceUpdate(sequence, token_ids, logprobs=logprobs)
         if not sequence.answered:
-            self._answer(sequence, update)
+            update.add_first_token_fields()
         tokens = sequence.tokens
         sequence.num_pending -= 1
         for number, token_id in enumerate(token_ids, 1):
@@ -395,12 +414,6 @@ class Scheduler:
             self._allocator.invalidate(update.sequence)
             self._end(update.sequence, finish)
         return updates
-
-    def _answer(self, sequence: Sequence, update: SequenceUpdate) -> None:
-        """What is said with the first token alone."""
-        sequence.answered = True
-        update.num_cached_tokens = sequence.num_cached_tokens or 0
-        update.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
 
     # ------------------------------------------------------------------------------------------ after a fault
 
@@ -431,18 +444,5 @@ class Scheduler:
         live = [sequence for siblings in self._requests.values() for sequence in siblings]
         assert sorted(map(id, live)) == sorted(map(id, sequences)), "requests and queues differ"
         for sequence in sequences:
-            assert sequence.finish is None, f"{sequence} has finished and is queued"
-            assert 0 <= sequence.num_pending <= len(self._in_flight), f"{sequence} has too many pending tokens"
-            assert sequence.num_tokens <= sequence.max_length, f"{sequence} is planned past its length"
-        for sequence in self._running:
-            assert sequence.num_computed <= sequence.num_tokens, f"{sequence} has KV for unknown tokens"
-        for sequence in self.waiting:
-            assert sequence.status is Status.WAITING
-            assert sequence.row is None, f"{sequence} waits and has a row"
-            assert not sequence.blocks, f"{sequence} waits and has blocks"
-
-
-def _num_blocks_to_grow(num_running: int) -> int:
-    """Blocks that no one is admitted to. Half a block for each that runs: with fewer they are soon preempted, with more
-    blocks lie idle."""
-    return (num_running + 1) // 2
+            sequence.check(len(self._in_flight))
+        assert all(sequence.status is Status.WAITING for sequence in self.waiting)

@@ -132,6 +132,16 @@ class Sequence:
         self.blocks = []
         self.num_computed = self.num_published = 0
 
+    def check(self, num_steps_in_flight: int) -> None:
+        """`AssertionError` if an invariant of a queued sequence is broken. Slow: for tests."""
+        assert self.finish is None, f"{self} has finished and is queued"
+        assert 0 <= self.num_pending <= num_steps_in_flight, f"{self} has too many pending tokens"
+        assert self.num_tokens <= self.max_length, f"{self} is planned past its length"
+        assert self.num_computed <= self.num_tokens, f"{self} has KV for unknown tokens"
+        if self.status is Status.WAITING:
+            assert self.row is None, f"{self} waits and has a row"
+            assert not self.blocks, f"{self} waits and has blocks"
+
     def __repr__(self) -> str:
         return (
             f"Sequence({self.request.request_id!r}, choice={self.choice}, {self.status.value}, "
@@ -152,3 +162,9 @@ class SequenceUpdate:
     """For prompt positions 1.., once, with the first token of choice 0."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache served; said with the first token."""
+
+    def add_first_token_fields(self) -> None:
+        """Adds what is said with the sequence's first token alone."""
+        self.sequence.answered = True
+        self.num_cached_tokens = self.sequence.num_cached_tokens or 0
+        self.prompt_logprobs, self.sequence.prompt_logprobs = self.sequence.prompt_logprobs, None
