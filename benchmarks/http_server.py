@@ -178,14 +178,15 @@ def _parts() -> dict[str, Callable[[], Any]]:
 
     from rayllm.api.answer import new_id
     from rayllm.api.body import parse_object
-    from rayllm.api.openai.chat import ChatAnswer, prepare_chat, render
+    from rayllm.api.openai.chat import ChatAnswer, prepare_chat
     from rayllm.api.protocol import ChatBody, read_body
     from rayllm.api.sampling import request_of_body, sampling_params
+    from rayllm.prompt.chat import render
 
     model = idle_service().model()
     data = json.dumps({**_BODY, "max_tokens": 1, "stream": True}).encode()
     body = read_body(parse_object(data), ChatBody)
-    prompt = render(body, body.messages, model)
+    prompt = render(body, model)
 
     chat = _run(prepare_chat(body, model, "", "chatcmpl-"))
     token_ids = chat.request.prompt_token_ids
@@ -203,7 +204,7 @@ def _parts() -> dict[str, Callable[[], Any]]:
 
     return {
         "body: JSON, unknown fields, pydantic": lambda: read_body(parse_object(data), ChatBody),
-        "template": lambda: render(body, body.messages, model),
+        "template": lambda: render(body, model),
         "tokens": lambda: model.tokenize(prompt, add_special_tokens=False, param="messages"),
         "parameters and request": make_request,
         "answer and its events": lambda: _run(answer_it()),

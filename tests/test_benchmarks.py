@@ -43,6 +43,11 @@ async def test_the_engine_that_computes_nothing_answers_over_http(monkeypatch: p
     assert answered.json()["usage"]["completion_tokens"] == 7
 
 
+def test_each_part_of_the_http_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in load("http_server.py", monkeypatch)["_parts"]().values():
+        part()
+
+
 def test_the_readme_lists_every_benchmark() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     scripts = [name for name in SCRIPTS if 'if __name__ == "__main__"' in Path(ROOT, "benchmarks", name).read_text()]
