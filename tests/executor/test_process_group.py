@@ -2,27 +2,11 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
 
 import pytest
+from call_in_thread import call_in_thread
 
 from rayllm.executor.process_group import ProcessGroup
-
-
-def _call(function: Callable[[], Any]) -> Future[Any]:
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def test_the_rendezvous_store_listens_on_the_given_host_alone() -> None:
@@ -37,7 +21,7 @@ def test_the_rendezvous_store_listens_on_the_given_host_alone() -> None:
 def test_a_join_that_waits_for_a_peer_that_will_not_come_can_be_ended_and_tried_again() -> None:
     first = ProcessGroup("cpu", 2)
     ours, theirs = socket.socketpair()  # of another family, as Ray's own sockets are
-    waiting = _call(lambda: first.join(0, first.open_store("127.0.0.1")))
+    waiting = call_in_thread(lambda: first.join(0, first.open_store("127.0.0.1")))
     with pytest.raises(TimeoutError):
         waiting.result(0.5)
     num_files = len(os.listdir("/proc/self/fd"))

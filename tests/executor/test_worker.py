@@ -3,13 +3,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import msgspec
 import pytest
+from call_in_thread import call_in_thread
 from fakes import fake_config
 
 from rayllm.executor.channel import Channel
@@ -41,19 +41,6 @@ def _plan(step: int, epoch: int = 0) -> StepPlan:
     return StepPlan(step, epoch, b"", [], b"", b"", b"", b"", 0)
 
 
-def _call(function: Callable[[], Any]) -> Future[Any]:
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
 @pytest.fixture(params=[0, 1])
 def served(request: pytest.FixtureRequest) -> Iterator[tuple[int, Channel, Future[Any]]]:
     """A rank that serves: its number, the driver's end, and what `serve` returns."""
@@ -63,7 +50,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[tuple[int, Channel, Futur
     loop.start(7)
     ours, theirs = socket.socketpair()
     driver, worker = Channel(ours, "worker"), Channel(theirs, "the driver")
-    yield rank, driver, _call(lambda: loop.serve(worker))
+    yield rank, driver, call_in_thread(lambda: loop.serve(worker))
     driver.close()
     worker.close()
 

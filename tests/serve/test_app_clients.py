@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,19 +14,6 @@ import pytest
 from serve.served import ANSWER, KEY, Served, chat, completion
 
 MESSAGES: Any = chat()["messages"]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Served, int]]:
-    served = Served(api_keys=(KEY,))
-    with served.port() as port:
-        yield served, port
-
-
-@pytest.fixture
-def client(served: tuple[Served, int]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{served[1]}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def test_openai_reads_answers(client: openai.OpenAI) -> None:

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import openai
 import pytest
-from serve.served import ANSWER, KEY, Served
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Served, int]]:
-    served = Served(api_keys=(KEY,))
-    with served.port() as port:
-        yield served, port
-
-
-@pytest.fixture
-def client(served: tuple[Served, int]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{served[1]}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
+from serve.served import ANSWER, Served
 
 
 def test_openai_makes_follows_and_fetches_responses(client: openai.OpenAI) -> None:
