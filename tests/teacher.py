@@ -93,10 +93,14 @@ def log_probs(model: Model, sequences: Sequence[Sequence[int]], chunks: Sequence
             found[i].append(part)
 
 
-def load(tp: TensorParallel, path: Path | str, load_format: str = "auto", seed: int = 0) -> Model:
-    return load_model(
-        str(path), read_spec(path), tp, dtype=torch.float32, device=CPU, load_format=load_format, seed=seed
-    )
+def load(
+    tp: TensorParallel,
+    path: Path | str,
+    load_format: str = "auto",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    return load_model(str(path), read_spec(path), tp, dtype=dtype, device=CPU, load_format=load_format, seed=seed)
 
 
 def log_probs_of_folder(
@@ -106,9 +110,10 @@ def log_probs_of_folder(
     cuts: Sequence[Sequence[int]],
     block_size: int,
     load_format: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> list[list[np.ndarray]]:
     """`log_probs` for each way of cutting in `cuts`; what a rank of a pool runs."""
-    model = load(tp, path, load_format)
+    model = load(tp, path, load_format, dtype=dtype)
     return [[part.numpy() for part in log_probs(model, sequences, chunks, block_size)] for chunks in cuts]
 
 

@@ -106,7 +106,7 @@ def make_tokenizer(path: Path, vocab_size: int = 288) -> Path:
 
 def make_checkpoint(
     path: Path | str,
-    architecture: str = "llama",
+    architecture: str | Any = "llama",
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -116,7 +116,8 @@ def make_checkpoint(
 ) -> Path:
     """Writes config.json, model.safetensors and a tokenizer into `path` and returns it.
 
-    `overrides` are fields of the `transformers` config (`num_hidden_layers=4`, `vocab_size=263`). A small
+    `architecture` is one of `ARCHITECTURES`, or a config of `transformers`. `overrides` are fields of the former's
+    config (`num_hidden_layers=4`, `vocab_size=263`). A small
     `max_shard_size` ("40KB") gives several files and an index.
     """
     from transformers.utils import logging
@@ -124,7 +125,7 @@ def make_checkpoint(
     logging.disable_progress_bar()
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    config = make_config(architecture, **overrides)
+    config = make_config(architecture, **overrides) if isinstance(architecture, str) else architecture
     model = make_model(config, seed=seed, dtype=dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     if tokenizer:

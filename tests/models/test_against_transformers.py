@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from golden import (
+    BLOCK_SIZE,
+    CUTS,
+    TOLERANCE,
+    check_against_transformers,
+    largest_difference,
+    make_sequences,
+    transformers_log_probs,
+)
 from ranks import RankPool
 from teacher import load, log_probs, log_probs_of_folder
 from tiny import make_checkpoint
 
 from rayllm.distributed.groups import TensorParallel
-
-TOLERANCE = 1e-4
-BLOCK_SIZE = 4
-LENGTHS = (37, 12, 25, 25, 1)
-WHOLE = max(LENGTHS)
-CUTS = [[size] * len(LENGTHS) for size in (1, 5, 16, WHOLE)] + [[16, WHOLE, 1, 5, 1]]
-"""Chunk sizes by sequence; the last mixes decode rows, chunks and whole prompts in each batch."""
 
 
 def _rope(kind: str, **fields: Any) -> dict[str, Any]:
@@ -67,50 +67,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
-
-
-def _sequences(vocab_size: int) -> list[list[int]]:
-    draw = random.Random(7)
-    return [[draw.randrange(vocab_size) for _ in range(length)] for length in LENGTHS]
-
-
-@torch.no_grad()
-def _expected(path: Path, sequences: list[list[int]]) -> list[np.ndarray]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
-    return [model(torch.tensor([tokens])).logits[0].log_softmax(-1).numpy() for tokens in sequences]
-
-
-def _worst(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    assert [part.shape for part in found] == [part.shape for part in expected]
-    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_log_probabilities_equal_transformers_however_the_work_is_cut_and_split(
     variant: str, tmp_path: Path, two_ranks: RankPool
 ) -> None:
     architecture, overrides = VARIANTS[variant]
     path = make_checkpoint(tmp_path, architecture, tokenizer=False, **overrides)
-    sequences = _sequences(overrides.get("vocab_size", 288))
-    expected = _expected(path, sequences)
-    alone = log_probs_of_folder(TensorParallel(), str(path), sequences, CUTS, BLOCK_SIZE)
-    first, second = two_ranks.run(log_probs_of_folder, str(path), sequences, CUTS, BLOCK_SIZE)
-    for cut, one, left, right in zip(CUTS, alone, first, second, strict=True):
-        assert _worst(one, expected) < TOLERANCE, f"one rank, chunks {cut}"
-        assert _worst(left, expected) < TOLERANCE, f"two ranks, chunks {cut}"
-        assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True)), "ranks differ"
+    check_against_transformers(path, two_ranks)
 
 
 def test_expected_log_probabilities_are_not_flat(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, tokenizer=False)
-    expected = _expected(path, _sequences(288))
+    expected = transformers_log_probs(path, make_sequences(288))
     assert np.exp(expected[0]).max(axis=-1).mean() > 10 / 288
 
 
@@ -119,11 +87,11 @@ def test_a_window_longer_than_a_tile_of_keys_equals_transformers(tmp_path: Path)
     path = make_checkpoint(tmp_path, "mistral", tokenizer=False, **overrides)
     draw = random.Random(3)
     tokens = [draw.randrange(288) for _ in range(1300)]
-    expected = _expected(path, [tokens])
+    expected = transformers_log_probs(path, [tokens])
     decoder = load(TensorParallel(), path)
     for chunk in (1300, 700):
         found = [part.numpy() for part in log_probs(decoder, [tokens], [chunk], 16)]
-        assert _worst(found, expected) < TOLERANCE
+        assert largest_difference(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("scaling", ["llama3", "yarn", "linear", "default", "dynamic"])
@@ -132,8 +100,8 @@ def test_old_rope_scaling_fields_mean_the_same_as_rope_parameters(scaling: str, 
 
     overrides = {"llama3": "llama3 rope", "yarn": "llama yarn", "linear": "llama linear rope"}.get(scaling)
     path = make_checkpoint(tmp_path, tokenizer=False, **(VARIANTS[overrides][1] if overrides else {}))
-    sequences = _sequences(288)
-    expected = _expected(path, sequences)
+    sequences = make_sequences(288)
+    expected = transformers_log_probs(path, sequences)
     config = json.loads((path / "config.json").read_text())
     parameters = config.pop("rope_parameters")
     config["rope_theta"] = parameters.pop("rope_theta")
@@ -144,14 +112,14 @@ def test_old_rope_scaling_fields_mean_the_same_as_rope_parameters(scaling: str, 
     config["torch_dtype"] = config.pop("dtype")
     (path / "config.json").write_text(json.dumps(config))
     found = log_probs_of_folder(TensorParallel(), str(path), sequences, CUTS[-1:], BLOCK_SIZE)[0]
-    assert _worst(found, expected) < TOLERANCE
+    assert largest_difference(found, expected) < TOLERANCE
 
 
 def test_dummy_weights_are_the_same_whatever_the_number_of_ranks(tmp_path: Path, two_ranks: RankPool) -> None:
     path = make_checkpoint(tmp_path, tokenizer=False, vocab_size=263)
     (path / "model.safetensors").unlink()
-    sequences = _sequences(263)
+    sequences = make_sequences(263)
     alone = log_probs_of_folder(TensorParallel(), str(path), sequences, CUTS[-1:], BLOCK_SIZE, "dummy")[0]
     split, _ = two_ranks.run(log_probs_of_folder, str(path), sequences, CUTS[-1:], BLOCK_SIZE, "dummy")
-    assert _worst(split[0], alone) < TOLERANCE
+    assert largest_difference(split[0], alone) < TOLERANCE
     assert np.exp(alone[0]).max(axis=-1).mean() > 5 / 263, "dummy logits are flat"
