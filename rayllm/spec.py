@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 
@@ -47,6 +47,19 @@ class PositionsSpec:
     offset: int
 
 
+class SplitSize(NamedTuple):
+    """A number that tensor parallelism divides."""
+
+    field: str
+    """Its name in config.json."""
+    size: int
+    may_repeat: bool = False
+    """Where ranks are a multiple of it, neighbouring ranks hold the same one."""
+
+    def allows(self, tp_size: int) -> bool:
+        return self.size % tp_size == 0 or (self.may_repeat and tp_size % self.size == 0)
+
+
 @dataclass(frozen=True, slots=True)
 class GroupedAttentionSpec:
     """Attention with keys and values of their own for each group of query heads; `num_kv_heads` = `num_heads` is
@@ -69,6 +82,21 @@ class GroupedAttentionSpec:
     """Each head has one more score in its softmax, a parameter, that takes weight and gives no value."""
     alibi_slopes: tuple[float, ...] = ()
     """One for each head, where positions enter by ALiBi."""
+    kind: Literal["grouped"] = "grouped"
+
+    def kv_shape(self, tp_size: int) -> tuple[int, tuple[int, ...]]:
+        """What a rank keeps of a token: for each of (first) heads, a vector of each width of (second)."""
+        return max(1, self.num_kv_heads // tp_size), (self.head_dim, self.head_dim)
+
+    def activation_width(self, tp_size: int) -> int:
+        """Elements of a token's queries, keys and values on a rank, roughly."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim // tp_size
+
+    def split_sizes(self) -> tuple[SplitSize, ...]:
+        return (
+            SplitSize("num_attention_heads", self.num_heads),
+            SplitSize("num_key_value_heads", self.num_kv_heads, may_repeat=True),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +108,19 @@ class MlpSpec:
     gated: bool
     """activation(gate) * up, else activation(up)."""
     bias: bool = False
+    kind: Literal["dense"] = "dense"
+
+    def activation_width(self, tp_size: int) -> int:
+        """Elements of a token's inner activations on a rank, roughly."""
+        return self.intermediate_size * (2 if self.gated else 1) // tp_size
+
+    def split_sizes(self) -> tuple[SplitSize, ...]:
+        return (SplitSize("intermediate_size", self.intermediate_size),)
 
 
 AttentionSpec = GroupedAttentionSpec
-"""The union of all kinds of attention; `rayllm.layers.attention` has the layer of each."""
+"""The union of all kinds of attention; `rayllm.layers.attention` has the layer of each. By their `kind` they are told
+apart when a resolved config comes as JSON."""
 FeedForwardSpec = MlpSpec
 """The union of all kinds of feed-forward layers; `rayllm.layers.feed_forward` has the layer of each."""
 
@@ -137,8 +174,8 @@ class DecoderSpec:
 
     def max_activation_width(self, tp_size: int) -> int:
         """Elements of a token's widest activation on a rank: what a step needs beside weights and KV, roughly."""
-        inner = max(
-            layer.feed_forward.intermediate_size * (2 if layer.feed_forward.gated else 1) for layer in self.layers
+        layers = (
+            max(layer.attention.activation_width(tp_size), layer.feed_forward.activation_width(tp_size))
+            for layer in self.layers
         )
-        heads = max((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim for spec in self.attentions())
-        return max(self.hidden_size, inner // tp_size, heads // tp_size)
+        return max(self.hidden_size, *layers)

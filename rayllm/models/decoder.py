@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
-from rayllm.layers.attention import AttentionBackend, AttentionGroup, attention_group, grouped_kv
+from rayllm.layers.attention import AttentionBackend, AttentionGroup
 from rayllm.layers.batch import Batch
 from rayllm.layers.embedding import LearnedPositions, OutputHead, VocabEmbedding, vocab_part
 from rayllm.layers.kv_cache import KVSpec, LayerKV
 from rayllm.layers.rope import RotaryEmbedding
 from rayllm.linear import Linear, dense_linear
-from rayllm.models.layer import DecoderLayer, make_norm
+from rayllm.models.layer import ATTENTION_LAYERS, DecoderLayer, make_norm
 from rayllm.spec import DecoderSpec
 from rayllm.weights.source import Outputs, WeightSource
 
 
 def kv_specs(spec: DecoderSpec, tp_size: int) -> list[KVSpec]:
     """What each layer keeps of a token on one rank."""
-    return [grouped_kv(attention, tp_size) for attention in spec.attentions()]
+    return [KVSpec(*attention.kv_shape(tp_size)) for attention in spec.attentions()]
 
 
 def kv_bytes_per_block(spec: DecoderSpec, tp_size: int, block_size: int, dtype: torch.dtype) -> int:
@@ -34,7 +34,8 @@ def kv_bytes_per_block(spec: DecoderSpec, tp_size: int, block_size: int, dtype: 
 
 def attention_groups(spec: DecoderSpec, rank: int, tp_size: int) -> list[AttentionGroup]:
     """The groups of layers for which a rank's attention backend prepares a step."""
-    return list(dict.fromkeys(attention_group(attention, rank, tp_size) for attention in spec.attentions()))
+    attentions = spec.attentions()
+    return list(dict.fromkeys(ATTENTION_LAYERS[type(each)].group(each, rank, tp_size) for each in attentions))
 
 
 class Decoder:

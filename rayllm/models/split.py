@@ -11,11 +11,13 @@ def check_split(spec: DecoderSpec, layout: ParallelLayout) -> None:
     """`ConfigError` where the model's heads or feed-forward width cannot be split over the ranks of a stage."""
     tp_size = layout.tp
     for layer in spec.layers:
-        heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
-        inner = layer.feed_forward.intermediate_size
-        if heads % tp_size or inner % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
-            raise ConfigError(
-                f"tensor_parallel_size={tp_size} cannot split a model with num_attention_heads={heads}, "
-                f"num_key_value_heads={kv_heads}, intermediate_size={inner}; it must divide the first and the last, "
-                f"and divide the second or be a multiple of it"
-            )
+        sizes = (*layer.attention.split_sizes(), *layer.feed_forward.split_sizes())
+        if all(each.allows(tp_size) for each in sizes):
+            continue
+        found = ", ".join(f"{each.field}={each.size}" for each in sizes)
+        divided = " and ".join(each.field for each in sizes if not each.may_repeat)
+        repeated = [f", and divide {each.field} or be a multiple of it" for each in sizes if each.may_repeat]
+        raise ConfigError(
+            f"tensor_parallel_size={tp_size} cannot split a model with {found}; it must divide {divided}"
+            + "".join(repeated)
+        )

@@ -144,6 +144,16 @@ def test_heads_that_cannot_be_split_are_refused(tp_size: int, tmp_path: Path) ->
         check_split(read_spec(_folder(tmp_path)), ParallelLayout(tp=tp_size))
 
 
+def test_ranks_may_be_a_multiple_of_key_value_heads_but_not_of_the_feed_forward_width(tmp_path: Path) -> None:
+    check_split(read_spec(_folder(tmp_path)), ParallelLayout(tp=4))
+    with pytest.raises(
+        ConfigError,
+        match="it must divide num_attention_heads and intermediate_size, "
+        "and divide num_key_value_heads or be a multiple of it",
+    ):
+        check_split(read_spec(_folder(tmp_path, intermediate_size=98)), ParallelLayout(tp=4))
+
+
 def test_reading_a_spec_imports_no_torch(tmp_path: Path) -> None:
     _folder(tmp_path)
     code = (

@@ -8,7 +8,7 @@ import torch
 
 from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
 from rayllm.layers.attention.gathered import GatheredBackend
-from rayllm.layers.attention.grouped import GroupedAttention, attention_group, grouped_kv, kv_heads_of
+from rayllm.layers.attention.grouped import GroupedAttention, kv_heads_of
 
 __all__ = [
     "AttentionBackend",
@@ -16,9 +16,7 @@ __all__ = [
     "GatheredBackend",
     "GroupedAttention",
     "LayerAttention",
-    "attention_group",
     "choose_backend",
-    "grouped_kv",
     "kv_heads_of",
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
-from rayllm.layers.kv_cache import KVSpec, LayerKV
+from rayllm.layers.kv_cache import LayerKV
 from rayllm.layers.linear import RowParallelLinear
 from rayllm.linear import Linear
 from rayllm.spec import GroupedAttentionSpec
@@ -30,21 +30,16 @@ def kv_heads_of(num_kv_heads: int, rank: int, tp_size: int) -> range:
     return range(head, head + 1)
 
 
-def attention_group(spec: GroupedAttentionSpec, rank: int, tp_size: int) -> AttentionGroup:
-    """What a rank's backend must know of layers with this spec to prepare a step."""
-    num_kv_heads = len(kv_heads_of(spec.num_kv_heads, rank, tp_size))
-    width = spec.num_heads // tp_size
-    slopes = spec.alibi_slopes[rank * width : (rank + 1) * width]
-    return AttentionGroup(num_kv_heads, spec.head_dim, spec.window, slopes)
-
-
-def grouped_kv(spec: GroupedAttentionSpec, tp_size: int) -> KVSpec:
-    """What a layer with this spec keeps of a token on each rank: a key and a value."""
-    return KVSpec(len(kv_heads_of(spec.num_kv_heads, 0, tp_size)), (spec.head_dim, spec.head_dim))
-
-
 class GroupedAttention:
     """One layer. `attend` ends before the output projection `out`, which the caller adds to its residual."""
+
+    @staticmethod
+    def group(spec: GroupedAttentionSpec, rank: int, tp_size: int) -> AttentionGroup:
+        """What a rank's backend must know of layers with this spec to prepare a step."""
+        num_kv_heads = len(kv_heads_of(spec.num_kv_heads, rank, tp_size))
+        width = spec.num_heads // tp_size
+        slopes = spec.alibi_slopes[rank * width : (rank + 1) * width]
+        return AttentionGroup(num_kv_heads, spec.head_dim, spec.window, slopes)
 
     def __init__(
         self,
@@ -68,7 +63,7 @@ class GroupedAttention:
             )
             self._qk_norm_HD = torch.cat((q_norm.expand(len(heads), -1), k_norm.expand(len(kv_heads), -1)))
         sinks = weights.tensor(f"{prefix}.sinks", (spec.num_heads,), part=heads).float() if spec.has_sinks else None
-        group = attention_group(spec, tp.rank, tp.size)
+        group = self.group(spec, tp.rank, tp.size)
         self._attention = LayerAttention(group, spec.scale, spec.soft_cap, sinks)
         self.out = RowParallelLinear(
             weights, f"{prefix}.out", spec.num_heads * spec.head_dim, width, tp, bias=spec.out_bias

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayllm.layers.attention.grouped import attention_group, grouped_kv, kv_heads_of
+from rayllm.layers.attention.grouped import GroupedAttention, kv_heads_of
 from rayllm.spec import GroupedAttentionSpec
 
 
@@ -16,13 +16,13 @@ def test_ranks_share_key_value_heads_or_hold_the_same_one(num_kv_heads: int, exp
 
 def test_a_rank_keeps_its_share_of_keys_and_values() -> None:
     spec = GroupedAttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16, scale=0.25)
-    assert [(grouped_kv(spec, size).num_heads, grouped_kv(spec, size).widths) for size in (1, 2, 4)] == [
+    assert [spec.kv_shape(size) for size in (1, 2, 4)] == [
         (2, (16, 16)), (1, (16, 16)), (1, (16, 16)),
     ]  # fmt: skip
 
 
 def test_a_group_has_the_slopes_of_its_own_heads_and_no_others() -> None:
     spec = GroupedAttentionSpec(4, 2, 16, 0.25, window=9, alibi_slopes=(0.5, 0.25, 0.125, 0.0625))
-    first, second = (attention_group(spec, rank, 2) for rank in range(2))
+    first, second = (GroupedAttention.group(spec, rank, 2) for rank in range(2))
     assert (first.alibi_slopes, second.alibi_slopes) == ((0.5, 0.25), (0.125, 0.0625))
     assert first.window == second.window == 9
