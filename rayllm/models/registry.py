@@ -32,6 +32,10 @@ ENTRY_POINT_GROUP = "rayllm.architectures"
 
 _PACKAGE = "rayllm.models.architectures"
 _modules: dict[str, str] = {
+    "GPT2LMHeadModel": f"{_PACKAGE}.gpt2",
+    "GPTNeoXForCausalLM": f"{_PACKAGE}.gpt_neox",
+    "Glm4ForCausalLM": f"{_PACKAGE}.glm4",
+    "GlmForCausalLM": f"{_PACKAGE}.glm",
     "LlamaForCausalLM": f"{_PACKAGE}.llama",
     "MistralForCausalLM": f"{_PACKAGE}.mistral",
     "OPTForCausalLM": f"{_PACKAGE}.opt",

@@ -65,8 +65,9 @@ class Checkpoint:
         return self._files[stored]
 
     def _stored(self, name: str) -> str:
-        """The name in the file: one of the bare model, without a head, leaves `model.` out, as facebook/opt-125m's."""
-        bare = name.removeprefix("model.")
+        """The name in the file: one of the bare model, without a head, leaves the first part out (`model.`,
+        `transformer.`), as those of facebook/opt-125m and openai-community/gpt2."""
+        bare = name.partition(".")[2]
         return bare if name not in self._files and bare in self._files else name
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:

@@ -132,19 +132,20 @@ class Stack:
         return self.of.renamed(lambda name: name.replace("{expert}", str(expert)))
 
 
-def split_rows(name: str, *sizes: int) -> tuple[Rows, ...]:
+def split_rows(fused: str | Stored, *sizes: int) -> tuple[Rows, ...]:
     """Parameters fused one after another: `q, k, v = split_rows("layers.{}.qkv_proj", 64, 16, 16)`."""
-    return interleaved_rows(name, 1, *sizes)
+    return interleaved_rows(fused, 1, *sizes)
 
 
-def interleaved_rows(name: str, num_groups: int, *sizes: int) -> tuple[Rows, ...]:
+def interleaved_rows(fused: str | Stored, num_groups: int, *sizes: int) -> tuple[Rows, ...]:
     """Parameters fused group by group: `num_groups` times `sizes[0]` rows of the first, `sizes[1]` of the second, and
     so on, as the queries, keys and values of each head stand in GPT-NeoX."""
     stride = sum(sizes)
-    fused, parts, offset = Tensor(name), [], 0
+    whole: Stored = Tensor(fused) if isinstance(fused, str) else fused
+    parts, offset = [], 0
     for size in sizes:
         starts = range(offset, offset + num_groups * stride, stride)
-        parts.append(Rows(fused, tuple(range(start, start + size) for start in starts), num_groups * stride))
+        parts.append(Rows(whole, tuple(range(start, start + size) for start in starts), num_groups * stride))
         offset += size
     return tuple(parts)
 
