@@ -79,7 +79,8 @@ class Conversation:
         try:
             self._answer()
         except BaseException:
-            self.turns.pop()
+            if not self._was_answered():
+                self.turns.pop()
             raise
 
     def regenerate(self) -> None:
@@ -90,8 +91,13 @@ class Conversation:
         try:
             self._answer()
         except BaseException:
-            self.turns += [dropped] if dropped else []
+            if dropped is not None and not self._was_answered():
+                self.turns.append(dropped)
             raise
+
+    def _was_answered(self) -> bool:
+        """Whether the last message has its response, even if Ctrl-C came while its figures were shown."""
+        return self.turns[-1]["role"] == "assistant"
 
     def _answer(self) -> None:
         """Ctrl-C ends the answer, and what came of it is kept. Reasoning is shown and not kept."""
@@ -233,23 +239,29 @@ def converse(conversation: Conversation, read_line: Callable[[bool], str]) -> bo
     ok, interrupted = True, False
     while True:
         try:
-            message = read_message(read_line)
-            interrupted = False
-            if not handle(conversation, message):
-                return ok
+            while True:  # within the `try`: Python looks for signals where a loop begins again
+                message = read_message(read_line)
+                interrupted = False
+                if not handle(conversation, message):
+                    return ok
         except EOFError:
             return ok
         except KeyboardInterrupt:
-            if interrupted:
+            if interrupted or not _hint_at_exit(conversation):
                 return ok
             interrupted = True
-            try:
-                conversation.note("\n(press Ctrl-C again or type /exit to exit)\n")
-            except KeyboardInterrupt:  # pressed again while this is said
-                return ok
         except (UsageError, ServerError, OSError) as error:
             ok = False
             conversation.note(f"! {error}\n")
+
+
+def _hint_at_exit(conversation: Conversation) -> bool:
+    """Whether it was said without Ctrl-C pressed again meanwhile."""
+    try:
+        conversation.note("\n(press Ctrl-C again or type /exit to exit)\n")
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def parser() -> Parser:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
+from rayllm.cli.interrupts import PromptInterrupts
 from rayllm.cli.markdown import MarkdownWriter, PlainWriter, WrappedWriter
 from rayllm.cli.terminal import is_terminal
 
@@ -27,6 +28,7 @@ class ChatPrompt:
         self._commands = sorted(command.split()[0] for command in commands if command.startswith("/"))
         self._history = history or Path.home() / ".cache" / "rayllm" / "chat_history"
         self._readline = _load_readline() if self.is_terminal else None
+        self._interrupts = PromptInterrupts() if self._readline is not None else contextlib.nullcontext()
 
     def __enter__(self) -> ChatPrompt:
         if self._readline is not None:
@@ -35,11 +37,13 @@ class ChatPrompt:
             self._readline.set_completer(self._complete)
             self._readline.set_completer_delims(" ")
             self._readline.parse_and_bind("tab: complete")
+        self._interrupts.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._interrupts.__exit__(kind, error, trace)
         if self._readline is not None:
             with contextlib.suppress(OSError):
                 self._history.parent.mkdir(parents=True, exist_ok=True)

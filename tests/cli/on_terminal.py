@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -17,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07")
-_PRESS_AGAIN_S = 8.0
 
 
 class OnTerminal:
@@ -55,29 +53,6 @@ class OnTerminal:
             pass
         self.process.wait(timeout=max(0.1, deadline - time.monotonic()))
         return self.plain()
-
-    def press_until(self, key: str, text: str, timeout_s: float = 30.0) -> str:
-        """Like `read_until`, pressing `key` again where it was lost (see `press_until_end`)."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self.send(key)
-            try:
-                return self.read_until(text, _PRESS_AGAIN_S)
-            except AssertionError:
-                if time.monotonic() > deadline:
-                    raise
-
-    def press_until_end(self, key: str, timeout_s: float = 30.0) -> str:
-        """Like `read_all`, pressing `key` every few seconds as a person would: Python loses a Ctrl-C that comes in the
-        moment between its look for signals and readline's wait for input; and one more would end a command that is
-        leaving."""
-        deadline = time.monotonic() + timeout_s
-        while self.process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # it has just ended
-                self.send(key)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=_PRESS_AGAIN_S)
-        return self.read_all(max(1.0, deadline - time.monotonic()))
 
     def plain(self) -> str:
         return _CODES.sub("", self.seen).replace("\r\n", "\n")

@@ -165,6 +165,18 @@ def test_a_second_interrupt_leaves_and_a_first_does_not(chat: Conversation, echo
     assert "Ctrl-C again or type /exit" in written(chat)
 
 
+def test_an_interrupt_while_an_answers_figures_are_shown_keeps_the_answer(chat: Conversation, echo: Echo) -> None:
+    def note(text: str) -> None:
+        if text.startswith("["):
+            raise KeyboardInterrupt
+
+    chat.note = note
+    for line in ("hello", "/regen"):
+        with pytest.raises(KeyboardInterrupt):
+            handle(chat, line)
+        assert [turn["content"] for turn in chat.turns] == ["hello", "hello "]
+
+
 def test_an_answer_that_breaks_off_ends_its_line(chat: Conversation) -> None:
     def fail(messages: Any, params: Any, timing: Timing) -> Iterator[Piece]:
         yield Piece("so far")
@@ -325,8 +337,10 @@ def test_chat_on_a_terminal_completes_commands_and_stops_an_answer(client: ApiCl
         terminal.read_until("wait for it")
         terminal.send("\x03")
         terminal.read_until("stopped]")
-        terminal.press_until("\x03", "Ctrl-C again or type /exit to exit)\n> ")
-        terminal.press_until_end("\x03")
+        terminal.send("\x03")
+        terminal.read_until("Ctrl-C again or type /exit to exit)\n> ")
+        terminal.send("\x03")
+        terminal.read_all()
     assert terminal.process.returncode == 0
     history = tmp_path / ".cache" / "rayllm" / "chat_history"
     assert "slow" in history.read_text()
