@@ -157,6 +157,9 @@ class DecoderSpec:
     tied_embeddings: bool
     max_model_len: int
     """Tokens of context the model is made for."""
+    embedding_size: int | None = None
+    """Width of token embeddings and of what the output head reads; where it is not `hidden_size` (None), a projection
+    stands before the first layer and one after the last."""
     positions: PositionsSpec | None = None
     embedding_scale: float = 1.0
     """Token embeddings are multiplied by it, rounded to their dtype."""

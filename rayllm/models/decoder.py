@@ -51,8 +51,13 @@ class Decoder:
         device: torch.device,
     ):
         width = spec.hidden_size
+        outer = spec.embedding_size or width
         self.spec = spec
-        self._embedding = VocabEmbedding(weights, "embedding", spec.vocab_size, width, tp)
+        self._embedding = VocabEmbedding(weights, "embedding", spec.vocab_size, outer, tp)
+        self._project_in = self._project_out = None
+        if outer != width:
+            self._project_in = weights.linear([Outputs("project_in", width)], outer)
+            self._project_out = weights.linear([Outputs("project_out", outer)], width)
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
         self._positions = None
         if spec.positions is not None:
@@ -72,7 +77,7 @@ class Decoder:
         if spec.tied_embeddings:
             return dense_linear(self._embedding.weight_VD)
         part = vocab_part(spec.vocab_size, tp)
-        return weights.linear([Outputs("lm_head", spec.vocab_size, part)], spec.hidden_size)
+        return weights.linear([Outputs("lm_head", spec.vocab_size, part)], spec.embedding_size or spec.hidden_size)
 
     def forward(self, batch: Batch, kv: list[LayerKV], metadata: Any) -> Tensor:
         """Hidden states after the final norm, `[N, D]`: for `batch.logits_indices_N` only.
@@ -83,6 +88,8 @@ class Decoder:
         hidden = self._embedding(batch.token_ids_T)
         if self._embedding_scale != 1.0:
             hidden = hidden * self._embedding_scale
+        if self._project_in is not None:
+            hidden = self._project_in(hidden)
         if self._positions is not None:
             hidden = hidden.add_(self._positions(batch.positions_T))
         rotations = {spec: rope(batch.positions_T) for spec, rope in self._ropes.items()}
@@ -95,4 +102,4 @@ class Decoder:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """`[N, V]` float32, the same bits on every rank."""
-        return self._head(hidden_ND)
+        return self._head(hidden_ND if self._project_out is None else self._project_out(hidden_ND))

@@ -91,7 +91,7 @@ BAD_ELSEWHERE: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, r"sliding_window=0 is outside"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["x", "x"]}, r"layer_types holds 'x'"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "layer_types": []}, r"layer_types must be a list"),
-    ("opt", {"word_embed_proj_dim": 32}, r"word_embed_proj_dim=32 is not supported: it must equal hidden_size=64"),
+    ("opt", {"word_embed_proj_dim": 0}, r"word_embed_proj_dim=0 is outside"),
     ("opt", {"layer_norm_elementwise_affine": False}, r"layer_norm_elementwise_affine=False is not supported"),
     ("opt", {"num_attention_heads": 7}, r"hidden_size=64 is not a multiple of num_attention_heads=7"),
 ]

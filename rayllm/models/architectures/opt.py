@@ -1,4 +1,5 @@
-"""OPT: layer norms, learned positions with an offset of 2, biases everywhere, a plain feed-forward layer."""
+"""OPT: layer norms, learned positions with an offset of 2, biases everywhere, a plain feed-forward layer; opt-350m has
+embeddings narrower than its layers."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, N
 MODEL_TYPES = ("opt",)
 _NAMES = {
     "embedding": "model.decoder.embed_tokens",
+    "project_in": "model.decoder.project_in",
+    "project_out": "model.decoder.project_out",
     "positions": "model.decoder.embed_positions",
     "layers.attention_norm": "model.decoder.layers.{}.self_attn_layer_norm",
     "layers.q": "model.decoder.layers.{}.self_attn.q_proj",
@@ -37,14 +40,9 @@ _LAYER_NORM = NormSpec("layer", 1e-5)
 
 
 def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
-    """Reads OPT's config; the narrower embeddings of opt-350m and norms without weights are refused."""
+    """Reads OPT's config; norms without weights are refused."""
     fields = ConfigFields(hf_config)
     hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
-    embedding_size = fields.integer("word_embed_proj_dim", 1, MAX_WIDTH, default=hidden_size)
-    if embedding_size != hidden_size:
-        raise ConfigError(
-            f"word_embed_proj_dim={embedding_size} is not supported: it must equal hidden_size={hidden_size}"
-        )
     if not fields.flag("layer_norm_elementwise_affine", True):
         raise ConfigError("layer_norm_elementwise_affine=False is not supported")
     num_heads, _, head_dim = read_heads(fields, hidden_size)
@@ -74,6 +72,7 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
         final_norm=_LAYER_NORM if has_final_norm else None,
         tied_embeddings=fields.flag("tie_word_embeddings", True),
         max_model_len=max_positions,
+        embedding_size=fields.integer("word_embed_proj_dim", 1, MAX_WIDTH, default=hidden_size),
         positions=PositionsSpec(max_positions, offset=2),
     )
 

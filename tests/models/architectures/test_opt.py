@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import check_against_transformers
+from ranks import RankPool
+from tiny import make_checkpoint
 
 from rayllm.errors import ConfigError
 from rayllm.models.architectures import opt
@@ -22,6 +26,16 @@ def test_positions_are_learned_and_everything_has_a_bias() -> None:
     assert (attention.rope, attention.num_kv_heads, attention.qkv_bias, attention.out_bias) == (None, 4, True, True)
     assert spec.tied_embeddings
     assert spec.layers[0].norm_placement == "input"
+    assert spec.embedding_size == spec.hidden_size
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_narrower_than_the_layers_equal_transformers(
+    tied: bool, tmp_path: Path, two_ranks: RankPool
+) -> None:
+    fields = {"word_embed_proj_dim": 24, "do_layer_norm_before": False, "tie_word_embeddings": tied, "vocab_size": 283}
+    path = make_checkpoint(tmp_path, "opt", tokenizer=False, **fields)
+    check_against_transformers(path, two_ranks)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +53,7 @@ def test_norms_stand_where_the_config_has_them(fields: dict[str, Any], placement
 
 
 @pytest.mark.parametrize(
-    "fields", [{"word_embed_proj_dim": 32}, {"layer_norm_elementwise_affine": False}, {"num_attention_heads": 5}]
+    "fields", [{"word_embed_proj_dim": 0}, {"layer_norm_elementwise_affine": False}, {"num_attention_heads": 5}]
 )
 def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
