@@ -68,9 +68,16 @@ def check_log_probs(
         assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True)), "ranks differ"
 
 
-def check_bfloat16(path: Path, sequences: Sequence[Sequence[int]], expected: Sequence[np.ndarray]) -> None:
-    """In bfloat16 the model is at most twice as far from `expected` (float32) as `transformers` in bfloat16 is."""
-    reference = transformers_log_probs(path, sequences, torch.bfloat16)
+def check_bfloat16(
+    path: Path,
+    sequences: Sequence[Sequence[int]],
+    expected: Sequence[np.ndarray],
+    reference: Path | Sequence[np.ndarray] | None = None,
+) -> None:
+    """In bfloat16 the model is at most twice as far from `expected` (float32) as `transformers` in bfloat16 is: with
+    the model of the same folder, or of the folder `reference`, or by what it gave."""
+    if reference is None or isinstance(reference, Path):
+        reference = transformers_log_probs(reference or path, sequences, torch.bfloat16)
     cuts = [CUTS[-1][: len(sequences)]]
     found = log_probs_of_folder(TensorParallel(), str(path), sequences, cuts, BLOCK_SIZE, dtype=torch.bfloat16)[0]
     assert largest_difference(found, expected) <= 2 * largest_difference(reference, expected)

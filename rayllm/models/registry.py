@@ -32,10 +32,13 @@ ENTRY_POINT_GROUP = "rayllm.architectures"
 
 _PACKAGE = "rayllm.models.architectures"
 _modules: dict[str, str] = {
+    "BaiChuanForCausalLM": f"{_PACKAGE}.baichuan",
+    "BaichuanForCausalLM": f"{_PACKAGE}.baichuan",
     "GPT2LMHeadModel": f"{_PACKAGE}.gpt2",
     "GPTNeoXForCausalLM": f"{_PACKAGE}.gpt_neox",
     "Glm4ForCausalLM": f"{_PACKAGE}.glm4",
     "GlmForCausalLM": f"{_PACKAGE}.glm",
+    "InternLM2ForCausalLM": f"{_PACKAGE}.internlm2",
     "LlamaForCausalLM": f"{_PACKAGE}.llama",
     "MistralForCausalLM": f"{_PACKAGE}.mistral",
     "OPTForCausalLM": f"{_PACKAGE}.opt",

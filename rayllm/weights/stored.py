@@ -1,4 +1,5 @@
-"""Where a parameter stands in a checkpoint: a tensor, or rows of one, a transposed one, or a stack of several.
+"""Where a parameter stands in a checkpoint: a tensor, or rows of one, a transposed or normalized one, or a stack of
+several.
 
 An architecture's `names` map RayLLM's modules to these. A plain string is a `Tensor`. `{}` in a name is the number of
 the layer, `{expert}` that of the expert.
@@ -106,6 +107,31 @@ class Rows:
         if rows.step == 1:
             return self.of.read(checkpoint, (rows, *others))
         return self.of.read(checkpoint, (range(rows[0], rows[-1] + 1), *others))[:: rows.step]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRows:
+    """A matrix of `num_columns` inputs whose rows are divided by their Euclidean norms; rows of zeros stay."""
+
+    of: Stored
+    num_columns: int
+
+    @property
+    def name(self) -> str:
+        return self.of.name
+
+    def renamed(self, rename: Callable[[str], str]) -> UnitRows:
+        return UnitRows(self.of.renamed(rename), self.num_columns)
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        assert shape[1] == self.num_columns, (self, shape)
+        self.of.check(checkpoint, shape)
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        rows, columns = region
+        found = self.of.read(checkpoint, (rows, range(self.num_columns)))
+        unit = torch.nn.functional.normalize(found.float(), dim=1).to(found.dtype)
+        return unit[:, columns.start : columns.stop]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rayllm.errors import ConfigError
 from rayllm.weights.checkpoint import Checkpoint
 from rayllm.weights.checkpoint_weights import CheckpointWeights, WeightNames
-from rayllm.weights.stored import Rows, Stack, Stored, Tensor, Transposed, interleaved_rows, split_rows
+from rayllm.weights.stored import Rows, Stack, Stored, Tensor, Transposed, UnitRows, interleaved_rows, split_rows
 
 WHOLE = torch.arange(24 * 6, dtype=torch.float32).view(24, 6)
 
@@ -42,6 +42,7 @@ PLACES: dict[str, tuple[Stored, torch.Tensor]] = {
         torch.cat((WHOLE[::2], WHOLE[1::2])),
     ),
     "transposed": (Transposed(Tensor("fused.weight")), WHOLE.t()),
+    "rows of length one": (UnitRows(Tensor("fused.weight"), 6), WHOLE / WHOLE.norm(dim=1, keepdim=True)),
     "columns of a transposed one": (Rows(Transposed(Tensor("fused.weight")), (range(2, 4),), 6), WHOLE.t()[2:4]),
 }
 
