@@ -2,7 +2,7 @@
 several.
 
 An architecture's `names` map RayLLM's modules to these. A plain string is a `Tensor`. `{}` in a name is the number of
-the layer, `{expert}` that of the expert.
+the layer, `{expert}` that of the expert. torch is imported by what reads, so that a spec is read without it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from rayllm.weights.checkpoint import Checkpoint
 
 Region = tuple[range, ...]
@@ -98,6 +98,8 @@ class Rows:
 
     def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
         rows, others = region[0], region[1:]
+        import torch
+
         parts = [self._read(checkpoint, part, others) for part in _cut(self.ranges, rows)]
         if not parts:
             return self.of.read(checkpoint, (range(0), *others))
@@ -128,9 +130,11 @@ class UnitRows:
         self.of.check(checkpoint, shape)
 
     def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        from torch.nn.functional import normalize
+
         rows, columns = region
         found = self.of.read(checkpoint, (rows, range(self.num_columns)))
-        unit = torch.nn.functional.normalize(found.float(), dim=1).to(found.dtype)
+        unit = normalize(found.float(), dim=1).to(found.dtype)
         return unit[:, columns.start : columns.stop]
 
 
@@ -152,6 +156,8 @@ class Stack:
             self._of(expert).check(checkpoint, shape[1:])
 
     def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        import torch
+
         return torch.stack([self._of(expert).read(checkpoint, region[1:]) for expert in region[0]])
 
     def _of(self, expert: int) -> Stored:

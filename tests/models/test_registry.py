@@ -157,7 +157,9 @@ def test_ranks_may_be_a_multiple_of_key_value_heads_but_not_of_the_feed_forward_
 def test_reading_a_spec_imports_no_torch(tmp_path: Path) -> None:
     _folder(tmp_path)
     code = (
-        "import sys; from rayllm.models.registry import read_spec; read_spec(sys.argv[1]); "
+        "import sys; from importlib import import_module; from rayllm.models import registry; "
+        "registry.read_spec(sys.argv[1]); "
+        "[import_module(registry.architecture_module(name)) for name in registry.known_architectures()]; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
