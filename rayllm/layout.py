@@ -17,6 +17,8 @@ class ParallelLayout:
     """Tensor parallelism: ranks of a stage."""
     pp: int = 1
     """Pipeline parallelism: stages."""
+    expert_parallel: bool = False
+    """A mixture's experts are shared out whole over a stage's ranks; else each rank holds its share of every expert."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp"):

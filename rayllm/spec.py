@@ -110,19 +110,90 @@ class MlpSpec:
     bias: bool = False
     kind: Literal["dense"] = "dense"
 
-    def activation_width(self, tp_size: int) -> int:
+    def activation_width(self, hidden_size: int, tp_size: int) -> int:
         """Elements of a token's inner activations on a rank, roughly."""
         return self.intermediate_size * (2 if self.gated else 1) // tp_size
 
-    def split_sizes(self) -> tuple[SplitSize, ...]:
+    def split_sizes(self, expert_parallel: bool) -> tuple[SplitSize, ...]:
         return (SplitSize("intermediate_size", self.intermediate_size),)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """Chooses `top_k` of `num_experts` for each token, by a product with the layer's input.
+
+    The order of its steps: logits, scores, groups, choice, renormalization, scale. Softmax over the chosen experts
+    alone is the same as softmax over all of them, renormalized.
+    """
+
+    num_experts: int
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"]
+    renormalize: bool
+    """The chosen experts' scores are divided by their sum."""
+    scale: float = 1.0
+    """Multiplies them after that."""
+    num_groups: int = 1
+    """Experts form groups of neighbours, of which the best `top_groups` take part in the choice."""
+    top_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    """What ranks the groups: the largest score of one (DeepSeek-V2), or the sum of its two largest (DeepSeek-V3)."""
+    bias: bool = False
+    """Added to the logits."""
+    has_choice_bias: bool = False
+    """A parameter added to the scores for the choice of groups and experts, not to the scores that weigh them."""
+    float32: bool = False
+    """The product is computed in float32, whatever the model's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClampedSwiglu:
+    """(up + 1) * gate * sigmoid(alpha * gate); gate is at most `limit` before that, up within +-`limit` (gpt-oss)."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """One of a sparse layer's experts: down(activation(gate(x)) * up(x))."""
+
+    intermediate_size: int
+    activation: Activation | ClampedSwiglu
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SparseMlpSpec:
+    """A mixture of experts: each token's sum over the experts that the router chooses, weighed by their scores."""
+
+    router: RouterSpec
+    expert: ExpertSpec
+    shared: MlpSpec | None = None
+    """A dense layer that every token takes as well; several shared experts are one of their joint width."""
+    shared_gate: bool = False
+    """The shared layer's output is multiplied by sigmoid(w @ x)."""
+    scores_weigh_inputs: bool = False
+    """A score multiplies the expert's input instead of its output (Llama 4)."""
+    kind: Literal["sparse"] = "sparse"
+
+    def activation_width(self, hidden_size: int, tp_size: int) -> int:
+        """Elements of a token's widest activation on a rank: a row for each expert that it takes. They may all be on
+        one rank, and whole (expert parallelism), so the number of ranks does not matter."""
+        return self.router.top_k * max(2 * self.expert.intermediate_size, hidden_size)
+
+    def split_sizes(self, expert_parallel: bool) -> tuple[SplitSize, ...]:
+        split = SplitSize("intermediate_size of an expert", self.expert.intermediate_size)
+        whole = SplitSize("number of experts", self.router.num_experts)
+        shared = self.shared.split_sizes(expert_parallel) if self.shared is not None else ()
+        return (whole if expert_parallel else split, *shared)
 
 
 AttentionSpec = GroupedAttentionSpec
 """The union of all kinds of attention; `rayllm.layers.attention` has the layer of each. By their `kind` they are told
 apart when a resolved config comes as JSON."""
-FeedForwardSpec = MlpSpec
-"""The union of all kinds of feed-forward layers; `rayllm.layers.feed_forward` has the layer of each."""
+FeedForwardSpec = MlpSpec | SparseMlpSpec
+"""The union of all kinds of feed-forward layers; `rayllm.models.layer` has the layer of each."""
 
 NormPlacement = Literal["input", "sum", "output", "input_and_output"]
 """Where norms stand for both attention and feed-forward: on the input of each (Llama), on the residual sum after each
@@ -178,7 +249,10 @@ class DecoderSpec:
     def max_activation_width(self, tp_size: int) -> int:
         """Elements of a token's widest activation on a rank: what a step needs beside weights and KV, roughly."""
         layers = (
-            max(layer.attention.activation_width(tp_size), layer.feed_forward.activation_width(tp_size))
+            max(
+                layer.attention.activation_width(tp_size),
+                layer.feed_forward.activation_width(self.hidden_size, tp_size),
+            )
             for layer in self.layers
         )
         return max(self.hidden_size, *layers)

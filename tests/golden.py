@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ranks import RankPool
-from teacher import log_probs_of_folder
+from teacher import expert_parallel_log_probs, log_probs_of_folder
 
 from rayllm.distributed.groups import TensorParallel
 
@@ -53,19 +53,22 @@ def check_log_probs(
     expected: Sequence[np.ndarray],
     two_ranks: RankPool | None,
     tolerance: float = TOLERANCE,
+    *,
+    expert_parallel: bool = False,
 ) -> None:
     """The model in folder `path` gives the expected log-probabilities in float32, on one rank and on two, whole and in
-    chunks; both ranks give the same bits."""
+    chunks; both ranks give the same bits. `expert_parallel`: also with whole experts shared out over two ranks."""
     cuts = [chunks[: len(sequences)] for chunks in CUTS]
     alone = log_probs_of_folder(TensorParallel(), str(path), sequences, cuts, BLOCK_SIZE)
     for chunks, one in zip(cuts, alone, strict=True):
         assert largest_difference(one, expected) < tolerance, f"one rank, chunks {chunks}"
     if two_ranks is None:
         return
-    first, second = two_ranks.run(log_probs_of_folder, str(path), sequences, cuts, BLOCK_SIZE)
-    for chunks, left, right in zip(cuts, first, second, strict=True):
-        assert largest_difference(left, expected) < tolerance, f"two ranks, chunks {chunks}"
-        assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True)), "ranks differ"
+    for split in (log_probs_of_folder, expert_parallel_log_probs) if expert_parallel else (log_probs_of_folder,):
+        first, second = two_ranks.run(split, str(path), sequences, cuts, BLOCK_SIZE)
+        for chunks, left, right in zip(cuts, first, second, strict=True):
+            assert largest_difference(left, expected) < tolerance, f"two ranks, {split.__name__}, chunks {chunks}"
+            assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True)), "ranks differ"
 
 
 def check_bfloat16(
@@ -84,7 +87,12 @@ def check_bfloat16(
 
 
 def check_against_transformers(
-    path: Path, two_ranks: RankPool | None, *, tolerance: float = TOLERANCE, bfloat16: bool = True
+    path: Path,
+    two_ranks: RankPool | None,
+    *,
+    tolerance: float = TOLERANCE,
+    bfloat16: bool = True,
+    expert_parallel: bool = False,
 ) -> None:
     """`check_log_probs` and `check_bfloat16` with random tokens, against `transformers`' own model of the folder."""
     import json
@@ -92,6 +100,6 @@ def check_against_transformers(
     config = json.loads((path / "config.json").read_text())
     sequences = make_sequences(config.get("text_config", config)["vocab_size"])
     expected = transformers_log_probs(path, sequences)
-    check_log_probs(path, sequences, expected, two_ranks, tolerance)
+    check_log_probs(path, sequences, expected, two_ranks, tolerance, expert_parallel=expert_parallel)
     if bfloat16:
         check_bfloat16(path, sequences, expected)

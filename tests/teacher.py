@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def log_probs_of_folder(
     """`log_probs` for each way of cutting in `cuts`; what a rank of a pool runs."""
     model = load(tp, path, load_format, dtype=dtype)
     return [[part.numpy() for part in log_probs(model, sequences, chunks, block_size)] for chunks in cuts]
+
+
+def expert_parallel_log_probs(tp: TensorParallel, *arguments: Any) -> list[list[np.ndarray]]:
+    """`log_probs_of_folder(tp, *arguments)` with whole experts shared out over the ranks."""
+    return log_probs_of_folder(replace(tp, expert_parallel=True), *arguments)
 
 
 def registered_log_probs(tp: TensorParallel, name: str, module: str, *arguments: Any) -> list[list[np.ndarray]]:

@@ -7,13 +7,16 @@ import pytest
 from fakes import fake_config, fake_spec
 
 from rayllm.config import ResolvedConfig
-from rayllm.spec import MlpSpec, RopeSpec
+from rayllm.spec import ClampedSwiglu, ExpertSpec, MlpSpec, RopeSpec, RouterSpec, SparseMlpSpec
 
 
 def test_a_resolved_config_brings_its_spec_to_another_process() -> None:
     layer = fake_spec().layers[0]
     attention = replace(layer.attention, rope=RopeSpec(1e4, 16, "yarn", factor=4.0), window=7, alibi_slopes=(0.5, 0.25))
-    spec = replace(fake_spec(), layers=(layer, replace(layer, attention=attention, parallel=True)))
+    router = RouterSpec(8, 2, "sigmoid", renormalize=True, num_groups=2, group_score="top2_sum")
+    sparse = SparseMlpSpec(router, ExpertSpec(32, ClampedSwiglu(1.702, 7.0)), MlpSpec(64, "silu", gated=True))
+    others = (replace(layer, attention=attention, parallel=True), replace(layer, feed_forward=sparse))
+    spec = replace(fake_spec(), layers=(layer, *others))
     config = fake_config(spec=spec)
     assert config.spec is spec
     assert ResolvedConfig.model_validate_json(config.model_dump_json()).spec == spec
@@ -31,3 +34,10 @@ def test_the_widest_activation_is_the_largest_of_residual_heads_and_feed_forward
     layer = fake_spec().layers[0]
     layers = (replace(layer, feed_forward=MlpSpec(inner, "silu", gated)),) * 2
     assert replace(fake_spec(), layers=layers).max_activation_width(tp_size) == expected
+
+
+@pytest.mark.parametrize(("inner", "expected"), [(8, 3 * 64), (128, 3 * 2 * 128)])
+def test_a_sparse_layer_is_as_wide_as_the_rows_of_all_experts_that_a_token_takes(inner: int, expected: int) -> None:
+    sparse = SparseMlpSpec(RouterSpec(8, 3, "softmax", renormalize=True), ExpertSpec(inner, "silu"))
+    layers = (replace(fake_spec().layers[0], feed_forward=sparse),)
+    assert replace(fake_spec(), layers=layers).max_activation_width(2) == expected

@@ -17,6 +17,8 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    expert_parallel: bool = False
+    """A mixture's experts are shared out whole; else each rank holds its share of every expert."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`; written in place where ranks are more than one, and returned."""

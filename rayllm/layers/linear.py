@@ -33,7 +33,11 @@ class RowParallelLinear:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """The whole product plus bias, on every rank."""
-        return self._tp.all_reduce(self._linear(x_TI))
+        return self._tp.all_reduce(self.partial(x_TI))
+
+    def partial(self, x_TI: Tensor) -> Tensor:
+        """What this rank adds to the sum."""
+        return self._linear(x_TI)
 
     def plus(self, x_TI: Tensor, residual_TO: Tensor) -> Tensor:
         """The whole product plus bias plus residual, on every rank."""

@@ -39,6 +39,10 @@ class Mlp:
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self._down(self._projection(x_TD))
 
+    def partial(self, x_TD: Tensor) -> Tensor:
+        """What this rank adds to the sum over ranks."""
+        return self._down.partial(self._projection(x_TD))
+
     def plus(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
         """down(projection(x)) + residual."""
         return self._down.plus(self._projection(x_TD), residual_TD)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rayllm.linear.select import dense_linear
-from rayllm_kernels.activation import ACTIVATIONS, silu_mul
+from rayllm.spec import ClampedSwiglu
+from rayllm_kernels.activation import ACTIVATIONS, clamped_swiglu, silu_mul
 
 if TYPE_CHECKING:
     from rayllm.linear.base import Linear
@@ -37,22 +38,31 @@ class SeparateGatedLinear(GatedLinear):
 class JoinedGatedLinear(GatedLinear):
     """One product for both, `[gate; up]` by rows, then one elementwise kernel."""
 
-    def __init__(self, gate_up: Linear, activation: str):
+    def __init__(self, gate_up: Linear, activation: str | ClampedSwiglu):
         self._gate_up, self._activation = gate_up, activation
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        gate_up_TI2 = self._gate_up(x_TD)
-        if self._activation == "silu":
-            return silu_mul(gate_up_TI2)
-        gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
-        return ACTIVATIONS[self._activation](gate_TI).mul_(up_TI)
+        return gated(self._gate_up(x_TD), self._activation)
 
 
-def gated_linear(gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], activation: str) -> GatedLinear:
+def gated(gate_up_TI2: Tensor, activation: str | ClampedSwiglu) -> Tensor:
+    """activation(gate) * up of a matrix whose left half is the gate; the matrix may be changed."""
+    if isinstance(activation, ClampedSwiglu):
+        return clamped_swiglu(gate_up_TI2, activation.alpha, activation.limit)
+    if activation == "silu":
+        return silu_mul(gate_up_TI2)
+    gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate_TI).mul_(up_TI)
+
+
+def gated_linear(
+    gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], activation: str | ClampedSwiglu
+) -> GatedLinear:
     """The faster of both for plain weights, each given with its bias or None; either both have a bias or neither."""
-    linear = dense_linear(*gate)
-    if linear.fuses_elementwise:
-        return SeparateGatedLinear(linear, dense_linear(*up), activation)
+    if not isinstance(activation, ClampedSwiglu):
+        linear = dense_linear(*gate)
+        if linear.fuses_elementwise:
+            return SeparateGatedLinear(linear, dense_linear(*up), activation)
     biases = [bias for _, bias in (gate, up) if bias is not None]
     joined = dense_linear(torch.cat((gate[0], up[0])), torch.cat(biases) if biases else None)
     return JoinedGatedLinear(joined, activation)

@@ -5,6 +5,7 @@ Shape letters: T tokens of the step, D hidden width, N positions that go on to t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,12 +14,12 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.attention import AttentionBackend, GroupedAttention
 from rayllm.layers.kv_cache import LayerKV
 from rayllm.layers.mlp import Mlp
+from rayllm.layers.moe import SparseMlp
 from rayllm.layers.norm import NORMS, Norm
-from rayllm.spec import GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
+from rayllm.spec import GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, SparseMlpSpec
 from rayllm.weights.source import WeightSource
 
 ATTENTION_LAYERS: dict[type, type[GroupedAttention]] = {GroupedAttentionSpec: GroupedAttention}
-FEED_FORWARD_LAYERS: dict[type, type[Mlp]] = {MlpSpec: Mlp}
 """The layer for each kind of spec."""
 
 
@@ -28,6 +29,10 @@ class Branch(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
     def plus(self, x: Tensor, residual: Tensor, /) -> Tensor: ...
+
+
+FEED_FORWARD_LAYERS: dict[type, Callable[..., Branch]] = {MlpSpec: Mlp, SparseMlpSpec: SparseMlp}
+"""The layer for each kind of spec."""
 
 
 def make_norm(weights: WeightSource, name: str, spec: NormSpec, width: int) -> Norm:

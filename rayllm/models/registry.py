@@ -37,13 +37,17 @@ _modules: dict[str, str] = {
     "GPT2LMHeadModel": f"{_PACKAGE}.gpt2",
     "GPTNeoXForCausalLM": f"{_PACKAGE}.gpt_neox",
     "Glm4ForCausalLM": f"{_PACKAGE}.glm4",
+    "Glm4MoeForCausalLM": f"{_PACKAGE}.glm4_moe",
     "GlmForCausalLM": f"{_PACKAGE}.glm",
     "InternLM2ForCausalLM": f"{_PACKAGE}.internlm2",
     "LlamaForCausalLM": f"{_PACKAGE}.llama",
     "MistralForCausalLM": f"{_PACKAGE}.mistral",
+    "MixtralForCausalLM": f"{_PACKAGE}.mixtral",
     "OPTForCausalLM": f"{_PACKAGE}.opt",
     "Qwen2ForCausalLM": f"{_PACKAGE}.qwen2",
+    "Qwen2MoeForCausalLM": f"{_PACKAGE}.qwen2_moe",
     "Qwen3ForCausalLM": f"{_PACKAGE}.qwen3",
+    "Qwen3MoeForCausalLM": f"{_PACKAGE}.qwen3_moe",
 }
 """The module of each architecture, by its import path."""
 
@@ -118,7 +122,8 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
     if config.get("quantization_config") is not None:
         raise ConfigError("quantization_config is not supported: use a checkpoint that is not quantized")
     if config.get("sliding_window") is not None:  # nonsense is refused where the model has no use for it, too
-        ConfigFields(config).integer("sliding_window", 1, MAX_POSITIONS)
+        least = 0 if config.get("use_sliding_window") is False else 1  # transformers writes 0 for none, then
+        ConfigFields(config).integer("sliding_window", least, MAX_POSITIONS)
     spec: DecoderSpec = module.spec(config)
     return spec
 

@@ -8,10 +8,11 @@ from rayllm.spec import DecoderSpec
 
 
 def check_split(spec: DecoderSpec, layout: ParallelLayout) -> None:
-    """`ConfigError` where the model's heads or feed-forward width cannot be split over the ranks of a stage."""
+    """`ConfigError` where the model's heads, feed-forward widths or experts cannot be shared out over the ranks of a
+    stage."""
     tp_size = layout.tp
     for layer in spec.layers:
-        sizes = (*layer.attention.split_sizes(), *layer.feed_forward.split_sizes())
+        sizes = (*layer.attention.split_sizes(), *layer.feed_forward.split_sizes(layout.expert_parallel))
         if all(each.allows(tp_size) for each in sizes):
             continue
         found = ", ".join(f"{each.field}={each.size}" for each in sizes)

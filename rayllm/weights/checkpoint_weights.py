@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -46,21 +46,41 @@ class CheckpointWeights(WeightSource):
         self._dtype = dtype
         self._device = device
 
-    def tensor(self, name: str, shape: tuple[int, ...], *, dim: int = 0, part: range | None = None) -> Tensor:
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        dim: int = 0,
+        part: range | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         place = find_stored(name, self._names)
         place.check(self._checkpoint, shape)
-        region = tuple(range(size) for size in shape)
-        if part is not None:
-            region = (*region[:dim], clip(part, shape[dim]), *region[dim + 1 :])
+        return self._read(name, place, _cut(shape, dim, part), dim, part, dtype or self._dtype)
+
+    def expert_tensors(
+        self, name: str, shape: tuple[int, ...], experts: range, *, dim: int = 0, part: range | None = None
+    ) -> Iterator[Tensor]:
+        place = find_stored(name, self._names)
+        place.check(self._checkpoint, shape)
+        region = _cut(shape[1:], dim, part)
+        for expert in experts:
+            one = (range(expert, expert + 1), *region)
+            yield self._read(name, place, one, dim + 1, part, self._dtype).squeeze(0)
+
+    def _read(
+        self, name: str, place: stored.Stored, region: stored.Region, dim: int, part: range | None, dtype: torch.dtype
+    ) -> Tensor:
         tensor = place.read(self._checkpoint, region)
         if part is not None:
             tensor = pad_to(tensor, dim, len(part))
         if not tensor.dtype.is_floating_point:
             raise ConfigError(f"{self._where(name)} has dtype {tensor.dtype}: {name} must be floating point")
-        tensor = tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        tensor = tensor.to(device=self._device, dtype=dtype).contiguous()
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             # one such number would reach, through the shared KV pool, requests of other users
-            raise ConfigError(f"{self._where(name)} holds NaN or infinity as {self._dtype}")
+            raise ConfigError(f"{self._where(name)} holds NaN or infinity as {dtype}")
         return tensor
 
     def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
@@ -80,3 +100,9 @@ class CheckpointWeights(WeightSource):
         """The file and the tensor that hold a parameter; of a stack, the first."""
         source = find_stored(name, self._names).name
         return f"{self._checkpoint.file_of(source)}: tensor {source!r}"
+
+
+def _cut(shape: tuple[int, ...], dim: int, part: range | None) -> stored.Region:
+    """The region of a parameter that `part` along `dim` leaves."""
+    region = tuple(range(size) for size in shape)
+    return region if part is None else (*region[:dim], clip(part, shape[dim]), *region[dim + 1 :])

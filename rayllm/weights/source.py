@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rayllm.linear import GatedLinear, Linear, dense_linear, gated_linear
+from rayllm.linear import (
+    ExpertLinear,
+    GatedLinear,
+    Linear,
+    dense_linear,
+    expert_gated_linear,
+    expert_linear,
+    gated_linear,
+)
+from rayllm.spec import ClampedSwiglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +37,39 @@ class Outputs:
     """None: all."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """The experts that this rank holds of a mixture's `total`."""
+
+    held: range
+    total: int
+
+
 class WeightSource(ABC):
     """Gives parameters by RayLLM's names (`layers.3.q.weight`), cut to the part that a rank holds."""
 
     @abstractmethod
-    def tensor(self, name: str, shape: tuple[int, ...], *, dim: int = 0, part: range | None = None) -> Tensor:
-        """The parameter `name`, whose full shape is `shape`, cut to `part` along `dim`; dtype and device are set.
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        dim: int = 0,
+        part: range | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The parameter `name`, whose full shape is `shape`, cut to `part` along `dim`; its `dtype` is the model's, if
+        none is given.
 
         `part` may reach past the end of `dim` (a padded vocabulary): what is past the end is zero.
         """
+
+    @abstractmethod
+    def expert_tensors(
+        self, name: str, shape: tuple[int, ...], experts: range, *, dim: int = 0, part: range | None = None
+    ) -> Iterator[Tensor]:
+        """The parameter `name` of `experts`, one after another, cut to `part` along `dim`. `shape` is that of all
+        experts' together, `[E, ...]`; `dim` counts the dimensions of one expert's."""
 
     def linear(
         self,
@@ -66,6 +99,47 @@ class WeightSource(ABC):
         gate_weight, up_weight = (self._weight(each, num_inputs) for each in (gate, up))
         gate_bias, up_bias = (self._bias(each) if bias else None for each in (gate, up))
         return gated_linear((gate_weight, gate_bias), (up_weight, up_bias), activation)
+
+    def expert_linear(
+        self,
+        outputs: Outputs,
+        num_inputs: int,
+        experts: ExpertPart,
+        *,
+        inputs: range | None = None,
+        bias: bool = False,
+        holds_bias: bool = True,
+    ) -> ExpertLinear:
+        """`linear` of one module, by each of a mixture's `experts`."""
+        if bias and not holds_bias:
+            self.leave_to_others(f"{outputs.module}.bias", (experts.total, outputs.size))
+        parameters = self._expert_parameters(outputs, num_inputs, experts, inputs, bias=bias and holds_bias)
+        return expert_linear(parameters, len(experts.held))
+
+    def expert_gated_linear(
+        self,
+        gate: Outputs,
+        up: Outputs,
+        num_inputs: int,
+        experts: ExpertPart,
+        activation: str | ClampedSwiglu,
+        *,
+        bias: bool = False,
+    ) -> ExpertLinear:
+        """`gated_linear` by each of a mixture's `experts`."""
+        gates, ups = (self._expert_parameters(each, num_inputs, experts, None, bias=bias) for each in (gate, up))
+        return expert_gated_linear(gates, ups, len(experts.held), activation)
+
+    def _expert_parameters(
+        self, outputs: Outputs, num_inputs: int, experts: ExpertPart, inputs: range | None, *, bias: bool
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        shape = (experts.total, outputs.size, num_inputs)
+        dim, part = (0, outputs.part) if inputs is None else (1, inputs)
+        weights = self.expert_tensors(f"{outputs.module}.weight", shape, experts.held, dim=dim, part=part)
+        if not bias:
+            return ((weight, None) for weight in weights)
+        name = f"{outputs.module}.bias"
+        return zip(weights, self.expert_tensors(name, shape[:2], experts.held, part=outputs.part), strict=True)
 
     @abstractmethod
     def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
@@ -107,20 +181,35 @@ class DummyWeights(WeightSource):
         self._dtype = dtype
         self._device = device
 
-    def tensor(self, name: str, shape: tuple[int, ...], *, dim: int = 0, part: range | None = None) -> Tensor:
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        dim: int = 0,
+        part: range | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        dtype = dtype or self._dtype
         if name.endswith("bias"):
-            full = torch.zeros(shape, dtype=self._dtype)
+            full = torch.zeros(shape, dtype=dtype)
         elif len(shape) == 1:
-            full = torch.ones(shape, dtype=self._dtype)
+            full = torch.ones(shape, dtype=dtype)
         else:
             digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             bound = math.sqrt(3.0 / shape[-1])  # a variance of 1 / fan-in keeps activations of order one
-            full = torch.empty(shape, dtype=self._dtype).uniform_(-bound, bound, generator=generator)
+            full = torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
         if part is not None:
             inside = clip(part, shape[dim])
             full = pad_to(full.narrow(dim, inside.start, len(inside)), dim, len(part))
         return full.contiguous().to(self._device)
+
+    def expert_tensors(
+        self, name: str, shape: tuple[int, ...], experts: range, *, dim: int = 0, part: range | None = None
+    ) -> Iterator[Tensor]:
+        module, _, leaf = name.rpartition(".")
+        return (self.tensor(f"{module}.{expert}.{leaf}", shape[1:], dim=dim, part=part) for expert in experts)
 
     def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
         pass

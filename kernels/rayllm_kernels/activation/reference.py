@@ -15,6 +15,14 @@ def silu_mul(gate_up_TI2: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def clamped_swiglu(gate_up_TI2: Tensor, alpha: float, limit: float) -> Tensor:
+    """(up + 1) * gate * sigmoid(alpha * gate) of a `[T, 2 I]` matrix whose left half is the gate, at most `limit`, and
+    whose right half is up, within +-`limit`; returns a contiguous `[T, I]`. The matrix is changed."""
+    gate, up = gate_up_TI2.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return gate.mul_(torch.sigmoid(alpha * gate)).mul_(up.clamp_(-limit, limit).add_(1))
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
