@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rayllm.models.architectures import llama
-from rayllm.spec import DecoderSpec
+from rayllm.spec import DecoderSpec, MlpSpec
 from rayllm.weights.stored import Stored, split_rows
 
 MODEL_TYPES = ("glm",)
@@ -33,6 +33,7 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
 
 def names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
     """The checkpoint's modules: Llama's, with the rows of gate and up one after another."""
-    width = spec.layers[0].feed_forward.intermediate_size
-    gate, up = split_rows("model.layers.{}.mlp.gate_up_proj", width, width)
+    mlp = spec.layers[0].feed_forward
+    assert isinstance(mlp, MlpSpec)
+    gate, up = split_rows("model.layers.{}.mlp.gate_up_proj", mlp.intermediate_size, mlp.intermediate_size)
     return {**llama.names(spec), "layers.gate": gate, "layers.up": up}
