@@ -103,11 +103,7 @@ class Rows:
         parts = [self._read(checkpoint, part, others) for part in _cut(self.ranges, rows)]
         if not parts:
             return self.of.read(checkpoint, (range(0), *others))
-        if len(parts) == 1:
-            return parts[0]
-        import torch
-
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read(self, checkpoint: Checkpoint, rows: range, others: Region) -> torch.Tensor:
         if rows.step == 1:
