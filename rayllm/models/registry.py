@@ -5,6 +5,7 @@ An architecture is a module with
     MODEL_TYPES                               the `model_type`s of config.json that it reads
     spec(config) -> DecoderSpec               what config.json says, checked
     names(spec) -> Mapping[str, str | Stored] where its parameters stand in a checkpoint, see `weights.stored`
+    EXAMPLES                                  optional: checkpoints by their names on Hugging Face
 
 Packages outside add theirs by `register_architecture`, or by an entry point of the group `rayllm.architectures` whose
 name is the architecture's and whose value is the module: that one is found in every process by itself.
@@ -76,6 +77,13 @@ def outside_module(name: str) -> str:
 def architecture_module(name: str) -> str | None:
     """The import path of an architecture's module; None where there is none."""
     return _modules.get(name) or _entry_points().get(name)
+
+
+def imported_module(name: str) -> ModuleType:
+    """The module of a known architecture; `ConfigError` where it cannot be imported or lacks something."""
+    path = architecture_module(name)
+    assert path is not None, name
+    return _check_module(name, path)
 
 
 def weight_names(spec: DecoderSpec, module: str = "") -> Mapping[str, str | Stored]:

@@ -14,6 +14,7 @@ from rayllm.spec import DecoderSpec
 from rayllm.weights.stored import Stored, Tensor, UnitRows, split_rows
 
 MODEL_TYPES = ("baichuan",)
+EXAMPLES = ("baichuan-inc/Baichuan-7B", "baichuan-inc/Baichuan2-13B-Chat")
 _ROTARY_WIDTHS = {4096: True, 5120: False}
 """Whether the published models, 7B and 13B, have rotary positions. No field says so; of other widths, those of the 7B
 code have a `max_position_embeddings`."""

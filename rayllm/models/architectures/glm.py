@@ -12,6 +12,7 @@ from rayllm.spec import DecoderSpec, MlpSpec
 from rayllm.weights.stored import Stored, split_rows
 
 MODEL_TYPES = ("glm",)
+EXAMPLES = ("zai-org/glm-4-9b-chat-hf",)
 _DEFAULTS = {
     "num_key_value_heads": 2,
     "partial_rotary_factor": 0.5,

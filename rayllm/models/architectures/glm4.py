@@ -11,6 +11,7 @@ from rayllm.spec import DecoderSpec
 from rayllm.weights.stored import Stored
 
 MODEL_TYPES = ("glm4",)
+EXAMPLES = ("zai-org/GLM-4-9B-0414",)
 _OUTPUT_NORMS = {
     "layers.attention_output_norm": "model.layers.{}.post_self_attn_layernorm",
     "layers.mlp_output_norm": "model.layers.{}.post_mlp_layernorm",

@@ -20,6 +20,7 @@ from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, N
 from rayllm.weights.stored import Stored, Tensor, Transposed, split_rows
 
 MODEL_TYPES = ("gpt2",)
+EXAMPLES = ("openai-community/gpt2",)
 _LAYER = "transformer.h.{}"
 _NAMES: dict[str, str | Stored] = {
     "embedding": "transformer.wte",

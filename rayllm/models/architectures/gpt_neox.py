@@ -21,6 +21,7 @@ from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, N
 from rayllm.weights.stored import Stored, interleaved_rows
 
 MODEL_TYPES = ("gpt_neox",)
+EXAMPLES = ("EleutherAI/pythia-160m", "EleutherAI/gpt-neox-20b")
 _LAYER = "gpt_neox.layers.{}"
 _NAMES = {
     "embedding": "gpt_neox.embed_in",

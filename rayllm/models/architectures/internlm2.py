@@ -13,6 +13,7 @@ from rayllm.weights.stored import Stored, interleaved_rows
 
 MODEL_TYPES = ("internlm2", "internlm")
 """The first published files have the type of the model before."""
+EXAMPLES = ("internlm/internlm2-chat-7b",)
 _LAYER = "model.layers.{}"
 _NAMES = {
     "embedding": "model.tok_embeddings",

@@ -21,6 +21,7 @@ from rayllm.models.config_fields import (
 from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec
 
 MODEL_TYPES = ("llama",)
+EXAMPLES = ("meta-llama/Llama-3.1-8B-Instruct", "lmsys/vicuna-7b-v1.5")
 _NAMES = {
     "embedding": "model.embed_tokens",
     "layers.attention_norm": "model.layers.{}.input_layernorm",

@@ -11,6 +11,7 @@ from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields
 from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("mistral",)
+EXAMPLES = ("mistralai/Mistral-7B-Instruct-v0.3",)
 names = llama.names
 
 

@@ -20,6 +20,7 @@ from rayllm.models.config_fields import (
 from rayllm.spec import DecoderSpec, GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, PositionsSpec
 
 MODEL_TYPES = ("opt",)
+EXAMPLES = ("facebook/opt-125m", "facebook/opt-350m")
 _NAMES = {
     "embedding": "model.decoder.embed_tokens",
     "project_in": "model.decoder.project_in",

@@ -12,6 +12,7 @@ from rayllm.models.config_fields import MAX_LAYERS, MAX_POSITIONS, ConfigFields
 from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen2",)
+EXAMPLES = ("Qwen/Qwen2.5-7B-Instruct",)
 names = llama.names
 
 

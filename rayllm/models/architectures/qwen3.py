@@ -11,6 +11,7 @@ from rayllm.models.architectures.qwen2 import layer_windows
 from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen3",)
+EXAMPLES = ("Qwen/Qwen3-0.6B",)
 names = llama.names
 
 
