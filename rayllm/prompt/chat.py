@@ -38,7 +38,7 @@ class ChatPrompt:
         return self.form.tokenizer.without_marks(self.marked_text)
 
     def token_ids(self, model: TextModel, *, add_special_tokens: bool = False) -> list[int]:
-        return model.tokenize(self.marked_text, add_special_tokens=add_special_tokens, param="messages")
+        return model.tokenize_chat(self.marked_text, add_special_tokens=add_special_tokens)
 
     def tool_grammar(self, wanted: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
         """What the answer's text must be so that calls are made where they must, and follow their schemas; None where

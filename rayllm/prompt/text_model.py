@@ -25,10 +25,14 @@ class TextModel:
         return ChatFormat.of(self.tokenizer, self.config.engine)
 
     def tokenize(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a prompt, marked or not. A text that no tokenizing could make fit is refused before it is
-        tokenized."""
+        """Token ids of a plain prompt. A text that no tokenizing could make fit is refused before it is tokenized."""
         self.check_length(len(text), param)
-        return self.tokenizer.encode_marked(text, add_special_tokens=add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def tokenize_chat(self, marked_text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """As `tokenize`, of a chat's text as the template wrote it, with marks (`Tokenizer.mark`)."""
+        self.check_length(len(marked_text), "messages")
+        return self.tokenizer.encode_marked(marked_text, add_special_tokens=add_special_tokens)
 
     def check_length(self, num_characters: int, param: str) -> None:
         """Refuses a prompt of so many characters that no tokenizing could make it fit."""

@@ -10,6 +10,8 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from rayllm.errors import ConfigError
+from rayllm.vocabulary.family_tokenizer import read_family_tokenizer
+from rayllm.weights.config_file import read_json
 
 _NO_END = "<|rayllm: no end of text|>"
 
@@ -46,14 +48,18 @@ class Vocabulary:
 
 
 def _pipeline_text(folder: Path) -> str:
-    """tokenizer.json, or what `transformers` makes of an older form."""
+    """tokenizer.json, or what is made of an older form."""
     file = folder / "tokenizer.json"
     if file.is_file():
         return file.read_text("utf-8")
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    made = read_family_tokenizer(folder, settings)
+    if made is not None:
+        return str(made.pipeline.to_str())
     import transformers
 
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         text: str = tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # whatever the folder lacks
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.text.tokenizer_files import SENTENCEPIECE_FILE, named_tokens, read_json, read_text, sentencepiece_processor
+from rayllm.vocabulary.family_tokenizer import read_family_tokenizer
+from rayllm.vocabulary.ranks import holds_ranks
 
 _CLASS_DEFAULTS = {
     "LlamaTokenizer": "</s>",
@@ -26,8 +28,11 @@ def end_token_id(folder: Path) -> int | None:
     if text is None and "eos_token" not in settings:
         text = _CLASS_DEFAULTS.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
     model = folder / SENTENCEPIECE_FILE
+    holds_ids = model.is_file() and not holds_ranks(model)
+    if text is None and "eos_token" not in settings:
+        return _sentencepiece_end(model) if holds_ids else _family_end(folder, settings)
     if text is None:
-        return _sentencepiece_end(model) if model.is_file() and "eos_token" not in settings else None
+        return None
     found = _added(settings, text)
     if found is None:
         found = read_json(folder / "added_tokens.json").get(text)
@@ -35,8 +40,8 @@ def end_token_id(folder: Path) -> int | None:
         found = _in_pipeline(folder / "tokenizer.json", text)
     if found is None:
         found = read_json(folder / "vocab.json").get(text)
-    if found is None and model.is_file():
-        found = _sentencepiece_id(model, text)
+    if found is None:
+        found = _sentencepiece_id(model, text) if holds_ids else _family_end(folder, settings)
     return found if type(found) is int else None
 
 
@@ -69,6 +74,16 @@ def _in_pipeline(file: Path, text: str) -> Any:
     if isinstance(vocab, list):  # Unigram: [[piece, score], ...]
         return next((i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry[:1] == [text]), None)
     return None
+
+
+def _family_end(folder: Path, settings: Mapping[str, Any]) -> int | None:
+    """Of a family's vocabulary by rank, whose special tokens stand in no file."""
+    made = read_family_tokenizer(folder, settings)
+    if made is None:
+        return None
+    text = named_tokens(folder, settings).get("eos_token") or made.named.get("eos_token", "")
+    found: int | None = made.pipeline.token_to_id(text)
+    return found
 
 
 def _sentencepiece_end(model: Path) -> int | None:

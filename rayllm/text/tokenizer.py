@@ -14,7 +14,7 @@ from rayllm.errors import ConfigError, RequestError
 from rayllm.request import SamplingParams
 from rayllm.text.chat_content import cut_at_end_mark, with_end_mark
 from rayllm.text.chat_template import ChatTemplate
-from rayllm.text.tokenizer_backends import Backend, NoTokenizer, Pipeline, PythonTokenizer, no_text
+from rayllm.text.tokenizer_backends import Backend, FamilyPipeline, NoTokenizer, Pipeline, PythonTokenizer, no_text
 from rayllm.text.tokenizer_files import (
     NAMED_TOKENS,
     check_vocabulary_files,
@@ -23,6 +23,8 @@ from rayllm.text.tokenizer_files import (
     read_text,
     token_content,
 )
+from rayllm.vocabulary.families import OTHER, TokenizerFamily
+from rayllm.vocabulary.family_tokenizer import brings_code, read_family_tokenizer
 
 _GENERIC_CLASSES = frozenset({None, "PreTrainedTokenizerFast", "TokenizersBackend"})
 """Classes that add nothing to tokenizer.json."""
@@ -87,12 +89,14 @@ class Tokenizer:
         else:
             named_templates = {"default": _given_template(chat_template)}
         check_vocabulary_files(folder)
-        backend, named = _load(folder, settings)
+        backend, named, family = _load(folder, settings)
         if not backend.vocab().keys() - backend.added_text.values():
             raise ConfigError(f"tokenizer: {folder} holds a tokenizer without a vocabulary: bring its files here again")
-        template = named_templates.get("default") or next(iter(named_templates.values()), None)
+        template = named_templates.get("default") or next(iter(named_templates.values()), family.chat_template)
         made = cls(backend, named, template, content_format)
         made.tool_template = named_templates.get("tool_use")
+        if chat_template is None and made.tool_template is None and not _takes_tools(made.chat_template):
+            made.tool_template = family.tool_template
         return made
 
     @property
@@ -133,22 +137,16 @@ class Tokenizer:
         return _MARKS.sub("", text)
 
     def encode_marked(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text in which special tokens count only outside the marks: a user cannot write them."""
-        if _OPEN_MARK not in text:
-            return self.encode(text, add_special_tokens)
-        ids: list[int] = []
-        inside = False
+        """Token ids of a chat, in which special tokens count outside the marks alone: a user cannot write them."""
+        parts: list[tuple[str, bool]] = []
+        is_written = False
         for part in _MARKS.split(text):
             if part in (_OPEN_MARK, _CLOSE_MARK):
-                inside = part == _OPEN_MARK
+                is_written = part == _OPEN_MARK
             elif part:
-                ids += self._encode_as_text(part) if inside else self.encode(part, add_special_tokens)
-                add_special_tokens = False
-        return ids
-
-    def _encode_as_text(self, text: str) -> list[int]:
+                parts.append((part, is_written))
         with _refusing_text():
-            return self._backend.encode_as_text(text)
+            return self._backend.encode_parts(parts, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence. For text that grows, `detokenizer.ChoiceText`."""
@@ -188,6 +186,23 @@ class Tokenizer:
         text = render(shaped)
         forms.check_shown(shaped, text, render)
         return cut_at_end_mark(text, messages) if continues else text
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str | list[int]:
+        """`transformers`' method: a chat's text, or its token ids. Raises as `render_chat`."""
+        tokenizer = self if chat_template is None else self.with_template(chat_template)
+        if chat_template is None and tools and self.tool_template is not None:
+            tokenizer = self.with_template(self.tool_template)
+        text = tokenizer.render_chat(conversation, add_generation_prompt, tools=tools, **variables)
+        return self.encode_marked(text) if tokenize else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, within a text; empty for an id that is no token."""
@@ -297,13 +312,20 @@ def _given_template(given: str) -> str:
     return read_text(Path(given))
 
 
-def _load(folder: Path, settings: Mapping[str, Any]) -> tuple[Backend, dict[str, str]]:
+def _takes_tools(template: ChatTemplate | None) -> bool:
+    return template is not None and "tools" in template.variables
+
+
+def _load(folder: Path, settings: Mapping[str, Any]) -> tuple[Backend, dict[str, str], TokenizerFamily]:
     file = folder / "tokenizer.json"
     if file.is_file():
         pipeline = _load_pipeline(file)
         if _is_whole(pipeline, settings):
-            return Pipeline(pipeline), named_tokens(folder, settings)
-    return _load_with_transformers(folder)
+            return Pipeline(pipeline), named_tokens(folder, settings), OTHER
+    made = read_family_tokenizer(folder, settings)
+    if made is not None:
+        return FamilyPipeline(made), {**made.named, **named_tokens(folder, settings)}, made.family
+    return *_load_with_transformers(folder, settings), OTHER
 
 
 def _load_pipeline(file: Path) -> Any:
@@ -331,11 +353,12 @@ def _is_whole(pipeline: Any, settings: Mapping[str, Any]) -> bool:
     return added <= known and named <= known
 
 
-def _load_with_transformers(folder: Path) -> tuple[Backend, dict[str, str]]:
-    from transformers import AutoTokenizer
+def _load_with_transformers(folder: Path, settings: Mapping[str, Any]) -> tuple[Backend, dict[str, str]]:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    made_by: Any = PreTrainedTokenizerFast if brings_code(settings) else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = made_by.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # from OSError to KeyError, by the way in which the files are wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"tokenizer: cannot load one from {folder}: {reason}") from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rayllm.errors import RequestError
+from rayllm.vocabulary.family_tokenizer import FamilyTokenizer
 
 _LONG_TEXT = 8192
 """Characters, or ids."""
@@ -20,6 +22,15 @@ class Backend(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def encode_as_text(self, text: str) -> list[int]: ...
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], add_special_tokens: bool) -> list[int]:
+        """A text in parts, in which special tokens count, or (True) are text that a user wrote."""
+        ids: list[int] = []
+        for text, is_written in parts:
+            if text:
+                ids += self.encode_as_text(text) if is_written else self.encode(text, add_special_tokens)
+                add_special_tokens = False
+        return ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
     def piece(self, token_id: int) -> str | None: ...
     def vocab(self) -> dict[str, int]: ...
@@ -64,6 +75,45 @@ class Pipeline(Backend):
     def vocab(self) -> dict[str, int]:
         vocab: dict[str, int] = self._pipeline.get_vocab(with_added_tokens=True)
         return vocab
+
+
+class FamilyPipeline(Pipeline):
+    """A pipeline whose special tokens are found here: each text between two of them is encoded as one of its own,
+    whoever wrote which part of it."""
+
+    def __init__(self, made: FamilyTokenizer):
+        super().__init__(made.pipeline)
+        self._made = made
+        longest_first = sorted(made.counted, key=len, reverse=True)
+        self._counted = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        family = self._made.family
+        is_chat = family.turns is None or text.startswith("".join(family.prefix))
+        return self.encode_parts([(text, not is_chat)], add_special_tokens)
+
+    def encode_as_text(self, text: str) -> list[int]:
+        ids: list[int] = _encoding(self._pipeline, text, False).ids
+        return ids
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], add_special_tokens: bool) -> list[int]:
+        ids: list[int] = []
+        text = ""
+        for part, is_written in parts:
+            start = 0
+            for found in () if is_written else self._counted.finditer(part):
+                text += part[start : found.start()]
+                if text:
+                    ids += self.encode_as_text(text)
+                ids += self._made.counted[found.group()]
+                text, start = "", found.end()
+            text += part[start:]
+        if text:
+            ids += self.encode_as_text(text)
+        if not add_special_tokens:
+            return ids
+        prefix = list(self._made.prefix)
+        return (ids if ids[: len(prefix)] == prefix else prefix + ids) + list(self._made.suffix)
 
 
 def _encoding(pipeline: Any, text: str, add_special_tokens: bool) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rayllm.errors import ConfigError
+from rayllm.vocabulary.ranks import holds_ranks
 from rayllm.weights.tokenizer_names import has_vocabulary_files
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -51,9 +51,6 @@ def named_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ [0-9]+\r?\n")
-
-
 def check_vocabulary_files(folder: Path) -> None:
     """`ConfigError` where the folder holds no vocabulary, or a tokenizer.model that is none."""
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
@@ -63,11 +60,9 @@ def check_vocabulary_files(folder: Path) -> None:
             "merges.txt): copy its files there, give --tokenizer FOLDER, or --skip-tokenizer-init to work with token "
             "ids"
         )
-    if SENTENCEPIECE_FILE in names and "tokenizer.json" not in names:
-        with (folder / SENTENCEPIECE_FILE).open("rb") as file:
-            is_tiktoken = _TIKTOKEN_LINE.match(file.read(256)) is not None
-        if not is_tiktoken:
-            sentencepiece_processor(folder / SENTENCEPIECE_FILE)
+    model = folder / SENTENCEPIECE_FILE
+    if SENTENCEPIECE_FILE in names and "tokenizer.json" not in names and not holds_ranks(model):
+        sentencepiece_processor(model)
 
 
 def sentencepiece_processor(model: Path) -> Any:

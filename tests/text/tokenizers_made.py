@@ -69,3 +69,31 @@ def make_sentencepiece_model(folder: Path, *, vocab_size: int = 320, model_type:
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
+
+
+def make_ranks(folder: Path, num_merged: int = 80) -> Path:
+    """A folder with a `tokenizer.model` of lines "base64 rank" alone, as GLM-4 brings it: all bytes, then what is
+    merged most often in a few lines of text."""
+    import base64
+
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + num_merged, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    trained.train_from_iterator(["hello world, how are you today?", "你好，世界", "get_weather 1234"] * 9, trainer)
+    table = {character: i for i, character in enumerate(_byte_characters())}
+    by_rank = sorted(trained.get_vocab().items(), key=lambda entry: entry[1])
+    tokens = [bytes(table[character] for character in written) for written, _ in by_rank]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [base64.b64encode(token).decode() + f" {rank}\n" for rank, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+def _byte_characters() -> list[str]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return [bytes_to_unicode()[byte] for byte in range(256)]

@@ -42,7 +42,7 @@ def _tokenize(body: TokenizeBody, model: ServedModel) -> list[int]:
             tools=body.tools,
         )
         text = render(fields, model)
-        return model.tokenize(text, add_special_tokens=bool(body.add_special_tokens), param="messages")
+        return model.tokenize_chat(text, add_special_tokens=bool(body.add_special_tokens))
     text = body.prompt or ""
     return model.tokenize(text, add_special_tokens=body.add_special_tokens is not False, param="prompt")
 
