@@ -16,6 +16,8 @@ class NormSpec:
 
     kind: Literal["rms", "layer"]
     eps: float
+    zero_centered: bool = False
+    """The stored weight is the factor minus one; factor and product are in float32 (Gemma)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,10 @@ class RopeSpec:
 
     theta: float
     rotary_dim: int
-    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope", "proportional"] = "default"
     factor: float = 1.0
     original_max_positions: int = 0
-    """Context of pretraining (llama3, yarn)."""
+    """Context of pretraining (llama3, yarn, longrope)."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -37,6 +39,13 @@ class RopeSpec:
     """Multiplies cosine and sine."""
     in_pairs: bool = False
     """Neighbouring channels turn together, else those half the width apart."""
+    num_turning_pairs: int = 0
+    """Pairs of channels that turn (proportional); the others have frequency 0."""
+    pair_factors: tuple[float, ...] = ()
+    """What divides each pair's frequency (longrope)."""
+    beyond: RopeSpec | None = None
+    """The embedding of all tokens of a sequence longer than `original_max_positions` (longrope); `rayllm.layers.rope`
+    says what that means for cached keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +254,17 @@ class DecoderSpec:
     def attentions(self) -> Iterator[AttentionSpec]:
         """Each layer's."""
         return (layer.attention for layer in self.layers)
+
+    @property
+    def rope_boundary(self) -> int | None:
+        """Tokens up to which a sequence's keys are rotated by the layers' `RopeSpec`s, and beyond which by what these
+        name as `beyond`; None where the length of a sequence changes nothing. One for all layers."""
+        return next(iter(self.rope_boundaries()), None)
+
+    def rope_boundaries(self) -> set[int]:
+        """`rope_boundary` of each layer that has one."""
+        ropes = (attention.rope for attention in self.attentions())
+        return {rope.original_max_positions for rope in ropes if rope is not None and rope.beyond is not None}
 
     def max_activation_width(self, tp_size: int) -> int:
         """Elements of a token's widest activation on a rank: what a step needs beside weights and KV, roughly."""

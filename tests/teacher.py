@@ -62,8 +62,15 @@ class PagedRun:
             logits_indices_N=torch.arange(len(ids)),
             num_decode_rows=sum(counts[row] == 1 for row in rows),
             block_size=self._block_size,
+            beyond_T=self._beyond(rows, counts),
         )
         return batch, rows
+
+    def _beyond(self, rows: list[int], counts: dict[int, int]) -> Tensor | None:
+        boundary = self._model.decoder.spec.rope_boundary
+        if boundary is None:
+            return None
+        return torch.tensor([len(self._sequences[row]) > boundary for row in rows for _ in range(counts[row])])
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states of the batch's wanted positions."""

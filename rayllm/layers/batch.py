@@ -31,6 +31,9 @@ class Batch:
     """int64 indices into T."""
     num_decode_rows: int
     block_size: int
+    beyond_T: Tensor | None = None
+    """bool: whether the token's sequence, as far as it is known, is longer than `DecoderSpec.rope_boundary`; None for a
+    model without one."""
 
     @property
     def num_rows(self) -> int:

@@ -1,6 +1,12 @@
-"""Rotary frequencies and their scalings: linear, llama3 (Llama 3.1), YaRN (Peng et al., 2023).
+"""Rotary frequencies and their scalings: linear, llama3 (Llama 3.1), YaRN (Peng et al., 2023), LongRoPE (Ding et al.,
+2024), and proportional (a share of the channels turns).
 
 Angles are computed for the tokens of a step, once, and shared by all layers: no table, whatever the context length.
+
+LongRoPE has two sets of frequencies: one for sequences up to the pretrained context, one for all tokens of a longer
+sequence. The KV of a sequence that grows past that length is computed again (`Scheduler`), so that no query meets keys
+of the other set.
+
 Shape letters: T tokens, R rotated width.
 """
 
@@ -20,20 +26,32 @@ class RotaryEmbedding:
     def __init__(self, spec: RopeSpec, dtype: torch.dtype, device: torch.device):
         self._frequencies_R = torch.cat((inverse_frequencies(spec),) * 2).to(device)
         self._factor = spec.attention_factor
+        self._beyond = None if spec.beyond is None else RotaryEmbedding(spec.beyond, dtype, device)
         self._dtype = dtype
 
-    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos_TR, sin_TR), the angles of all pairs of channels twice, in the model's dtype."""
+    def __call__(self, positions_T: Tensor, beyond_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(cos_TR, sin_TR), the angles of all pairs of channels twice, in the model's dtype.
+
+        `beyond_T`: which tokens belong to a sequence longer than the boundary, where the spec has one.
+        """
         angles_TR = positions_T.float().unsqueeze(1) * self._frequencies_R
         cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
         if self._factor != 1.0:
             cos_TR, sin_TR = cos_TR * self._factor, sin_TR * self._factor
-        return cos_TR.to(self._dtype), sin_TR.to(self._dtype)
+        cos_TR, sin_TR = cos_TR.to(self._dtype), sin_TR.to(self._dtype)
+        if self._beyond is None:
+            return cos_TR, sin_TR
+        assert beyond_T is not None, "the batch does not say which sequences are longer than the rope's boundary"
+        beyond_cos_TR, beyond_sin_TR = self._beyond(positions_T)
+        beyond_T1 = beyond_T.unsqueeze(1)
+        return torch.where(beyond_T1, beyond_cos_TR, cos_TR), torch.where(beyond_T1, beyond_sin_TR, sin_TR)
 
 
 def inverse_frequencies(spec: RopeSpec) -> Tensor:
     """Radians a position for each pair of channels, float32 `[R / 2]`."""
     exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
+    if spec.scaling == "longrope":
+        return 1.0 / (torch.tensor(spec.pair_factors, dtype=torch.float32) * spec.theta**exponents)
     plain = 1.0 / spec.theta**exponents
     if spec.scaling == "linear":
         return plain / spec.factor
@@ -41,6 +59,9 @@ def inverse_frequencies(spec: RopeSpec) -> Tensor:
         return _llama3(plain, spec)
     if spec.scaling == "yarn":
         return _yarn(plain, spec)
+    if spec.scaling == "proportional":
+        plain[spec.num_turning_pairs :] = 0.0
+        return plain / spec.factor
     return plain
 
 

@@ -61,7 +61,7 @@ def load_model(
     number of ranks, and needs no weight file. `architecture_module`: where the architecture is not in this process's
     registry (`ResolvedConfig.architecture_module`). Faults of the folder are `ConfigError`.
     """
-    from rayllm.models.registry import weight_names
+    from rayllm.models.registry import left_out, weight_names
     from rayllm.weights.checkpoint import Checkpoint
     from rayllm.weights.checkpoint_weights import CheckpointWeights
     from rayllm.weights.source import DummyWeights
@@ -74,7 +74,7 @@ def load_model(
         Checkpoint(model_path, load_format), weight_names(spec, architecture_module), dtype, device
     )
     model = build_model(spec, weights, tp, dtype, device)
-    weights.report_unused()
+    weights.report_unused(left_out(spec, architecture_module))
     return model
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rayllm.errors import ConfigError, did_you_mean
 from rayllm.spec import Activation, RopeSpec
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 1024
 MAX_HEADS = 4096
@@ -55,6 +58,14 @@ class ConfigFields:
             raise ConfigError(f"{self._where}{name}={_shown(value)} is outside [{low:g}, {high:g}]")
         return float(value)
 
+    def numbers(self, name: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        """A list of `count` numbers."""
+        value = self._present(name, None)
+        if not isinstance(value, list) or len(value) != count:
+            raise ConfigError(f"{self._where}{name}={_shown(value)} must be a list of {count} numbers")
+        places = ConfigFields({str(place): number for place, number in enumerate(value)}, f"{self._where}{name}.")
+        return tuple(places.number(str(place), low, high) for place in range(count))
+
     def flag(self, name: str, default: bool) -> bool:
         value = self._present(name, default)
         if not isinstance(value, bool):
@@ -93,6 +104,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What describes the text decoder: `text_config`, where the model has other parts too, with what is said for all
+    parts."""
+    if ConfigFields(config).section("text_config") is None:
+        return config
+    names = ("dtype", "torch_dtype", "tie_word_embeddings")
+    return {**config["text_config"], **{name: config[name] for name in names if config.get(name) is not None}}
+
+
 def read_dtype(fields: ConfigFields) -> Any:
     """The checkpoint's dtype; transformers 5 writes `dtype`, older ones `torch_dtype`."""
     older = fields.choice("torch_dtype", {dtype: dtype for dtype in _DTYPES}, default="float32")
@@ -117,32 +137,87 @@ def read_heads(fields: ConfigFields, hidden_size: int, default_head_dim: int | N
     return num_heads, num_kv_heads, head_dim
 
 
-def read_rope(fields: ConfigFields, head_dim: int, max_positions: int, default_theta: float = 10_000.0) -> RopeSpec:
-    """Rotary embedding from `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta` (before).
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
-    "dynamic" scaling changes nothing up to `max_position_embeddings`, which is where `max_model_len` ends, so it is
-    read as the default.
+
+def read_layer_types(fields: ConfigFields, num_layers: int, default: Sequence[str]) -> Sequence[str]:
+    """Each layer's kind of attention, one of `LAYER_TYPES`."""
+    found = fields.get("layer_types")
+    if found is None:
+        return default
+    if not isinstance(found, list) or len(found) != num_layers:
+        raise ConfigError(f"layer_types must be a list of num_hidden_layers={num_layers} names")
+    for kind in found:
+        if kind not in LAYER_TYPES:
+            raise ConfigError(f"layer_types holds {_shown(kind)}; known are {', '.join(LAYER_TYPES)}")
+    return found
+
+
+_ROPE_KINDS = {
+    "default": "default",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+    "su": "longrope",  # its name in the first checkpoints
+    "proportional": "proportional",
+}
+
+
+def read_rope(
+    fields: ConfigFields,
+    head_dim: int,
+    max_positions: int,
+    default_theta: float = 10_000.0,
+    sections: Sequence[str] = ("rope_parameters", "rope_scaling"),
+) -> RopeSpec:
+    """Rotary embedding from `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta` (before): the first
+    of `sections` that is there.
+
+    "dynamic" scaling (NTK by the length so far) changes nothing up to `max_position_embeddings`, which is where
+    `max_model_len` ends, so it is read as the default. Beyond it each token would change the rotation of all keys.
     """
-    section = fields.section("rope_parameters") or fields.section("rope_scaling") or ConfigFields({})
+    section = next((found for found in map(fields.section, sections) if found is not None), ConfigFields({}))
     theta = section.number("rope_theta", 1.0, 1e12, fields.number("rope_theta", 1.0, 1e12, default_theta))
     partial = section.number(
         "partial_rotary_factor", 0.0, 1.0, fields.number("partial_rotary_factor", 0.0, 1.0, default=1.0)
     )
-    rotary_dim = int(head_dim * partial)
+    kind = _rope_kind(section)
+    rotary_dim = head_dim if kind == "proportional" else int(head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2:
         raise ConfigError(f"head_dim={head_dim} gives a rotary width of {rotary_dim}; it must be even and at least 2")
-    type_name = "rope_type" if section.get("rope_type") is not None else "type"
-    kinds = {kind: kind for kind in ("default", "linear", "dynamic", "llama3", "yarn")}
-    kind = section.choice(type_name, kinds, default="default")
-    if kind in ("default", "dynamic"):
+    if kind == "default":
+        return RopeSpec(theta, rotary_dim)
+    if kind == "dynamic":
+        logger.info(
+            "rope_type='dynamic' is read as 'default': it changes nothing up to max_position_embeddings=%d, where the "
+            "context ends",
+            max_positions,
+        )
         return RopeSpec(theta, rotary_dim)
     if kind == "linear":
         return RopeSpec(theta, rotary_dim, "linear", factor=section.number("factor", 1e-3, 1e6))
-    pretrained = fields.integer("original_max_position_embeddings", 1, MAX_POSITIONS, default=max_positions)
-    original = section.integer("original_max_position_embeddings", 1, MAX_POSITIONS, default=pretrained)
+    if kind == "proportional":
+        factor, num_turning_pairs = section.number("factor", 1e-3, 1e6, 1.0), int(partial * head_dim // 2)
+        return RopeSpec(theta, rotary_dim, "proportional", factor=factor, num_turning_pairs=num_turning_pairs)
+    name = "original_max_position_embeddings"
+    original = fields.integer(name, 2, MAX_POSITIONS, section.integer(name, 2, MAX_POSITIONS, max_positions))
     if kind == "llama3":
         return _llama3(section, theta, rotary_dim, original)
+    if kind == "longrope":
+        return _longrope(section, theta, rotary_dim, original, max_positions)
     return _yarn(section, theta, rotary_dim, original, max_positions)
+
+
+def _rope_kind(section: ConfigFields) -> str:
+    for layer_type in LAYER_TYPES:
+        if section.get(layer_type) is not None:
+            raise ConfigError(f"rope_parameters.{layer_type}: this architecture has one embedding for all layers")
+    type_name = "rope_type" if section.get("rope_type") is not None else "type"
+    kind = section.choice(type_name, _ROPE_KINDS, default="default")
+    is_longrope = kind == "yarn" and section.get("long_factor") is not None  # so called in some early checkpoints
+    return "longrope" if is_longrope else kind
 
 
 def scaled_context(rope: RopeSpec, max_positions: int) -> int:
@@ -188,6 +263,24 @@ def _yarn(section: ConfigFields, theta: float, rotary_dim: int, original: int, m
         truncate=section.flag("truncate", True),
         attention_factor=section.number("attention_factor", 0, 1e6, default=inferred),
     )
+
+
+def _longrope(section: ConfigFields, theta: float, rotary_dim: int, original: int, max_positions: int) -> RopeSpec:
+    factor = section.number("factor", 1e-3, 1e6, default=max_positions / original)
+    inferred = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    attention_factor = section.number("attention_factor", 0, 1e6, default=inferred)
+    short, long = (
+        RopeSpec(
+            theta,
+            rotary_dim,
+            "longrope",
+            original_max_positions=original,
+            attention_factor=section.number(f"{name}_mscale", 0, 1e6, default=attention_factor),
+            pair_factors=section.numbers(f"{name}_factor", rotary_dim // 2, 1e-6, 1e6),
+        )
+        for name in ("short", "long")
+    )
+    return replace(short, beyond=long)
 
 
 def _mscale(factor: float, mscale: float) -> float:

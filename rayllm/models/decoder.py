@@ -69,8 +69,9 @@ class Decoder:
             self._final_norm = make_norm(weights, "final_norm", spec.final_norm, width)
         head = self._head_linear(weights, tp)
         self._head = OutputHead(head, spec.vocab_size, tp, spec.logits_scale, spec.logits_soft_cap)
-        ropes = dict.fromkeys(attention.rope for attention in spec.attentions())
-        self._ropes = {rope: RotaryEmbedding(rope, dtype, device) for rope in ropes if rope is not None}
+        ropes = list(dict.fromkeys(attention.rope for attention in spec.attentions()))
+        self._ropes = [None if rope is None else RotaryEmbedding(rope, dtype, device) for rope in ropes]
+        self._rope_of_layer = [ropes.index(attention.rope) for attention in spec.attentions()]
 
     def _head_linear(self, weights: WeightSource, tp: TensorParallel) -> Linear:
         spec = self.spec
@@ -92,12 +93,11 @@ class Decoder:
             hidden = self._project_in(hidden)
         if self._positions is not None:
             hidden = hidden.add_(self._positions(batch.positions_T))
-        rotations = {spec: rope(batch.positions_T) for spec, rope in self._ropes.items()}
+        rotations = [None if rope is None else rope(batch.positions_T, batch.beyond_T) for rope in self._ropes]
         last = len(self._layers) - 1
-        for index, (layer, attention) in enumerate(zip(self._layers, self.spec.attentions(), strict=True)):
-            rotation = None if attention.rope is None else rotations[attention.rope]
+        for index, (layer, rope_index) in enumerate(zip(self._layers, self._rope_of_layer, strict=True)):
             keep_N = batch.logits_indices_N if index == last else None
-            hidden = layer(hidden, kv[index], metadata, rotation, keep_N)
+            hidden = layer(hidden, kv[index], metadata, rotations[rope_index], keep_N)
         return hidden if self._final_norm is None else self._final_norm(hidden)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ FEED_FORWARD_LAYERS: dict[type, Callable[..., Branch]] = {MlpSpec: Mlp, SparseMl
 
 
 def make_norm(weights: WeightSource, name: str, spec: NormSpec, width: int) -> Norm:
-    return NORMS[spec.kind](weights, name, width, spec.eps)
+    return NORMS[spec.kind](weights, name, width, spec)
 
 
 class ResidualSum:

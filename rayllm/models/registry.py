@@ -6,6 +6,7 @@ An architecture is a module with
     spec(config) -> DecoderSpec               what config.json says, checked
     names(spec) -> Mapping[str, str | Stored] where its parameters stand in a checkpoint, see `weights.stored`
     EXAMPLES                                  optional: checkpoints by their names on Hugging Face
+    LEFT_OUT                                  optional: how names of tensors begin that are not read
 
 Packages outside add theirs by `register_architecture`, or by an entry point of the group `rayllm.architectures` whose
 name is the architecture's and whose value is the module: that one is found in every process by itself.
@@ -14,7 +15,7 @@ name is the architecture's and whose value is the module: that one is found in e
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,10 @@ _modules: dict[str, str] = {
     "BaichuanForCausalLM": f"{_PACKAGE}.baichuan",
     "GPT2LMHeadModel": f"{_PACKAGE}.gpt2",
     "GPTNeoXForCausalLM": f"{_PACKAGE}.gpt_neox",
+    "Gemma2ForCausalLM": f"{_PACKAGE}.gemma2",
+    "Gemma3ForCausalLM": f"{_PACKAGE}.gemma3",
+    "Gemma3ForConditionalGeneration": f"{_PACKAGE}.gemma3",
+    "GemmaForCausalLM": f"{_PACKAGE}.gemma",
     "Glm4ForCausalLM": f"{_PACKAGE}.glm4",
     "Glm4MoeForCausalLM": f"{_PACKAGE}.glm4_moe",
     "GlmForCausalLM": f"{_PACKAGE}.glm",
@@ -89,10 +94,20 @@ def imported_module(name: str) -> ModuleType:
 def weight_names(spec: DecoderSpec, module: str = "") -> Mapping[str, str | Stored]:
     """Where the parameters of a model with this spec stand in its checkpoint, by the architecture's `outside_module`,
     if given."""
+    names: Mapping[str, str | Stored] = _module_of(spec, module).names(spec)
+    return names
+
+
+def left_out(spec: DecoderSpec, module: str = "") -> Sequence[str]:
+    """How names of tensors begin that a checkpoint of this architecture may hold and that are not read."""
+    prefixes: Sequence[str] = getattr(_module_of(spec, module), "LEFT_OUT", ())
+    return prefixes
+
+
+def _module_of(spec: DecoderSpec, module: str) -> ModuleType:
     path = module or architecture_module(spec.architecture)
     assert path is not None, spec.architecture
-    names: Mapping[str, str | Stored] = _check_module(spec.architecture, path).names(spec)
-    return names
+    return _check_module(spec.architecture, path)
 
 
 def read_spec(model_path: str | Path) -> DecoderSpec:
@@ -133,6 +148,11 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
         least = 0 if config.get("use_sliding_window") is False else 1  # transformers writes 0 for none, then
         ConfigFields(config).integer("sliding_window", least, MAX_POSITIONS)
     spec: DecoderSpec = module.spec(config)
+    if len(boundaries := spec.rope_boundaries()) > 1:
+        raise ConfigError(
+            f"original_max_position_embeddings of longrope is {' and '.join(map(str, sorted(boundaries)))} "
+            f"in different layers; it must be the same in all"
+        )
     return spec
 
 

@@ -31,8 +31,19 @@ class StepInput:
     spans: list[PromptLogprobSpan]
 
 
-def build_step(rows: Rows, row_ids: np.ndarray, counts: np.ndarray, block_size: int, device: torch.device) -> StepInput:
-    """The step that computes `counts` tokens of `row_ids` (rows with count 1 first), given what `rows` holds."""
+def build_step(
+    rows: Rows,
+    row_ids: np.ndarray,
+    counts: np.ndarray,
+    block_size: int,
+    device: torch.device,
+    rope_boundary: int | None = None,
+) -> StepInput:
+    """The step that computes `counts` tokens of `row_ids` (rows with count 1 first), given what `rows` holds.
+
+    A row's rotary embedding follows from all tokens that the row has, so the first chunk of a long prompt is computed
+    as its last one; a row that grows past `rope_boundary` is started anew by the scheduler before it is computed again.
+    """
     begins = rows.num_computed[row_ids]
     ends = begins + counts
     starts = np.zeros(len(row_ids) + 1, np.int64)
@@ -49,6 +60,10 @@ def build_step(rows: Rows, row_ids: np.ndarray, counts: np.ndarray, block_size: 
     spans, span_indices = _prompt_logprob_spans(rows, row_ids, begins, ends, starts)
     logits_indices = np.concatenate([starts[1:][samples] - 1, *span_indices])
 
+    beyond_T = None
+    if rope_boundary is not None:
+        beyond_T = torch.from_numpy(np.repeat(rows.num_tokens[row_ids] > rope_boundary, counts)).to(device)
+
     max_blocks = int((ends.max() + block_size - 1) // block_size)
     batch = Batch(
         token_ids_T=_token_ids(rows, row_ids, begins, ends, starts, device),
@@ -60,6 +75,7 @@ def build_step(rows: Rows, row_ids: np.ndarray, counts: np.ndarray, block_size: 
         logits_indices_N=torch.from_numpy(logits_indices).to(device),
         num_decode_rows=num_decode,
         block_size=block_size,
+        beyond_T=beyond_T,
     )
     return StepInput(batch, row_ids[samples], spans)
 

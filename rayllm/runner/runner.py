@@ -66,6 +66,7 @@ class Runner:
         check_device(config, tp.rank, self._device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         spec = config.spec
+        self._rope_boundary = spec.rope_boundary
         self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
         self._model = load_model(
             config.model_path,
@@ -150,7 +151,7 @@ class Runner:
         with torch.inference_mode():
             self._apply(plan)
             row_ids, counts = np.frombuffer(plan.rows, np.int32), np.frombuffer(plan.counts, np.int32)
-            step = build_step(self._rows, row_ids, counts, self._config.block_size, self._device)
+            step = build_step(self._rows, row_ids, counts, self._config.block_size, self._device, self._rope_boundary)
             hidden_ND = self._model.forward(step.batch, self._pool())
             num_sampled = len(step.sampled_rows)
             sampled = self._sample(step, hidden_ND[:num_sampled]) if num_sampled else None

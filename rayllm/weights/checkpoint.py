@@ -49,6 +49,9 @@ class Checkpoint:
             raise ConfigError(f"{self.folder} contains no {PICKLED.whole}, which load_format='pt' requires")
         return SAFETENSORS
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
     def names(self) -> list[str]:
         return list(self._files)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -86,9 +86,20 @@ class CheckpointWeights(WeightSource):
     def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
         find_stored(name, self._names).check(self._checkpoint, shape)
 
-    def report_unused(self) -> None:
-        """Warns of the checkpoint's tensors that no parameter took; buffers that follow from the config are no news."""
+    def report_unused(self, left_out: Sequence[str] = ()) -> None:
+        """Warns of the checkpoint's tensors that no parameter took; buffers that follow from the config are no news.
+        Those whose names begin with one of `left_out` are left out knowingly: they are counted in one line."""
         unused = [name for name in self._checkpoint.unused() if not _DERIVED.search(name)]
+        found = [prefix for prefix in left_out if any(name.startswith(prefix) for name in unused)]
+        if found:
+            rest = [name for name in unused if not name.startswith(tuple(found))]
+            logger.info(
+                "%s: %d tensors are left out, since only the text part is served: %s",
+                self._checkpoint.folder,
+                len(unused) - len(rest),
+                ", ".join(f"{prefix}*" for prefix in found),
+            )
+            unused = rest
         if unused:
             shown = ", ".join(unused[:_MAX_NAMES_SHOWN])
             more = f" and {len(unused) - _MAX_NAMES_SHOWN} more" if len(unused) > _MAX_NAMES_SHOWN else ""

@@ -164,6 +164,29 @@ class Stack:
         return self.of.renamed(lambda name: name.replace("{expert}", str(expert)))
 
 
+@dataclass(frozen=True, slots=True)
+class FirstOf:
+    """One of several places: the first that the checkpoint has, for names that differ between its versions."""
+
+    of: tuple[Stored, ...]
+
+    @property
+    def name(self) -> str:
+        return self.of[0].name
+
+    def renamed(self, rename: Callable[[str], str]) -> FirstOf:
+        return FirstOf(tuple(place.renamed(rename) for place in self.of))
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        self._found(checkpoint).check(checkpoint, shape)
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        return self._found(checkpoint).read(checkpoint, region)
+
+    def _found(self, checkpoint: Checkpoint) -> Stored:
+        return next((place for place in self.of if place.name in checkpoint), self.of[0])
+
+
 def split_rows(fused: str | Stored, *sizes: int) -> tuple[Rows, ...]:
     """Parameters fused one after another: `q, k, v = split_rows("layers.{}.qkv_proj", 64, 16, 16)`."""
     return interleaved_rows(fused, 1, *sizes)

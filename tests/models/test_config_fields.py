@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from rayllm.errors import ConfigError
-from rayllm.models.config_fields import ConfigFields, read_dtype, read_heads, read_rope, scaled_context
+from rayllm.models.config_fields import (
+    ConfigFields,
+    read_dtype,
+    read_heads,
+    read_layer_types,
+    read_rope,
+    scaled_context,
+    text_config,
+)
 from rayllm.spec import RopeSpec
 
 
@@ -65,3 +73,65 @@ def test_yarn_infers_its_factor_and_attention_factor() -> None:
     assert (rope.factor, rope.original_max_positions) == (4.0, 128)
     assert rope.attention_factor == pytest.approx(0.1 * math.log(4.0) + 1.0)
     assert scaled_context(rope, 512) == 512
+
+
+def test_dynamic_scaling_changes_nothing_within_the_context_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    fields = ConfigFields({"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    with caplog.at_level("INFO", logger="rayllm.models"):
+        assert read_rope(fields, 16, 512) == RopeSpec(10_000.0, 16)
+    (record,) = caplog.records
+    assert "changes nothing up to max_position_embeddings=512, where the context ends" in record.getMessage()
+
+
+def _longrope(**fields: Any) -> ConfigFields:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2] * 8, "original_max_position_embeddings": 64}
+    return ConfigFields({"rope_scaling": {"type": "longrope", **factors, **fields}})
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+def test_longrope_has_an_embedding_for_each_side_of_the_pretrained_context(name: str) -> None:
+    rope = read_rope(_longrope(type=name), 16, 512)
+    assert (rope.scaling, rope.original_max_positions, rope.pair_factors) == ("longrope", 64, (1.0,) * 8)
+    assert rope.beyond is not None
+    assert (rope.beyond.pair_factors, rope.beyond.beyond) == ((2.0,) * 8, None)
+    expected = math.sqrt(1 + math.log(512 / 64) / math.log(64))
+    assert rope.attention_factor == rope.beyond.attention_factor == pytest.approx(expected)
+    assert scaled_context(rope, 512) == 512
+
+
+def test_longrope_may_give_its_factors_of_attention() -> None:
+    rope = read_rope(_longrope(attention_factor=1.5, long_mscale=1.25), 16, 512)
+    assert rope.beyond is not None
+    assert (rope.attention_factor, rope.beyond.attention_factor) == (1.5, 1.25)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"long_factor": [1.0] * 7}, r"rope_scaling\.long_factor=\[.*must be a list of 8 numbers"),
+        ({"short_factor": None}, r"rope_scaling\.short_factor is null"),
+        ({"short_factor": [1.0] * 7 + ["x"]}, r"rope_scaling\.short_factor\.7='x' must be a number"),
+        ({"short_factor": [0.0] * 8}, r"rope_scaling\.short_factor\.0=0\.0 is outside"),
+        ({"original_max_position_embeddings": 1}, r"original_max_position_embeddings=1 is outside"),
+        ({"full_attention": {}}, r"rope_parameters\.full_attention: this architecture has one embedding"),
+    ],
+)
+def test_a_bad_longrope_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_rope(_longrope(**fields), 16, 512)
+
+
+def test_layer_types_are_checked() -> None:
+    assert read_layer_types(ConfigFields({}), 1, ["full_attention"]) == ["full_attention"]
+    found = read_layer_types(ConfigFields({"layer_types": ["sliding_attention"]}), 1, ())
+    assert found == ["sliding_attention"]
+    with pytest.raises(ConfigError, match="layer_types must be a list of num_hidden_layers=2 names"):
+        read_layer_types(ConfigFields({"layer_types": ["full_attention"]}), 2, ())
+    with pytest.raises(ConfigError, match=r"layer_types holds \[\]; known are full_attention, sliding_attention"):
+        read_layer_types(ConfigFields({"layer_types": [[]]}), 1, ())
+
+
+def test_the_text_part_takes_over_what_is_said_for_all_parts() -> None:
+    whole = {"text_config": {"hidden_size": 8, "dtype": "float32"}, "dtype": "bfloat16", "tie_word_embeddings": False}
+    assert text_config(whole) == {"hidden_size": 8, "dtype": "bfloat16", "tie_word_embeddings": False}
+    assert text_config({"hidden_size": 8}) == {"hidden_size": 8}

@@ -11,7 +11,17 @@ from safetensors.torch import save_file
 from rayllm.errors import ConfigError
 from rayllm.weights.checkpoint import Checkpoint
 from rayllm.weights.checkpoint_weights import CheckpointWeights, WeightNames
-from rayllm.weights.stored import Rows, Stack, Stored, Tensor, Transposed, UnitRows, interleaved_rows, split_rows
+from rayllm.weights.stored import (
+    FirstOf,
+    Rows,
+    Stack,
+    Stored,
+    Tensor,
+    Transposed,
+    UnitRows,
+    interleaved_rows,
+    split_rows,
+)
 
 WHOLE = torch.arange(24 * 6, dtype=torch.float32).view(24, 6)
 
@@ -41,6 +51,8 @@ PLACES: dict[str, tuple[Stored, torch.Tensor]] = {
         Rows(Tensor("fused.weight"), (range(0, 24, 2), range(1, 24, 2)), 24),
         torch.cat((WHOLE[::2], WHOLE[1::2])),
     ),
+    "the only one of two that there is": (FirstOf((Tensor("none.weight"), Tensor("fused.weight"))), WHOLE),
+    "the first of two that there are": (FirstOf((Tensor("fused.weight"), Tensor("experts.0.up"))), WHOLE),
     "transposed": (Transposed(Tensor("fused.weight")), WHOLE.t()),
     "rows of length one": (UnitRows(Tensor("fused.weight"), 6), WHOLE / WHOLE.norm(dim=1, keepdim=True)),
     "columns of a transposed one": (Rows(Transposed(Tensor("fused.weight")), (range(2, 4),), 6), WHOLE.t()[2:4]),
@@ -99,3 +111,8 @@ def test_what_another_rank_holds_counts_as_used(checkpoint: Checkpoint) -> None:
     weights.leave_to_others("layers.0.x.bias", (24,))
     weights.tensor("layers.0.up.weight", (3, 4, 6), part=range(1))
     assert checkpoint.unused() == ["ids"]
+
+
+def test_of_several_places_none_of_which_is_there_the_first_is_named(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=r"the checkpoint has no tensor 'old\.weight'"):
+        _read(checkpoint, FirstOf((Tensor("old.weight"), Tensor("new.weight"))), (24, 6))

@@ -10,7 +10,11 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
 
     Given `[T, heads, D]`, with a weight `[D]` or `[heads, D]`, it is the per-head form for queries and keys.
+
+    The result has the dtype of `x`. A weight in float32 beside a narrower `x` is multiplied before the rounding.
     """
+    if weight_D.dtype != x.dtype:
+        return rms_norm(x.float(), weight_D, eps).to(x.dtype)
     if weight_D.dim() == 1:
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
     return F.rms_norm(x, weight_D.shape[-1:], None, eps).mul_(weight_D)

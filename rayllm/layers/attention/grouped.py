@@ -14,6 +14,7 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
 from rayllm.layers.kv_cache import LayerKV
 from rayllm.layers.linear import RowParallelLinear
+from rayllm.layers.norm import rms_weight
 from rayllm.linear import Linear
 from rayllm.spec import GroupedAttentionSpec
 from rayllm.weights.source import Outputs, WeightSource
@@ -58,10 +59,10 @@ class GroupedAttention:
         self._qkv = _qkv(weights, prefix, spec, width, heads, kv_heads)
         self._qk_norm_HD: Tensor | None = None
         if spec.qk_norm is not None:
-            q_norm, k_norm = (
-                weights.tensor(f"{prefix}.{name}_norm.weight", (spec.head_dim,)).unsqueeze(0) for name in "qk"
+            q_norm_D, k_norm_D = (
+                rms_weight(weights, f"{prefix}.{name}_norm", spec.head_dim, spec.qk_norm) for name in "qk"
             )
-            self._qk_norm_HD = torch.cat((q_norm.expand(len(heads), -1), k_norm.expand(len(kv_heads), -1)))
+            self._qk_norm_HD = torch.cat((q_norm_D.expand(len(heads), -1), k_norm_D.expand(len(kv_heads), -1)))
         sinks = weights.tensor(f"{prefix}.sinks", (spec.num_heads,), part=heads).float() if spec.has_sinks else None
         group = self.group(spec, tp.rank, tp.size)
         self._attention = LayerAttention(group, spec.scale, spec.soft_cap, sinks)

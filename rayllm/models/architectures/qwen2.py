@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rayllm.errors import ConfigError
 from rayllm.models.architectures import llama
-from rayllm.models.config_fields import MAX_LAYERS, MAX_POSITIONS, ConfigFields
+from rayllm.models.config_fields import MAX_LAYERS, MAX_POSITIONS, ConfigFields, read_layer_types
 from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen2",)
@@ -35,14 +34,7 @@ def layer_windows(hf_config: Mapping[str, Any], num_layers: int) -> list[int | N
     ):
         return [None] * num_layers
     window = fields.integer("sliding_window", 1, MAX_POSITIONS, default=4096)
-    layer_types = fields.get("layer_types")
-    if layer_types is None:
+    if fields.get("layer_types") is None:
         first = fields.integer("max_window_layers", 0, MAX_LAYERS, default=28)
         return [window if layer >= first else None for layer in range(num_layers)]
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        raise ConfigError(f"layer_types must be a list of num_hidden_layers={num_layers} names")
-    windows: dict[Any, int | None] = {"full_attention": None, "sliding_attention": window}
-    for kind in layer_types:
-        if kind not in windows:
-            raise ConfigError(f"layer_types holds {kind!r}; known are {', '.join(windows)}")
-    return [windows[kind] for kind in layer_types]
+    return [window if kind == "sliding_attention" else None for kind in read_layer_types(fields, num_layers, ())]

@@ -24,6 +24,14 @@ def test_rms_norm_takes_a_weight_for_each_head() -> None:
     assert relative_error(rms_norm(x, weight, 1e-5), torch.stack(each, dim=1).double()) < 1e-6
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_float32_weight_is_multiplied_before_the_only_rounding(per_head: bool) -> None:
+    x, weight = random_tensor(5, 3, 24, dtype=torch.bfloat16), random_tensor(3, 24, seed=1)
+    weight = weight if per_head else weight[0]
+    expected = rms_norm(x.float(), weight, 1e-5).to(torch.bfloat16)
+    assert torch.equal(rms_norm(x, weight, 1e-5), expected)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_add_rms_norm_returns_the_sum_as_the_next_residual(dtype: torch.dtype) -> None:
     x, residual, weight = (random_tensor(3, 33, dtype=dtype, seed=i) for i in range(3))
