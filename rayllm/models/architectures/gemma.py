@@ -11,6 +11,7 @@ from rayllm.models.architectures import llama
 from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("gemma",)
+EXAMPLES = ("google/gemma-2b-it",)
 names = llama.names
 _DEFAULTS = {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"}
 

@@ -11,6 +11,7 @@ from rayllm.models.config_fields import MAX_POSITIONS, ConfigFields, read_layer_
 from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("gemma2",)
+EXAMPLES = ("google/gemma-2-2b-it",)
 _DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,

@@ -14,6 +14,7 @@ from rayllm.spec import DecoderSpec
 from rayllm.weights.stored import FirstOf, Stored, Tensor
 
 MODEL_TYPES = ("gemma3_text", "gemma3")
+EXAMPLES = ("google/gemma-3-1b-it", "google/gemma-3-4b-it")
 LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _DEFAULTS = {
     "vocab_size": 262_208,
