@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
 from rayllm.api import resume_context
 from rayllm.api.choice import Choice, Parsing
 from rayllm.api.generation import Generation
-from rayllm.api.offload import offload_unless
+from rayllm.api.offload import is_large, offload_unless
 from rayllm.api.protocol import GenerationBody
 from rayllm.api.request_metrics import request_metrics
 from rayllm.api.service import ServedModel
@@ -116,24 +116,29 @@ class ChunkedAnswer(Answer):
         writer = ChunkWriter({**self._head, "object": self.chunk_object})
         is_first = True  # which may hold the prompt
         async for news in self.generation.batches():
-            is_short = not is_first or not self.generation.is_long
+            if is_large() or (is_first and self.generation.is_long):
+                yield await offload_unless(False, self._chunks, writer, news)
+            else:
+                yield self._chunks(writer, news)
             is_first = False
-            yield await offload_unless(is_short, self._chunks, writer, news)
         if self._includes_usage:
             yield writer.chunk(None, self._closing_fields())
 
     def _chunks(self, writer: ChunkWriter, news: Sequence[tuple[Choice, str]]) -> bytes:
-        return b"".join(
+        chunks = [
             writer.chunk(entry, self._chunk_fields(choice, entry))
             for choice, text in news
             for entry in self._entries_of_chunks(choice, text)
-        )
+        ]
+        return b"".join(chunks)
 
-    def _entries_of_chunks(self, choice: Choice, text: str) -> Sequence[dict[str, Any]]:
+    def _entries_of_chunks(self, choice: Choice, text: str) -> Iterable[dict[str, Any]]:
         """`_entries`. An end has a chunk of its own, as in OpenAI's streams; but where every chunk has usage it comes
         with the last text, as in vLLM: a chunk of its own would count no more tokens than the one before."""
+        if not self._continuous_usage or choice.finish_reason is None:
+            return self._entries(choice, text)
         entries = list(self._entries(choice, text))
-        if self._continuous_usage and choice.finish_reason is not None and len(entries) > 1:
+        if len(entries) > 1:
             last_text, end = entries[-2:]
             if "role" not in last_text.get("delta", ()):
                 merged = {"finish_reason": end["finish_reason"], "stop_reason": end["stop_reason"]}

@@ -63,9 +63,10 @@ class Choice:
         finish = delta.finish
         if finish is not None and finish.reason == "error":
             raise error_of(finish)
-        text = self.text.push(unpack_ids(delta.token_ids), stop_token=finish is not None and finish.has_stop_token)
+        token_ids = unpack_ids(delta.token_ids)
+        text = self.text.push(token_ids, stop_token=finish is not None and finish.has_stop_token)
         num_new = self.text.num_tokens_used - len(self.token_ids)
-        self.token_ids += unpack_ids(delta.token_ids)[:num_new]
+        self.token_ids += token_ids[:num_new]
         if delta.logprobs:
             self.logprobs += delta.logprobs[:num_new]
         if finish is not None and self.text.stop_reason is None:

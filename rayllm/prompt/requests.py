@@ -22,6 +22,8 @@ def resolve_params(params: SamplingParams, config: ResolvedConfig, tokenizer: To
     for what this model or tokenizer cannot do."""
     params = resolve_logprobs(params, config)
     tokenizer.check_params(params)
+    if not params.bad_words:
+        return params
     with named_as({"prompt": "bad_words"}):
         return with_bad_word_ids(params, tokenizer, config.shape.vocab_size)
 

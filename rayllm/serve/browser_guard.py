@@ -36,7 +36,7 @@ class BrowserGuard:
 
     def refusal(self, scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> ErrorAnswer | None:
         """The answer for a request that a foreign page may have sent; None for any other."""
-        values = {name: value.decode("latin-1").strip() for name, value in headers if name in _LOOKED_AT}
+        values = {name: value.decode("latin-1").strip() for name, value in headers if name in _EXAMINED}
         host = values.get(b"host")
         if host is not None and not self._knows(host):
             return answer(
@@ -89,7 +89,7 @@ class BrowserGuard:
         return None
 
 
-_LOOKED_AT = (b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode")
+_EXAMINED = frozenset((b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode"))
 
 
 class Cors(CORSMiddleware):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rayllm.request import SamplingParams
 from rayllm.text.stop import StopScanner
@@ -87,16 +87,15 @@ class ChoiceText:
         """The stop string that matched."""
         return self._stops.matched
 
-    def push(self, token_ids: Iterable[int], *, stop_token: bool = False) -> str:
+    def push(self, token_ids: Sequence[int], *, stop_token: bool = False) -> str:
         """Adds tokens and returns the new text that may be shown.
 
         `stop_token`: the last id is the one that ended the choice (end of sequence, or one of
         `stop_token_ids`). It counts, and has no text unless `include_stop_str_in_output`.
         """
-        ids = list(token_ids)
-        num_shown = len(ids) - 1 if stop_token and not self._shows_stop_token else len(ids)
+        num_shown = len(token_ids) - 1 if stop_token and not self._shows_stop_token else len(token_ids)
         shown = ""
-        for i, token_id in enumerate(ids):
+        for i, token_id in enumerate(token_ids):
             if self._stops.matched is not None:
                 break
             self.num_tokens_used += 1
