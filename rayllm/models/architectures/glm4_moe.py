@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rayllm.weights.stored import Stored
 
 MODEL_TYPES = ("glm4_moe",)
+EXAMPLES = ("zai-org/GLM-4.5-Air",)
 _DEFAULTS = {
     "hidden_act": "silu",
     "num_experts_per_tok": 8,

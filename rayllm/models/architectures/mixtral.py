@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rayllm.weights.stored import Stored
 
 MODEL_TYPES = ("mixtral",)
+EXAMPLES = ("mistralai/Mixtral-8x7B-Instruct-v0.1",)
 _DEFAULTS = {
     "hidden_act": "silu",
     "num_experts_per_tok": 2,

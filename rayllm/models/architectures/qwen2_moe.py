@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rayllm.weights.stored import Stored
 
 MODEL_TYPES = ("qwen2_moe",)
+EXAMPLES = ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)
 _DEFAULTS = {"hidden_act": "silu", "moe_intermediate_size": 1408, "num_experts_per_tok": 4}
 _MLP = "model.layers.{}.mlp"
 

@@ -10,6 +10,7 @@ from rayllm.models.config_fields import MAX_LAYERS, ConfigFields
 from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("qwen3_moe",)
+EXAMPLES = ("Qwen/Qwen3-30B-A3B",)
 _DEFAULTS = {"hidden_act": "silu", "moe_intermediate_size": 768, "num_experts_per_tok": 8}
 names = qwen2_moe.names
 
