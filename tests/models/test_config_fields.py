@@ -8,6 +8,7 @@ import pytest
 from rayllm.errors import ConfigError
 from rayllm.models.config_fields import (
     ConfigFields,
+    read_activation,
     read_dtype,
     read_heads,
     read_layer_types,
@@ -135,3 +136,18 @@ def test_the_text_part_takes_over_what_is_said_for_all_parts() -> None:
     whole = {"text_config": {"hidden_size": 8, "dtype": "float32"}, "dtype": "bfloat16", "tie_word_embeddings": False}
     assert text_config(whole) == {"hidden_size": 8, "dtype": "bfloat16", "tie_word_embeddings": False}
     assert text_config({"hidden_size": 8}) == {"hidden_size": 8}
+
+
+@pytest.mark.parametrize(
+    "name", ["silu", "swish", "relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate",
+             "gelu_python_tanh", "gelu_pytorch_tanh"]
+)  # fmt: skip
+def test_an_activation_of_each_name_is_that_of_transformers(name: str) -> None:
+    import torch
+    from transformers.activations import ACT2FN
+
+    from rayllm_kernels.activation import ACTIVATIONS
+
+    x = torch.linspace(-6, 6, 501, dtype=torch.float64)
+    found = ACTIVATIONS[read_activation(ConfigFields({"act": name}), "act")](x)
+    assert torch.allclose(found, ACT2FN[name](x), atol=1e-9)

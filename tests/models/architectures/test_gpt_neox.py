@@ -25,7 +25,12 @@ TINY: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "parallel": {},
     "one after the other": {"use_parallel_residual": False},
-    "tied, without biases": {"tie_word_embeddings": True, "attention_bias": False, "rotary_emb_base": 500},
+    "tied, without biases": {
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "rotary_emb_base": 500,
+        "hidden_act": "gelu_fast",
+    },
 }
 
 
