@@ -36,6 +36,8 @@ _PACKAGE = "rayllm.models.architectures"
 _modules: dict[str, str] = {
     "BaiChuanForCausalLM": f"{_PACKAGE}.baichuan",
     "BaichuanForCausalLM": f"{_PACKAGE}.baichuan",
+    "ChatGLMForConditionalGeneration": f"{_PACKAGE}.chatglm",
+    "ChatGLMModel": f"{_PACKAGE}.chatglm",
     "GPT2LMHeadModel": f"{_PACKAGE}.gpt2",
     "GPTNeoXForCausalLM": f"{_PACKAGE}.gpt_neox",
     "Gemma2ForCausalLM": f"{_PACKAGE}.gemma2",

@@ -21,7 +21,7 @@ WeightNames = Mapping[str, "str | stored.Stored"]
 (`layers.q`), or single parameters (`layers.q.bias`). A string is a tensor's name, and the parameter's own name
 (`weight`, `bias`) is appended to a module's."""
 
-_DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|(attn|attention)\.bias)$")
+_DERIVED = re.compile(r"\.(rotary_(pos_)?emb\.inv_freq|masked_bias|(attn|attention)\.bias)$")
 """Buffers that old checkpoints carry and that follow from config.json."""
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 _MAX_NAMES_SHOWN = 8
