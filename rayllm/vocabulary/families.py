@@ -44,6 +44,7 @@ class TokenizerFamily:
 
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _MASKS = ("[MASK]", "[gMASK]", "[sMASK]")
+_BAICHUAN = ("BaichuanTokenizer", "BaiChuanTokenizer")
 
 FAMILIES = (
     TokenizerFamily(
@@ -82,7 +83,23 @@ FAMILIES = (
     TokenizerFamily(
         "internlm2", ("InternLM2Tokenizer", "InternLMTokenizer"), ("internlm", "internlm2"), adds_start=True
     ),
-    TokenizerFamily("baichuan", ("BaichuanTokenizer", "BaiChuanTokenizer"), ("baichuan",), adds_start=True),
+    TokenizerFamily(
+        "baichuan2",
+        _BAICHUAN,
+        ("baichuan",),
+        signs=("125696",),  # config.json's vocab_size
+        special_tokens=templates.BAICHUAN2_ROLES,
+        adds_start=True,
+        chat_template=templates.BAICHUAN2,
+    ),
+    TokenizerFamily(
+        "baichuan",
+        _BAICHUAN,
+        ("baichuan",),
+        special_tokens=templates.BAICHUAN_ROLES,
+        adds_start=True,
+        chat_template=templates.BAICHUAN,
+    ),
 )  # fmt: skip
 """In the order in which a folder is looked at."""
 OTHER = TokenizerFamily("other")

@@ -52,3 +52,23 @@ CHATGLM2 = (
     "{%- endfor -%}"
 )
 """Rounds are counted from 1. A system message, which the format does not know, stands before the first."""
+
+
+def _baichuan(user: str, assistant: str, end: str) -> str:
+    """A token before each message; a system message, which has none, stands in front."""
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message.role == 'user' -%}{{ '" + user + "' + message.content }}"
+        "{%- elif message.role == 'assistant' -%}{{ '" + assistant + "' + message.content + '" + end + "' }}"
+        "{%- else -%}{{ message.content }}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}" + assistant + "{%- endif -%}"
+    )
+
+
+BAICHUAN_ROLES = ("<reserved_102>", "<reserved_103>")
+BAICHUAN2_ROLES = ("<reserved_106>", "<reserved_107>")
+"""Ids 195 and 196 in both: user and assistant."""
+BAICHUAN = _baichuan(*BAICHUAN_ROLES, end="</s>")
+BAICHUAN2 = _baichuan(*BAICHUAN2_ROLES, end="")
+"""The second version ends no answer of the assistant."""

@@ -47,7 +47,9 @@ def make_sentencepiece_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_sentencepiece_model(folder: Path, *, vocab_size: int = 320, model_type: str = "bpe") -> Path:
+def make_sentencepiece_model(
+    folder: Path, *, vocab_size: int = 320, model_type: str = "bpe", user_defined_symbols: str = ""
+) -> Path:
     """A folder with a `tokenizer.model` alone, as Llama 2 and Vicuna bring it, trained on the spot."""
     import io
 
@@ -65,6 +67,7 @@ def make_sentencepiece_model(folder: Path, *, vocab_size: int = 320, model_type:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         split_digits=True,
+        user_defined_symbols=user_defined_symbols,
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())

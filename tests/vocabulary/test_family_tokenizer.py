@@ -215,6 +215,25 @@ def test_other_sentencepiece_models_with_code_are_read_by_their_protobuf(tmp_pat
     assert Tokenizer.from_path(str(folder)).encode("hello") == processor.encode("hello")
 
 
+@pytest.mark.parametrize(("vocab_size", "roles"), [(64_000, (102, 103)), (125_696, (106, 107))])
+def test_a_chat_with_baichuan_has_the_tokens_of_its_version(
+    tmp_path: Path, vocab_size: int, roles: tuple[int, int]
+) -> None:
+    user, assistant = (f"<reserved_{number}>" for number in roles)
+    others = ",".join(f"<reserved_{number}>" for number in range(100, 110))
+    folder = make_sentencepiece_model(tmp_path, user_defined_symbols=others)
+    write(folder, {"tokenizer_class": "BaichuanTokenizer", "add_bos_token": False}, {"vocab_size": vocab_size})
+    tokenizer = Tokenizer.from_path(str(folder))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    messages = [{"role": "user", "content": tokenizer.mark(f"hello {user}")}]
+    found = tokenizer.encode_marked(tokenizer.render_chat(messages))
+    ids = [processor.piece_to_id(name) for name in (user, assistant)]
+    assert (found[0], found[-1]) == tuple(ids)
+    assert not {*found[1:-1]} & {*ids}, "what a user wrote is no special token"
+    assert tokenizer.decode(found) == f"hello {user}"
+    assert tokenizer.vocab_size == processor.get_piece_size()
+
+
 def test_a_pipeline_file_beside_the_code_is_read(tmp_path: Path) -> None:
     expected = Tokenizer.from_path(str(make_tokenizer(tmp_path))).encode("hello")
     write(tmp_path, {"tokenizer_class": "SomethingTokenizer"}, {"model_type": "something"})

@@ -21,6 +21,8 @@ MESSAGES = [
         (templates.GLM4, "[gMASK]<sop><|system|>\ns<|user|>\nu<|assistant|>\na<|user|>\nv<|assistant|>"),
         (templates.CHATGLM3, "[gMASK]sop<|system|>\n s<|user|>\n u<|assistant|>\n a<|user|>\n v<|assistant|>"),
         (templates.CHATGLM2, "[gMASK]sops\n\n[Round 1]\n\n问：u\n\n答：a\n\n[Round 2]\n\n问：v\n\n答："),
+        (templates.BAICHUAN, "s<reserved_102>u<reserved_103>a</s><reserved_102>v<reserved_103>"),
+        (templates.BAICHUAN2, "s<reserved_106>u<reserved_107>a<reserved_106>v<reserved_107>"),
     ],
 )
 def test_a_chat_is_written_as_the_model_knows_it(source: str, expected: str) -> None:
