@@ -48,6 +48,32 @@ def test_each_part_of_the_http_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -
         part()
 
 
+def test_the_benchmark_of_loading_counts_what_each_rank_reads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = load("loading.py", monkeypatch)
+    small = {"_WIDTH": 64, "_INNER": 96, "_VOCAB": 128}
+    shapes = {"_LAYER": {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64)}}
+    shapes["_LAYER"] |= {"self_attn.o_proj": (64, 64), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64)}
+    shapes["_LAYER"] |= {"mlp.down_proj": (64, 96), "input_layernorm": (64,), "post_attention_layernorm": (64,)}
+    config = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_attention_heads": 4}
+    benchmark["_CONFIG"].update(config, num_key_value_heads=4)
+    for name, value in {**small, **shapes}.items():
+        monkeypatch.setitem(benchmark["make_checkpoint"].__globals__, name, value)
+    benchmark["make_checkpoint"](tmp_path, 10**5, "float32")
+    whole = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    rows = []
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        imports, loaded = benchmark["load_rank"](tmp_path, rank, size, 1)
+        assert imports == {}
+        rows.append({"tp": size, "rank": rank, **loaded, "cat_s": 1.0, "cat_cpu_s": 1.0, "ratio_to_cat": 0.5})
+        print(benchmark["row_text"](rows[-1]))
+    assert whole * 0.9 < rows[0]["bytes_read"] < whole
+    assert rows[1]["bytes_read"] == rows[2]["bytes_read"] < rows[0]["bytes_read"] * 0.51
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert min(benchmark["cat_s"](tmp_path)) >= 0
+
+
 def test_the_readme_lists_every_benchmark() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     scripts = [name for name in SCRIPTS if 'if __name__ == "__main__"' in Path(ROOT, "benchmarks", name).read_text()]

@@ -5,6 +5,7 @@ Shape letters: T tokens of the step, N positions whose logits are wanted, D hidd
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rayllm.layers.rope import RotaryEmbedding
 from rayllm.linear import Linear, dense_linear
 from rayllm.models.layer import ATTENTION_LAYERS, DecoderLayer, make_norm
 from rayllm.spec import DecoderSpec
+from rayllm.weights.parallel import make_in_parallel
 from rayllm.weights.source import Outputs, WeightSource
 
 
@@ -63,7 +65,9 @@ class Decoder:
         if spec.positions is not None:
             table = spec.positions
             self._positions = LearnedPositions(weights, "positions", table.num_positions, table.offset, width)
-        self._layers = [DecoderLayer(weights, i, layer, width, tp, backend) for i, layer in enumerate(spec.layers)]
+        self._layers = make_in_parallel(
+            partial(DecoderLayer, weights, i, layer, width, tp, backend) for i, layer in enumerate(spec.layers)
+        )
         self._final_norm = None
         if spec.final_norm is not None:
             self._final_norm = make_norm(weights, "final_norm", spec.final_norm, width)

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from rayllm.errors import ConfigError, did_you_mean
-from rayllm.weights.config_file import check_regular_file, read_json
+from rayllm.weights.config_file import check_regular_file
 from rayllm.weights.files import PICKLED, SAFETENSORS, WeightForm, index_file, safetensors_files
-from rayllm.weights.pickled import PickledFile
-
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-_DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Bytes of a number, by safetensors' names of what torch can hold."""
+from rayllm.weights.pickled import PickledFile, PickledSlice
+from rayllm.weights.safetensors_file import MappedSlice, SafetensorsFile
 
 
 class Checkpoint:
     """The tensors of a folder's safetensors files, or where it has none, of its PyTorch files; read slice by slice,
     files are mapped, not loaded. `load_format`: "safetensors" and "pt" name one of the two.
 
-    Which files those are, `weights.files` says.
+    Which files those are, `weights.files` says. Several threads may read at once.
     """
 
     def __init__(self, folder: str | Path, load_format: str = "auto"):
         self.folder = Path(folder)
         self.bytes_read = 0
+        self._lock = threading.Lock()
         self._used: set[str] = set()
         if not self.folder.is_dir():
             raise ConfigError(f"model folder {str(folder)!r} does not exist")
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorsFile | PickledFile] = {}
         self._form = self._choose_form(load_format)
         index = self._form.index_file(self.folder)
         if index is not None:
@@ -75,7 +73,8 @@ class Checkpoint:
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """`ConfigError` where there is no tensor `name` of this shape. It counts as used from then on."""
-        self._used.add(self._stored(name))
+        with self._lock:
+            self._used.add(self._stored(name))
         found = self._slice(name).get_shape()
         if list(found) != list(shape):
             raise ConfigError(
@@ -87,39 +86,27 @@ class Checkpoint:
         return sorted(name for name in self._files if name not in self._used)
 
     def read(self, name: str, region: Sequence[range]) -> Tensor:
-        """The given range of each dimension of tensor `name`, in the checkpoint's own dtype."""
+        """The given range of each dimension of tensor `name`, in the checkpoint's own dtype. It may be memory of the
+        mapped file: it is not to be changed in place."""
         view = self._slice(name)
-        dtype = view.get_dtype()
-        if dtype not in _DTYPE_BYTES:
-            known = ", ".join(_DTYPE_BYTES)
-            raise ConfigError(f"{self.file_of(name)}: tensor {name!r} has dtype {dtype}; known are {known}")
         try:
             tensor = view[tuple(slice(part.start, part.stop) for part in region)]
-        except Exception as error:
+        except (RuntimeError, OSError) as error:
             raise ConfigError(f"{self.file_of(name)}: tensor {name!r} cannot be read: {_one_line(error)}") from None
-        self.bytes_read += tensor.numel() * _DTYPE_BYTES[dtype]
+        with self._lock:
+            self.bytes_read += tensor.nbytes
         return tensor
 
-    def _slice(self, name: str) -> Any:
+    def _slice(self, name: str) -> MappedSlice | PickledSlice:
         return self._open[self.file_of(name)].get_slice(self._stored(name))
 
     def _read_index(self, index: Path) -> None:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"{index}: weight_map must be an object of tensor names and file names")
-        for file_name in dict.fromkeys(map(str, weight_map.values())):
-            if Path(file_name).name != file_name or not file_name.endswith(self._form.suffix):
-                raise ConfigError(
-                    f"{index}: weight_map names {file_name!r}; it must be a {self._form.suffix} file in the same folder"
-                )
-            if not (self.folder / file_name).exists():
-                raise ConfigError(f"{index}: its file {file_name} cannot be read: it does not exist")
-            self._open_file(self.folder / file_name)
-        for name, file_name in weight_map.items():
-            path = self.folder / file_name
+        self._files = self._form.weight_map(index)
+        for path in dict.fromkeys(self._files.values()):
+            self._open_file(path)
+        for name, path in self._files.items():
             if name not in self._open[path].keys():  # noqa: SIM118 (not a dict)
-                raise ConfigError(f"{index}: {file_name} holds no tensor {name!r}")
-            self._files[name] = path
+                raise ConfigError(f"{index}: {path.name} holds no tensor {name!r}")
 
     def _read_all(self) -> None:
         paths = PICKLED.files(self.folder) if self._form is PICKLED else safetensors_files(self.folder)
@@ -133,17 +120,9 @@ class Checkpoint:
                     raise ConfigError(f"tensor {name!r} is both in {self._files[name]} and in {path.name}")
                 self._files[name] = path
 
-    def _open_file(self, path: Path) -> Any:
-        from safetensors import safe_open
-
+    def _open_file(self, path: Path) -> SafetensorsFile | PickledFile:
         check_regular_file(path)
-        if self._form is PICKLED:
-            self._open[path] = PickledFile(path)
-            return self._open[path]
-        try:
-            self._open[path] = safe_open(path, framework="pt")
-        except Exception as error:  # the library raises its own errors, OSError and overflow errors
-            raise ConfigError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
+        self._open[path] = PickledFile(path) if self._form is PICKLED else SafetensorsFile(path)
         return self._open[path]
 
 

@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayllm.errors import ConfigError
+from rayllm.weights.config_file import read_json
+
 
 @dataclass(frozen=True)
 class WeightForm:
@@ -28,6 +31,21 @@ class WeightForm:
             return [whole]
         found = sorted(folder.glob(f"*{self.suffix}"))
         return [path for path in found if self.shard.fullmatch(path.name)]
+
+    def weight_map(self, index: Path) -> dict[str, Path]:
+        """The file of each tensor, as an index file says it. `ConfigError` where it names a file that is not beside it,
+        or is not of this form."""
+        given = read_json(index).get("weight_map")
+        if not isinstance(given, dict) or not given:
+            raise ConfigError(f"{index}: weight_map must be an object of tensor names and file names")
+        for name in dict.fromkeys(map(str, given.values())):
+            if Path(name).name != name or not name.endswith(self.suffix):
+                raise ConfigError(
+                    f"{index}: weight_map names {name!r}; it must be a {self.suffix} file in the same folder"
+                )
+            if not (index.parent / name).exists():
+                raise ConfigError(f"{index}: its file {name} cannot be read: it does not exist")
+        return {tensor: index.parent / str(name) for tensor, name in given.items()}
 
     def is_in(self, folder: Path) -> bool:
         return self.index_file(folder) is not None or bool(self.files(folder))

@@ -17,7 +17,7 @@ from tiny import make_checkpoint
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
 from rayllm.weights.checkpoint import Checkpoint
-from rayllm.weights.checkpoint_weights import CheckpointWeights, find_stored
+from rayllm.weights.checkpoint_weights import CheckpointWeights, find_stored, is_finite
 from rayllm.weights.stored import Tensor
 from rayllm.weights.stored_dtype import stored_dtype
 
@@ -259,3 +259,11 @@ def test_names_map_layers_and_modules_to_the_checkpoints_own() -> None:
     names = {"embedding": "model.embed_tokens", "layers.q": "model.layers.{}.self_attn.q_proj"}
     assert find_stored("embedding.weight", names) == Tensor("model.embed_tokens.weight")
     assert find_stored("layers.12.q.bias", names) == Tensor("model.layers.12.self_attn.q_proj.bias")
+
+
+def test_a_sum_that_is_too_large_is_no_infinity() -> None:
+    assert is_finite(torch.full((4,), 60000.0, dtype=torch.float16))
+    assert is_finite(torch.empty(0))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not is_finite(torch.tensor([1.0, bad, 2.0]))
+    assert not is_finite(torch.tensor([float("inf"), -float("inf")], dtype=torch.bfloat16))
