@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from golden import check_bfloat16, check_log_probs, make_sequences, transformers_log_probs
 from models.architectures.test_llama import CONFIG
 from ranks import RankPool
 from safetensors.torch import load_file, save_file
+from text.tokenizers_made import make_sentencepiece_model
 from tiny import make_checkpoint
+from transformers import AutoModelForCausalLM
 
+import rayllm
 from rayllm.models.architectures import internlm2
 from rayllm.models.registry import spec_of
 
@@ -76,3 +80,24 @@ def test_attention_has_biases_unless_the_config_says_no() -> None:
     attention = internlm2.spec(CONFIG).layers[0].attention
     assert (attention.qkv_bias, attention.out_bias) == (True, True)
     assert not internlm2.spec(CONFIG).layers[0].feed_forward.bias
+
+
+def test_a_folder_with_sentencepiece_and_code_is_served_and_the_code_is_not_run(tmp_path: Path) -> None:
+    llama = make_checkpoint(tmp_path / "llama", tokenizer=False, vocab_size=320)
+    code = {"AutoConfig": "configuration_it.C", "AutoModelForCausalLM": "modeling_it.M"}
+    path = as_internlm2(llama, tmp_path / "internlm2", bias=False, auto_map=code, model_type="internlm")
+    make_sentencepiece_model(path)
+    settings = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization_it.T", None]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("configuration_it", "modeling_it", "tokenization_it"):
+        (path / f"{name}.py").write_text("raise SystemExit('the code of a checkpoint was run')\n")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    tokens = [1, *processor.encode("hello world")]
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        for _ in range(6):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    params = rayllm.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with rayllm.LLM(str(path), device="cpu", max_model_len=64, trust_remote_code=True) as llm:
+        [output] = llm.generate(["hello world"], params, use_tqdm=False)
+    assert [*output.prompt_token_ids, *output.outputs[0].token_ids] == tokens
