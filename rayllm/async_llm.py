@@ -25,11 +25,12 @@ class AsyncLLM(AsyncEngine):
             if config.backend == "ray":
                 cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.layout.num_ranks))
                 owned = start_watched(config, cleanup).owned
-                super().__init__(config, while_ray_lives(lambda engine: OwnedDrivers(owned).keep_attached(engine)))
+                keep_attached = while_ray_lives(lambda engine: OwnedDrivers(owned).keep_attached(engine))
+                super().__init__(owned.config, keep_attached)
             else:
                 local = LocalDriver(config)
                 cleanup.callback(local.driver.close)
-                super().__init__(config, local.keep_attached)
+                super().__init__(local.config, local.keep_attached)
             self.get_tokenizer()
             self._ends = finalizer(self, cleanup.pop_all())
 

@@ -39,12 +39,13 @@ class LLM:
     """
 
     def __init__(self, model: str = "", **settings: Any):
-        self.config = resolve_for_program(program_config(model, settings))
-        self._tokenizer = Tokenizer.from_config(self.config)
-        self._text_model = TextModel(self.config, self._tokenizer)
+        config = resolve_for_program(program_config(model, settings))
+        self._tokenizer = Tokenizer.from_config(config)
         self._pid = os.getpid()
         with contextlib.ExitStack() as cleanup:
-            self._client = PromptRunner(open_engine(self.config, cleanup), self.config, self._tokenizer)
+            engine, self.config = open_engine(config, cleanup)
+            self._text_model = TextModel(self.config, self._tokenizer)
+            self._client = PromptRunner(engine, self.config, self._tokenizer)
             self._ends = finalizer(self, cleanup.pop_all())
 
     # ------------------------------------------------------------------------------------------------ requests

@@ -66,7 +66,11 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     distributed_executor_backend: Backend | None = Field(
         None, description="ray: worker actors; inproc: one worker in this process. Default: ray if needed."
     )
-    max_model_len: int | None = Field(None, ge=1, description="Context length in tokens; default: the model's.")
+    max_model_len: int | None = Field(
+        None,
+        ge=1,
+        description="Context length in tokens; default: auto, the longest that the model has and that fits.",
+    )
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Maximum number of sequences that run at once.")
     max_num_batched_tokens: int = Field(2048, ge=1, description="Maximum number of tokens per step.")
     max_queued_requests: int | None = Field(

@@ -29,11 +29,6 @@ def kv_specs(spec: DecoderSpec, tp_size: int) -> list[KVSpec]:
     return [KVSpec(*attention.kv_shape(tp_size)) for attention in spec.attentions()]
 
 
-def kv_bytes_per_block(spec: DecoderSpec, tp_size: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one KV block takes on one rank, all layers together."""
-    return block_size * sum(kv.bytes_per_token(dtype) for kv in kv_specs(spec, tp_size))
-
-
 def attention_groups(spec: DecoderSpec, rank: int, tp_size: int) -> list[AttentionGroup]:
     """The groups of layers for which a rank's attention backend prepares a step."""
     attentions = spec.attentions()

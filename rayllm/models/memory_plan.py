@@ -3,6 +3,7 @@ Python: no torch is imported. `rayllm plan` shows it, and the workers use the sa
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,10 @@ from rayllm.layout import ParallelLayout
 from rayllm.models.parameters import num_parameters
 from rayllm.spec import DecoderSpec
 
+log = logging.getLogger(__name__)
+
+LEAST_CONTEXT = 256
+"""Tokens below which a context that nobody asked for is not shortened."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_SHARE = 0.4
 """Share of a machine's available memory that all CPU workers together may fill with KV."""
@@ -91,3 +96,24 @@ def kv_budget(config: ResolvedConfig, needs: MemoryNeeds, device_bytes: int) -> 
         num_ranks = engine.layout.num_ranks
         budget = int((device_bytes - num_ranks * needs.weights) * CPU_KV_SHARE) // num_ranks
     return max(0, budget)
+
+
+def least_context(asked: int | None, max_model_len: int) -> int:
+    """Tokens that a sequence must be able to have: `max_model_len`, where that was asked for."""
+    return max_model_len if asked is not None else min(LEAST_CONTEXT, max_model_len)
+
+
+def fit_context(config: ResolvedConfig, num_blocks: int) -> ResolvedConfig:
+    """The config of an engine whose workers hold `num_blocks` KV blocks: where no `max_model_len` was asked for, with
+    the longest context that fits."""
+    fits = num_blocks * config.block_size
+    if config.engine.max_model_len is not None or config.max_model_len <= fits:
+        return config
+    log.warning(
+        "max_model_len is %d, what the KV cache holds; the model's context is %d tokens. Set max_model_len, or give "
+        "the KV cache more memory, to choose otherwise",
+        fits,
+        config.max_model_len,
+    )
+    fitted: ResolvedConfig = config.model_copy(update={"max_model_len": fits})
+    return fitted

@@ -9,35 +9,35 @@ import torch
 
 from rayllm.config import ResolvedConfig
 from rayllm.errors import ConfigError
-
-_CPU_SHARE = 0.4
-"""Share of a machine's available memory that all CPU workers together may fill with KV."""
+from rayllm.models.memory_plan import CPU_KV_SHARE, MemoryNeeds, least_context
 
 
-def plan_num_blocks(config: ResolvedConfig, bytes_per_block: int, device: torch.device, activation_bytes: int) -> int:
+def plan_num_blocks(config: ResolvedConfig, needs: MemoryNeeds, device: torch.device) -> int:
     """KV blocks for this worker, called when the weights are loaded.
 
     The user's setting (`num_kv_blocks`, `kv_cache_memory_bytes`) wins; else what `gpu_memory_utilization` leaves on the
     GPU, or a share of the machine's available memory. Never more than `max_num_seqs` full sequences could use.
-    Raises `ConfigError` where not even one sequence of `max_model_len` fits.
+    Raises `ConfigError` where not even one sequence of `max_model_len` fits; where that is left open, the context
+    becomes shorter instead (`memory_plan.fit_context`).
     """
     engine = config.engine
-    blocks_per_sequence = -(-config.max_model_len // config.block_size)
+    blocks_per_sequence = needs.num_blocks(config.max_model_len)
     if engine.num_kv_blocks is not None:
         return engine.num_kv_blocks
     if engine.kv_cache_memory_bytes is not None:
         budget = engine.kv_cache_memory_bytes
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        budget = int(total * engine.gpu_memory_utilization) - (total - free) - activation_bytes
+        budget = int(total * engine.gpu_memory_utilization) - (total - free) - needs.activations
     else:
-        budget = int(available_host_bytes() * _CPU_SHARE) // engine.layout.num_ranks
-    num_blocks = min(budget // bytes_per_block, blocks_per_sequence * config.max_num_seqs)
-    if num_blocks < blocks_per_sequence:
+        budget = int(available_host_bytes() * CPU_KV_SHARE) // engine.layout.num_ranks
+    num_blocks = min(budget // needs.kv_per_block, blocks_per_sequence * config.max_num_seqs)
+    if num_blocks < needs.num_blocks(least_context(engine.max_model_len, config.max_model_len)):
         fits = max(0, num_blocks) * config.block_size
+        needed = blocks_per_sequence * needs.kv_per_block / 2**20
         raise ConfigError(
-            f"max_model_len={config.max_model_len} needs {blocks_per_sequence * bytes_per_block / 2**20:.0f} MiB of KV "
-            f"cache per worker, but {max(0, budget) / 2**20:.0f} MiB are available: lower max_model_len to "
+            f"max_model_len={config.max_model_len} needs {needed:.0f} MiB of KV cache per worker, but "
+            f"{max(0, budget) / 2**20:.0f} MiB are available: lower max_model_len to "
             f"{fits}, or raise " + ("gpu_memory_utilization" if device.type == "cuda" else "kv_cache_memory_bytes")
         )
     return num_blocks

@@ -19,7 +19,7 @@ from rayllm.errors import NO_TOKEN_LEFT
 from rayllm.layers.kv_cache import KVPool
 from rayllm.messages import Finish, RowParams, RowStart, StepPlan, StepResult
 from rayllm.models import load_model
-from rayllm.models.decoder import kv_bytes_per_block
+from rayllm.models.memory_plan import MemoryNeeds
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
 from rayllm.runner.device_check import check_device, device_name
@@ -67,7 +67,6 @@ class Runner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         spec = config.spec
         self._rope_boundary = spec.rope_boundary
-        self._bytes_per_block = kv_bytes_per_block(spec, tp.size, config.block_size, self._dtype)
         self._model = load_model(
             config.model_path,
             spec,
@@ -102,14 +101,7 @@ class Runner:
 
     def num_blocks_available(self) -> int:
         """KV blocks this rank could hold; the engine takes the least of all ranks."""
-        return plan_num_blocks(self._config, self._bytes_per_block, self._device, self._activation_bytes())
-
-    def _activation_bytes(self) -> int:
-        """A bound for what one step allocates: the widest layer's intermediates and the logits."""
-        width = self._model.decoder.spec.max_activation_width(self._tp.size)
-        tokens = self._config.max_num_batched_tokens
-        logits = self._config.max_num_seqs * self._config.shape.vocab_size * 4 * 3
-        return tokens * width * 4 * self._dtype.itemsize + logits
+        return plan_num_blocks(self._config, MemoryNeeds.of_config(self._config), self._device)
 
     def start(self, num_blocks: int) -> None:
         """Allocates the KV pool, once, and one block that no row is given; begins with no rows, every time. What the

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import ARCHITECTURES, make_config
 
 from rayllm.errors import ConfigError
 from rayllm.layout import ParallelLayout
-from rayllm.models.decoder import kv_bytes_per_block
 from rayllm.models.registry import known_architectures, read_spec
 from rayllm.models.split import check_split
 
@@ -127,15 +125,6 @@ def test_the_context_is_what_the_scaling_stretches_it_to(tmp_path: Path) -> None
     assert read_spec(_folder(tmp_path, rope_parameters=yarn)).max_model_len == 2048
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
     assert read_spec(_folder(tmp_path, rope_parameters=linear)).max_model_len == 1536
-
-
-def test_kv_bytes_count_replicated_heads(tmp_path: Path) -> None:
-    spec = read_spec(_folder(tmp_path))
-    one = 2 * spec.num_layers * 2 * 16 * 16 * 4
-    assert kv_bytes_per_block(spec, 1, 16, torch.float32) == one
-    assert kv_bytes_per_block(spec, 2, 16, torch.float32) == one // 2
-    assert kv_bytes_per_block(spec, 4, 16, torch.float32) == one // 2
-    assert kv_bytes_per_block(spec, 1, 16, torch.bfloat16) == one // 2
 
 
 @pytest.mark.parametrize("tp_size", [3, 8])

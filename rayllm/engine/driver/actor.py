@@ -26,6 +26,7 @@ from rayllm.errors import EngineError
 from rayllm.executor.executor import Executor, Selectable
 from rayllm.executor.worker import RunnerFactory
 from rayllm.executor.worker_process import WorkerPlace, worker_place
+from rayllm.models.memory_plan import fit_context
 from rayllm.observability.logs import setup_logging
 from rayllm.observability.statistics import PERIOD_S as STATISTICS_PERIOD_S
 from rayllm.observability.statistics import StatisticsLine
@@ -151,16 +152,18 @@ class Driver:
         previous_failure: str = "",
         on_failed: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """Brings workers and loop up; clients are served when it returns. Raises what the executor raises.
+        """Brings workers and loop up; clients are served when it returns, as `self.config` says. Raises what the
+        executor raises.
 
         `num_restarts`: drivers of this engine that came before; `previous_failure`: why the last one failed, which the
         stages tell until this one is ready."""
         from rayllm.engine.owner.local import build_scheduler
 
-        self.config, self._on_failed = config, on_failed
+        self._on_failed = on_failed
         self._because = f" (the previous driver failed: {previous_failure})" if previous_failure else ""
         try:
             self.executor = self._make_executor(config, self._set_stage)
+            self.config = config = fit_context(config, self.executor.num_blocks)
             self.link = ClientLink()
             scheduler = build_scheduler(config, self.executor.num_blocks)
             loop = EngineLoop(
@@ -240,8 +243,8 @@ class DriverActor:
         self._driver = Driver(make_executor)
         self._failed = asyncio.Event()
 
-    async def start(self, resolved_config_json: str, num_restarts: int = 0, previous_failure: str = "") -> None:
-        """Returns when requests are served."""
+    async def start(self, resolved_config_json: str, num_restarts: int = 0, previous_failure: str = "") -> str:
+        """Returns when requests are served: the config as JSON, with the context that fits."""
         event_loop = asyncio.get_running_loop()
 
         def on_failed(reason: str) -> None:
@@ -255,6 +258,8 @@ class DriverActor:
             raise EngineError(str(error), code=error.code) from None  # subclasses do not all survive a pickle
         gc.collect()
         gc.freeze()  # what is here to stay need not be looked at by the collector between two steps
+        assert self._driver.config is not None
+        return self._driver.config.model_dump_json()
 
     async def stage(self) -> str:
         """What `start` is doing, in a few words; then `ready`, or `failed: ` and the reason."""

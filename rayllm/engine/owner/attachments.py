@@ -59,6 +59,7 @@ class LocalDriver:
         self.driver = Driver(lambda config, on_stage: InprocExecutor.load(config))
         self._listeners: set[Callable[[str], None]] = set()
         self.driver.start(config, on_failed=self._notify)
+        self.config = self.driver.config or config
 
     def _notify(self, reason: str) -> None:
         for listener in list(self._listeners):

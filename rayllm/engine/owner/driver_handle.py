@@ -38,9 +38,9 @@ class DriverHandle:
         on_stage: Callable[[str], None] | None = None,
         num_restarts: int = 0,
         previous_failure: str = "",
-    ) -> None:
-        """Brings the engine up and returns when it serves; `on_stage` is called with each stage. The rest as for
-        `Driver.start`.
+    ) -> ResolvedConfig:
+        """Brings the engine up and returns when it serves: its config, with the context that fits. `on_stage` is called
+        with each stage. The rest as for `Driver.start`.
 
         Raises the engine's own error (`ConfigError`, `EngineError` ...), without Ray's traceback, and `NodeLostError`.
         """
@@ -61,7 +61,7 @@ class DriverHandle:
                     if stage != last_stage:
                         last_stage = stage
                         on_stage(stage)
-            ray.get(ready)
+            return ResolvedConfig.model_validate_json(ray.get(ready))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayActorError as error:

@@ -8,6 +8,7 @@ from rayllm.config import ResolvedConfig
 from rayllm.engine.driver.loop import EngineLoop
 from rayllm.executor.executor import Executor, Selectable, wait_readable
 from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, ResetPrefixCache, Submit, TokenDelta
+from rayllm.models.memory_plan import fit_context
 from rayllm.request import Request
 from rayllm.scheduler.scheduler import Scheduler
 
@@ -32,6 +33,8 @@ class LocalEngine:
     def __init__(
         self, config: ResolvedConfig, executor: Executor, after_step: Callable[[EngineLoop], None] | None = None
     ):
+        config = fit_context(config, executor.num_blocks)
+        self.config = config
         self._executor = executor
         self._deltas: list[TokenDelta] = []
         self._after_step = after_step

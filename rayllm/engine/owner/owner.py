@@ -83,7 +83,7 @@ class OwnedEngine:
         """Brings the engine up; see `DriverHandle.start`. After an error `close` it."""
         while True:
             try:
-                self._running.start(self.config, on_stage)
+                self.config = self._running.start(self.config, on_stage)
                 break
             except EngineError as error:
                 lost = self._running.lost_nodes()

@@ -52,19 +52,22 @@ def resolve_for_program(config: EngineConfig) -> ResolvedConfig:
     return resolved
 
 
-def open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> EngineThread:
-    """The engine for all threads of this program; `cleanup` gets what ends it."""
+def open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> tuple[EngineThread, ResolvedConfig]:
+    """The engine for all threads of this program, and its config with the context that fits; `cleanup` gets what ends
+    it."""
     if config.backend == "inproc":
-        thread = EngineThread(LocalEngine(config, InprocExecutor.load(config)))
+        local = LocalEngine(config, InprocExecutor.load(config))
+        config, thread = local.config, EngineThread(local)
         cleanup.callback(thread.join)
     else:
         cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.layout.num_ranks))
         joined = cleanup.enter_context(contextlib.ExitStack())
         watched = start_watched(config, cleanup)
+        config = watched.owned.config
         thread = EngineThread(BlockingJournaledClient(watched.connect(), watched.reconnect))
         joined.callback(thread.join)  # after `watched.close`, by which a replacement fails, and before Ray ends
     cleanup.callback(thread.close)
-    return thread
+    return thread, config
 
 
 def finalizer(owner: Any, cleanup: contextlib.ExitStack) -> weakref.finalize[..., Any]:

@@ -12,6 +12,7 @@ from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig, cou
 from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.engine.owner.generation_config import FILE_NAME, generation_config_file, generation_defaults
 from rayllm.errors import ConfigError
+from rayllm.models.memory_plan import least_context
 from rayllm.models.registry import outside_module, read_spec
 from rayllm.models.split import check_split
 from rayllm.text.end_token import end_token_id
@@ -50,10 +51,12 @@ def resolve(
         raise ConfigError(f"tensor_parallel_size={size} needs worker processes: distributed_executor_backend='ray'")
     block_size = config.block_size or (_GPU_BLOCK_SIZE if device == "cuda" else _CPU_BLOCK_SIZE)
     max_model_len = _max_model_len(config, spec.max_model_len)
-    if config.num_kv_blocks is not None and config.num_kv_blocks * block_size < max_model_len:
+    least = least_context(config.max_model_len, max_model_len)
+    if config.num_kv_blocks is not None and config.num_kv_blocks * block_size < least:
         raise ConfigError(
             f"num_kv_blocks={config.num_kv_blocks} of {block_size} tokens cannot hold one sequence of "
-            f"max_model_len={max_model_len}: lower max_model_len or raise num_kv_blocks"
+            f"{'max_model_len=' if config.max_model_len else ''}{least} tokens: raise num_kv_blocks, or lower "
+            "max_model_len"
         )
     tokenizer = Path(config.tokenizer).expanduser() if config.tokenizer else path
     if not tokenizer.is_dir():

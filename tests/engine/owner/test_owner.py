@@ -26,10 +26,11 @@ class _Running:
         self.num_restarts: int | None = None
         self.previous_failure = ""
 
-    def start(self, config: Any, on_stage: Any = None, num_restarts: int = 0, previous_failure: str = "") -> None:
+    def start(self, config: Any, on_stage: Any = None, num_restarts: int = 0, previous_failure: str = "") -> Any:
         self.num_restarts, self.previous_failure = num_restarts, previous_failure
         if self.error is not None:
             raise self.error
+        return config
 
     def end_driver(self, *, is_reachable: bool = True) -> str:
         self.ended, self.was_asked = True, is_reachable
