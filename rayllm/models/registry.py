@@ -6,6 +6,7 @@ An architecture is a module with
     spec(config) -> DecoderSpec               what config.json says, checked
     names(spec) -> Mapping[str, str | Stored] where its parameters stand in a checkpoint, see `weights.stored`
     EXAMPLES                                  optional: checkpoints by their names on Hugging Face
+    QUANTIZATION_METHODS                      optional: values of `quant_method` whose tensors `names` finds
     LEFT_OUT                                  optional: how names of tensors begin that are not read
 
 Packages outside add theirs by `register_architecture`, or by an entry point of the group `rayllm.architectures` whose
@@ -47,6 +48,7 @@ _modules: dict[str, str] = {
     "Glm4ForCausalLM": f"{_PACKAGE}.glm4",
     "Glm4MoeForCausalLM": f"{_PACKAGE}.glm4_moe",
     "GlmForCausalLM": f"{_PACKAGE}.glm",
+    "GptOssForCausalLM": f"{_PACKAGE}.gpt_oss",
     "InternLM2ForCausalLM": f"{_PACKAGE}.internlm2",
     "LlamaForCausalLM": f"{_PACKAGE}.llama",
     "MistralForCausalLM": f"{_PACKAGE}.mistral",
@@ -101,9 +103,10 @@ def weight_names(spec: DecoderSpec, module: str = "") -> Mapping[str, str | Stor
 
 
 def left_out(spec: DecoderSpec, module: str = "") -> Sequence[str]:
-    """How names of tensors begin that a checkpoint of this architecture may hold and that are not read."""
+    """How names of tensors begin that a checkpoint of this architecture may hold and that are not read; `{}` in
+    `LEFT_OUT` is the number of layers, so that of the one after the last."""
     prefixes: Sequence[str] = getattr(_module_of(spec, module), "LEFT_OUT", ())
-    return prefixes
+    return [prefix.replace("{}", str(spec.num_layers)) for prefix in prefixes]
 
 
 def _module_of(spec: DecoderSpec, module: str) -> ModuleType:
@@ -144,8 +147,7 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
             f"model_type={str(model_type)[:60]!r} does not fit architecture {name!r}, "
             f"which is {' or '.join(module.MODEL_TYPES)}"
         )
-    if config.get("quantization_config") is not None:
-        raise ConfigError("quantization_config is not supported: use a checkpoint that is not quantized")
+    _check_quantization(config, getattr(module, "QUANTIZATION_METHODS", ()))
     if config.get("sliding_window") is not None:  # nonsense is refused where the model has no use for it, too
         least = 0 if config.get("use_sliding_window") is False else 1  # transformers writes 0 for none, then
         ConfigFields(config).integer("sliding_window", least, MAX_POSITIONS)
@@ -156,6 +158,19 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
             f"in different layers; it must be the same in all"
         )
     return spec
+
+
+def _check_quantization(config: Mapping[str, Any], methods: Sequence[str]) -> None:
+    if config.get("quantization_config") is None:
+        return
+    quantization = ConfigFields(config).section("quantization_config")
+    method = None if quantization is None else quantization.get("quant_method")
+    if method not in methods:
+        also = f" or quantized by {' or '.join(methods)}" if methods else ""
+        raise ConfigError(
+            f"quantization_config is not supported with quant_method={str(method)[:60]!r}: use a checkpoint that is "
+            f"not quantized{also}"
+        )
 
 
 def _entry_points() -> dict[str, str]:

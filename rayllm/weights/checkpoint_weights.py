@@ -116,7 +116,8 @@ class CheckpointWeights(WeightSource):
 
     def _where(self, name: str) -> str:
         """The file and the tensor that hold a parameter; of a stack, the first."""
-        source = find_stored(name, self._names).name
+        place = find_stored(name, self._names)
+        source = (place.found(self._checkpoint) if isinstance(place, stored.FirstOf) else place).name
         return f"{self._checkpoint.file_of(source)}: tensor {source!r}"
 
 

@@ -57,7 +57,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Transposed:
-    """A matrix that is stored as [inputs, outputs], as by GPT-2's `Conv1D`; a bias is what it is."""
+    """A matrix (of each expert) that is stored as [inputs, outputs], as by GPT-2's `Conv1D`; a bias is what it is."""
 
     of: Stored
 
@@ -69,11 +69,11 @@ class Transposed:
         return Transposed(self.of.renamed(rename))
 
     def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
-        self.of.check(checkpoint, tuple(reversed(shape)))
+        self.of.check(checkpoint, (*shape[:-2], *reversed(shape[-2:])))
 
     def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
-        found = self.of.read(checkpoint, tuple(reversed(region)))
-        return found.t() if found.dim() == 2 else found
+        found = self.of.read(checkpoint, (*region[:-2], *reversed(region[-2:])))
+        return found.transpose(-1, -2) if found.dim() > 1 else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +84,34 @@ class Rows:
     of: Stored
     ranges: tuple[range, ...]
     num_rows: int
+    dim: int = 0
+    """Of the rows: 1 where those of each expert are meant."""
 
     @property
     def name(self) -> str:
         return self.of.name
 
     def renamed(self, rename: Callable[[str], str]) -> Rows:
-        return Rows(self.of.renamed(rename), self.ranges, self.num_rows)
+        return Rows(self.of.renamed(rename), self.ranges, self.num_rows, self.dim)
 
     def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
-        assert sum(map(len, self.ranges)) == shape[0], (self, shape)
-        self.of.check(checkpoint, (self.num_rows, *shape[1:]))
+        assert sum(map(len, self.ranges)) == shape[self.dim], (self, shape)
+        self.of.check(checkpoint, (*shape[: self.dim], self.num_rows, *shape[self.dim + 1 :]))
 
     def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
-        rows, others = region[0], region[1:]
         import torch
 
-        parts = [self._read(checkpoint, part, others) for part in _cut(self.ranges, rows)]
+        parts = [self._read(checkpoint, part, region) for part in _cut(self.ranges, region[self.dim])]
         if not parts:
-            return self.of.read(checkpoint, (range(0), *others))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return self._read(checkpoint, range(0), region)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
-    def _read(self, checkpoint: Checkpoint, rows: range, others: Region) -> torch.Tensor:
+    def _read(self, checkpoint: Checkpoint, rows: range, region: Region) -> torch.Tensor:
+        before, after = region[: self.dim], region[self.dim + 1 :]
         if rows.step == 1:
-            return self.of.read(checkpoint, (rows, *others))
-        return self.of.read(checkpoint, (range(rows[0], rows[-1] + 1), *others))[:: rows.step]
+            return self.of.read(checkpoint, (*before, rows, *after))
+        found = self.of.read(checkpoint, (*before, range(rows[0], rows[-1] + 1), *after))
+        return found[(slice(None),) * self.dim + (slice(None, None, rows.step),)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +181,13 @@ class FirstOf:
         return FirstOf(tuple(place.renamed(rename) for place in self.of))
 
     def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
-        self._found(checkpoint).check(checkpoint, shape)
+        self.found(checkpoint).check(checkpoint, shape)
 
     def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
-        return self._found(checkpoint).read(checkpoint, region)
+        return self.found(checkpoint).read(checkpoint, region)
 
-    def _found(self, checkpoint: Checkpoint) -> Stored:
+    def found(self, checkpoint: Checkpoint) -> Stored:
+        """The place that counts; the first where the checkpoint has none of them."""
         return next((place for place in self.of if place.name in checkpoint), self.of[0])
 
 

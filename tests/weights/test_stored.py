@@ -79,6 +79,22 @@ def test_experts_are_stacked_and_cut_inside_each(checkpoint: Checkpoint) -> None
         _read(checkpoint, stack, (4, 4, 6))
 
 
+@pytest.mark.parametrize("expert", [range(3), range(1, 2)])
+def test_rows_and_columns_of_each_expert_of_one_tensor_are_cut(expert: range, tmp_path: Path) -> None:
+    whole = torch.arange(3 * 4 * 6, dtype=torch.float32).view(3, 4, 6)
+    save_file({"experts": whole}, tmp_path / "model.safetensors")
+    checkpoint, odd = Checkpoint(tmp_path), (range(1, 6, 2),)
+    place = Rows(Transposed(Tensor("experts")), odd, 6, dim=1)
+    place.check(checkpoint, (3, 3, 4))
+    found = place.read(checkpoint, (expert, range(1, 3), range(2, 4)))
+    assert torch.equal(found, whole.transpose(1, 2)[expert.start : expert.stop, 1::2][:, 1:3, 2:4])
+
+
+def test_a_fault_of_one_of_several_places_names_the_tensor_that_is_there(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=r"tensor 'ids' has dtype torch\.int64"):
+        _read(checkpoint, FirstOf((Tensor("split.weight"), Tensor("ids"))), (4,))
+
+
 def test_only_the_bytes_of_a_cut_are_read(checkpoint: Checkpoint) -> None:
     _read(checkpoint, FUSED[0], (12, 6), part=range(6, 12))
     assert checkpoint.bytes_read == 6 * 6 * 4

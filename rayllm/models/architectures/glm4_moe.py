@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("glm4_moe",)
 EXAMPLES = ("zai-org/GLM-4.5-Air",)
+LEFT_OUT = ("model.layers.{}.",)
 _DEFAULTS = {
     "hidden_act": "silu",
     "num_experts_per_tok": 8,

@@ -10,6 +10,7 @@ from models.architectures.test_llama import CONFIG
 from ranks import RankPool
 
 from rayllm.models.architectures import glm4_moe
+from rayllm.models.registry import left_out
 from rayllm.spec import MlpSpec, SparseMlpSpec
 
 EXPERTS: dict[str, Any] = {"n_routed_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96}
@@ -40,3 +41,8 @@ def test_the_first_layers_are_dense_and_shared_experts_are_one_layer_of_their_jo
     attention = spec.layers[0].attention
     assert attention.rope is not None
     assert (attention.rope.rotary_dim, attention.rope.in_pairs) == (8, False)
+
+
+def test_the_module_that_predicts_further_tokens_is_left_out_knowingly() -> None:
+    spec = glm4_moe.spec({**CONFIG, **EXPERTS})
+    assert left_out(spec) == ["model.layers.3."]
