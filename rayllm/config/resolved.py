@@ -15,6 +15,7 @@ class ModelShape(BaseConfig):
 
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    """The tokenizer's end token first. Where another one ends an answer, `stop_reason` says which."""
     num_layers: int
 
 

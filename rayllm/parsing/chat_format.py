@@ -48,7 +48,7 @@ class ChatFormat:
     def of(cls, tokenizer: Tokenizer, config: EngineConfig) -> ChatFormat:
         template = tokenizer.chat_template
         source = template.source if template is not None else ""
-        takes_tools = template is not None and "tools" in template.variables
+        takes_tools = tokenizer.shows_tools()
         if config.tool_call_parser != "auto":
             tool_format = TOOL_FORMATS[config.tool_call_parser]
         else:

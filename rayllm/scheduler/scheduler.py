@@ -49,7 +49,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_prefix_caching: bool,
-        eos_token_ids: frozenset[int],
+        eos_token_ids: Collection[int],
         max_inflight_steps: int = ParallelLayout().max_inflight_steps,
     ):
         if num_blocks * block_size < max_model_len:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
@@ -31,7 +32,7 @@ class Sequence:
         "charged",
         "choice",
         "client",
-        "eos_token_ids",
+        "end_id",
         "finish",
         "max_length",
         "num_blocks_missing",
@@ -59,7 +60,7 @@ class Sequence:
         *,
         arrival: int,
         max_model_len: int,
-        eos_token_ids: frozenset[int],
+        eos_token_ids: Collection[int],
         prompt_hashes: list[bytes],
     ):
         params = request.params
@@ -75,8 +76,10 @@ class Sequence:
         if choice < len(request.emitted):
             self.tokens.frombytes(request.emitted[choice])
         self.max_length = min(self.num_prompt_tokens + request.max_tokens, max_model_len)
-        self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
-        self.stop_ids = self.eos_token_ids.union(params.stop_token_ids)
+        end_ids = () if params.ignore_eos else eos_token_ids
+        self.end_id = next(iter(end_ids), None)
+        """The end token that is no news; all others that end it are told as the reason."""
+        self.stop_ids = frozenset(end_ids).union(params.stop_token_ids)
 
         self.status = Status.WAITING
         self.finish: Finish | None = None
@@ -122,7 +125,7 @@ class Sequence:
         if 0 < self.num_emitted >= self.request.params.min_tokens:
             last = self.tokens[-1]
             if last in self.stop_ids:
-                return Finish("stop", None if last in self.eos_token_ids else last)
+                return Finish("stop", None if last == self.end_id else last)
         return Finish("length") if len(self.tokens) >= self.max_length else None
 
     def release(self) -> None:

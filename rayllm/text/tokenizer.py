@@ -28,6 +28,7 @@ from rayllm.vocabulary.family_tokenizer import brings_code, read_family_tokenize
 
 _GENERIC_CLASSES = frozenset({None, "PreTrainedTokenizerFast", "TokenizersBackend"})
 """Classes that add nothing to tokenizer.json."""
+_PROBE_TOOL = "probe_tool_5e21"
 _SENTENCEPIECE_SPACE = "▁"
 _OPEN_MARK, _CLOSE_MARK = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"({_OPEN_MARK}|{_CLOSE_MARK})")
@@ -95,7 +96,7 @@ class Tokenizer:
         template = named_templates.get("default") or next(iter(named_templates.values()), family.chat_template)
         made = cls(backend, named, template, content_format)
         made.tool_template = named_templates.get("tool_use")
-        if chat_template is None and made.tool_template is None and not _takes_tools(made.chat_template):
+        if chat_template is None and made.tool_template is None and not made.shows_tools():
             made.tool_template = family.tool_template
         return made
 
@@ -186,6 +187,18 @@ class Tokenizer:
         text = render(shaped)
         forms.check_shown(shaped, text, render)
         return cut_at_end_mark(text, messages) if continues else text
+
+    def shows_tools(self) -> bool:
+        """Whether the chat template writes what its variable `tools` holds."""
+        template = self.chat_template
+        if template is None or "tools" not in template.variables:
+            return False
+        function = {"name": _PROBE_TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
+        chat, tools = [{"role": "user", "content": "hello"}], [{"type": "function", "function": function}]
+        try:
+            return _PROBE_TOOL in template.render(chat, tools=tools)
+        except RequestError:  # it may want chats in another form
+            return True
 
     def apply_chat_template(
         self,
@@ -310,10 +323,6 @@ def _given_template(given: str) -> str:
     if not Path(given).is_file():
         raise ConfigError(f"chat_template: {given} is not a file")
     return read_text(Path(given))
-
-
-def _takes_tools(template: ChatTemplate | None) -> bool:
-    return template is not None and "tools" in template.variables
 
 
 def _load(folder: Path, settings: Mapping[str, Any]) -> tuple[Backend, dict[str, str], TokenizerFamily]:

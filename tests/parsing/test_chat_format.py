@@ -132,3 +132,12 @@ def test_only_variables_that_the_template_knows_ask_for_reasoning(tokenizer: Tok
     assert form.thinking_variables("none", "low") == {"enable_thinking": False, "reasoning_effort": "none"}
     assert form.thinking_variables("high", None) == {"enable_thinking": True, "reasoning_effort": "high"}
     assert form_of(tokenizer, PLAIN).thinking_variables("high", "low") == {}
+
+
+def test_a_template_that_reads_tools_from_its_messages_gets_them_in_words(tokenizer: Tokenizer) -> None:
+    source = (
+        "{% for item in messages %}{% if item['tools'] is defined %}{% set tools = item['tools'] %}{{ tools }}"
+        "{% endif %}{{ item['role'] }}: {{ item['content'] }}\n{% endfor %}"
+    )
+    form = ChatFormat.of(tokenizer.with_template(source), EngineConfig())
+    assert not form.takes_tools

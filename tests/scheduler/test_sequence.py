@@ -32,6 +32,12 @@ def test_a_sequence_ends_by_stop_tokens_and_lengths(emitted, params, finish):
     assert answered(emitted, **params).finish_reason() == finish
 
 
+@pytest.mark.parametrize(("last", "reason"), [(EOS, None), (9, 9), (8, 8)])
+def test_of_several_end_tokens_the_first_is_no_news(last, reason):
+    sequence = make_sequence([1], emitted=[[7, last]], ignore_eos=False, eos_token_ids=(EOS, 9, 8))
+    assert sequence.finish_reason() == Finish("stop", reason)
+
+
 def test_a_stop_token_that_ends_the_prompt_ends_nothing():
     sequence = make_sequence([1, EOS], ignore_eos=False, eos_token_ids=frozenset({EOS}))
     assert sequence.finish_reason() is None

@@ -60,7 +60,7 @@ def test_a_tokenizer_without_an_end_token_has_none(tmp_path: Path, settings: dic
     assert end_token_id(tmp_path) is None
 
 
-def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(tmp_path: Path) -> None:
+def test_end_tokens_are_those_of_tokenizer_generation_config_and_config(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", eos_token_id=0)  # its tokenizer ends with <|im_end|>, which is 2
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 0]}))
 
@@ -68,14 +68,14 @@ def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(tmp_path
         config: EngineConfig = EngineConfig.parse({"model": str(path), **fields})
         return resolve(config, num_gpus=0, num_cores=1).shape.eos_token_ids
 
-    assert ends() == (5, 0, 2)
+    assert ends() == (2, 5, 0)
     (path / "generation_config.json").unlink()
-    assert ends() == (0, 2)
+    assert ends() == (2, 0)
 
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<e>"}))
     (other / "added_tokens.json").write_text(json.dumps({"<e>": 9}))
-    assert ends(tokenizer=str(other)) == (0, 9)
+    assert ends(tokenizer=str(other)) == (9, 0)
     (other / "added_tokens.json").write_text(json.dumps({"<e>": 100_000}))  # the model cannot write it
     assert ends(tokenizer=str(other)) == (0,)

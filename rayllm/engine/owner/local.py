@@ -22,7 +22,7 @@ def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
         enable_prefix_caching=config.engine.enable_prefix_caching,
-        eos_token_ids=frozenset(config.shape.eos_token_ids),
+        eos_token_ids=config.shape.eos_token_ids,
         max_inflight_steps=config.engine.layout.max_inflight_steps,
     )
 

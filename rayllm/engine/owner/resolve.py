@@ -126,9 +126,11 @@ def _max_model_len(config: EngineConfig, model_max: int) -> int:
 
 
 def _end_token_ids(config: EngineConfig, path: Path, tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
-    """All that generation_config.json (the model's, or that of `generation_config`), config.json and the tokenizer
-    name; nonsense is refused in the two files. A tokenizer's id that the model cannot write ends nothing."""
-    found: list[int] = []
+    """The tokenizer's, then those that generation_config.json (the model's, or that of `generation_config`) and
+    config.json name. Nonsense is refused in the two files; a tokenizer's id that the model cannot write ends nothing.
+    """
+    of_tokenizer = end_token_id(tokenizer)
+    found = [of_tokenizer] if of_tokenizer is not None and of_tokenizer < vocab_size else []
     for file in (generation_config_file(config, path) or path / FILE_NAME, path / "config.json"):
         value = read_json(file).get("eos_token_id") if file.is_file() else None
         if value is None:
@@ -137,7 +139,4 @@ def _end_token_ids(config: EngineConfig, path: Path, tokenizer: Path, vocab_size
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ConfigError(f"{file}: eos_token_id={value!r} must be token ids below vocab_size={vocab_size}")
         found += ids
-    of_tokenizer = end_token_id(tokenizer)
-    if of_tokenizer is not None and of_tokenizer < vocab_size:
-        found.append(of_tokenizer)
     return tuple(dict.fromkeys(found))
