@@ -54,6 +54,7 @@ _modules: dict[str, str] = {
     "MistralForCausalLM": f"{_PACKAGE}.mistral",
     "MixtralForCausalLM": f"{_PACKAGE}.mixtral",
     "OPTForCausalLM": f"{_PACKAGE}.opt",
+    "Phi3ForCausalLM": f"{_PACKAGE}.phi3",
     "Qwen2ForCausalLM": f"{_PACKAGE}.qwen2",
     "Qwen2MoeForCausalLM": f"{_PACKAGE}.qwen2_moe",
     "Qwen3ForCausalLM": f"{_PACKAGE}.qwen3",

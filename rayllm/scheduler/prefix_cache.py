@@ -8,14 +8,16 @@ from rayllm.scheduler.block_pool import BlockPool
 from rayllm.scheduler.sequence import Sequence
 
 
-def _root(cache_salt: str) -> bytes:
+def _root(cache_salt: str, is_beyond: bool) -> bytes:
     # The words keep a salt from posing as a block: no block's parent begins with them.
-    return sha256(b"rayllm prefix cache: " + cache_salt.encode("utf-8", "surrogatepass")).digest()
+    words = b"rayllm prefix cache beyond the rope boundary: " if is_beyond else b"rayllm prefix cache: "
+    return sha256(words + cache_salt.encode("utf-8", "surrogatepass")).digest()
 
 
 class PrefixCache:
     """Knows a full block by a hash over its tokens and the hash of the block before it, so that equal hashes
-    mean equal prefixes; the first block's parent is a hash of the request's salt. sha256, because a collision
+    mean equal prefixes; the first block's parent is a hash of the request's salt and of
+    what else the KV depends on. sha256, because a collision
     would show one user another's text.
 
     A block is *announced* when a sequence that will compute it starts to run, and *published* once a
@@ -115,7 +117,7 @@ class PrefixCache:
     def _extend(self, hashes: list[bytes], sequence: Sequence, num_blocks: int) -> None:
         if len(hashes) >= num_blocks:
             return
-        parent = hashes[-1] if hashes else _root(sequence.request.cache_salt)
+        parent = hashes[-1] if hashes else _root(sequence.request.cache_salt, sequence.is_beyond)
         for start in range(len(hashes) * self._block_size, num_blocks * self._block_size, self._block_size):
             tokens = sequence.tokens[start : start + self._block_size]
             parent = sha256(parent + tokens.tobytes()).digest()

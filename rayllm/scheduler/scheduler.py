@@ -51,6 +51,7 @@ class Scheduler:
         enable_prefix_caching: bool,
         eos_token_ids: Collection[int],
         max_inflight_steps: int = ParallelLayout().max_inflight_steps,
+        rope_boundary: int | None = None,
     ):
         if num_blocks * block_size < max_model_len:
             raise ConfigError(
@@ -66,6 +67,7 @@ class Scheduler:
         self._enable_prefix_caching = enable_prefix_caching
         self._eos_token_ids = eos_token_ids
         self._max_inflight_steps = max_inflight_steps
+        self._rope_boundary = rope_boundary
 
         self.totals = SchedulerTotals()
         self._num_arrivals = 0
@@ -214,6 +216,8 @@ class Scheduler:
         wait for one of these."""
         if len(self._in_flight) >= self._max_inflight_steps:
             return None
+        if self._rope_boundary is not None:
+            self._restart_crossed(self._rope_boundary)
         builder = PlanBuilder(self._max_num_batched_tokens)
         self._plan_running(builder)
         self._plan_waiting(builder)
@@ -262,11 +266,21 @@ class Scheduler:
         """The last running sequence waits again, in its place of order; what it had planned is taken back."""
         sequence = self._running.pop()
         builder.take_back(sequence)
+        self._wait_again(sequence)
+        self.totals.num_preemptions += 1
+        return sequence
+
+    def _restart_crossed(self, rope_boundary: int) -> None:
+        """The KV of a sequence that has grown past the boundary is worth nothing: it is computed from its first token
+        on, by the rotary embedding of long sequences (`RopeSpec.beyond`)."""
+        for sequence in [sequence for sequence in self._running if sequence.has_crossed(rope_boundary)]:
+            self._running.remove(sequence)
+            self._wait_again(sequence)
+
+    def _wait_again(self, sequence: Sequence) -> None:
         self._allocator.free(sequence)
         sequence.resume_after = self._in_flight.num_plans
         self.waiting.add(sequence)
-        self.totals.num_preemptions += 1
-        return sequence
 
     def _plan_waiting(self, builder: PlanBuilder) -> None:
         """Admits in strict order. Only those that wait for a prefix being computed are passed over, and only
@@ -275,6 +289,8 @@ class Scheduler:
         for sequence in self.waiting.walk():
             if not builder.budget or num_deferred == self._max_num_seqs or not self._may_run(sequence):
                 return
+            if self._rope_boundary is not None:
+                sequence.choose_rope(self._rope_boundary)
             waits = self.quarantine.holds_back(sequence, self._running)
             hits = None if waits else self._allocator.find_cached(sequence)
             if hits is None:
@@ -378,29 +394,12 @@ class Scheduler:
     def _append(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs] | None, reported: Finish | None
     ) -> SequenceUpdate:
-        """The sequence has these tokens more, up to the one that ends it; `reported` is an end that the worker knows of
-        at the last one."""
+        """The sequence has these tokens more; `reported` is an end that the worker knows of at the last one."""
         if reported is not None and reported.reason == "error":
             self._end(sequence, reported)
             return SequenceUpdate(sequence, [], reported)
-        update = SequenceUpdate(sequence, token_ids, logprobs=logprobs)
-        if not sequence.answered:
-            update.add_first_token_fields()
-        tokens = sequence.tokens
-        sequence.num_pending -= 1
-        for number, token_id in enumerate(token_ids, 1):
-            tokens.append(token_id)
-            if reported is not None or token_id in sequence.stop_ids or len(tokens) >= sequence.max_length:
-                update.finish = sequence.finish_reason()
-                is_reported = reported is not None and number == len(token_ids)
-                if is_reported and (update.finish is None or update.finish.reason == "length"):
-                    update.finish = reported
-                if update.finish:
-                    del token_ids[number:]
-                    if logprobs is not None:
-                        del logprobs[number:]
-                    break
-        self._counters.charge(sequence.client, OUTPUT_WEIGHT * len(token_ids))
+        update = sequence.append(token_ids, logprobs, reported)
+        self._counters.charge(sequence.client, OUTPUT_WEIGHT * len(update.token_ids))
         if update.finish:
             self.totals.note_end(sequence)
             self._end(sequence, update.finish)

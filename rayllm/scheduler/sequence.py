@@ -34,6 +34,7 @@ class Sequence:
         "client",
         "end_id",
         "finish",
+        "is_beyond",
         "max_length",
         "num_blocks_missing",
         "num_cached_tokens",
@@ -98,6 +99,8 @@ class Sequence:
         """Hashes of the prompt's full blocks, one list for all choices; filled when first needed."""
         self.block_hashes: list[bytes] | None = None
         """Hashes of its own full blocks, `prompt_hashes` first."""
+        self.is_beyond = False
+        """Whether its KV is computed as that of a sequence longer than the model's rope boundary."""
         self.num_published = 0
         """Leading blocks that the prefix cache knows."""
         self.awaited: bytes | None = None
@@ -127,6 +130,40 @@ class Sequence:
             if last in self.stop_ids:
                 return Finish("stop", None if last == self.end_id else last)
         return Finish("length") if len(self.tokens) >= self.max_length else None
+
+    def append(
+        self, token_ids: list[int], logprobs: list[TokenLogprobs] | None, reported: Finish | None
+    ) -> SequenceUpdate:
+        """Takes the tokens of one step, up to the one that ends it; the update says which, and why it ends if it does.
+        `reported` is an end that the worker knows of at the last one."""
+        update = SequenceUpdate(self, token_ids, logprobs=logprobs)
+        if not self.answered:
+            update.add_first_token_fields()
+        self.num_pending -= 1
+        for number, token_id in enumerate(token_ids, 1):
+            self.tokens.append(token_id)
+            if reported is not None or token_id in self.stop_ids or len(self.tokens) >= self.max_length:
+                update.finish = self.finish_reason()
+                is_reported = reported is not None and number == len(token_ids)
+                if is_reported and (update.finish is None or update.finish.reason == "length"):
+                    update.finish = reported
+                if update.finish:
+                    del token_ids[number:]
+                    if logprobs is not None:
+                        del logprobs[number:]
+                    break
+        return update
+
+    def has_crossed(self, rope_boundary: int) -> bool:
+        """Whether its next token cannot be computed with the KV that it has: it has grown past the boundary."""
+        return not self.is_beyond and rope_boundary < self.num_tokens < self.max_length
+
+    def choose_rope(self, rope_boundary: int) -> None:
+        """Says, before it is computed from its first token on, which KV its length asks for. Blocks of the other kind
+        have other hashes."""
+        if not self.is_beyond and len(self.tokens) > rope_boundary:
+            self.is_beyond = True
+            self.prompt_hashes, self.block_hashes = [], None
 
     def release(self) -> None:
         """Drops its row and KV: it waits, and will be computed again from its tokens."""

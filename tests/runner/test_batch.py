@@ -44,6 +44,14 @@ def test_tokens_positions_and_slots_follow_the_rows(rows: Rows) -> None:
     assert batch.block_table_RB.tolist() == [[1, 0, 0], [7, 3, 5], [2, 6, 0]]
 
 
+def test_tokens_of_rows_longer_than_the_rope_boundary_are_told_apart(rows: Rows) -> None:
+    ids, counts = np.array([1, 0, 2], np.int32), np.array([1, 2, 2], np.int32)
+    assert build_step(rows, ids, counts, 4, CPU).batch.beyond_T is None
+    batch = build_step(rows, ids, counts, 4, CPU, rope_boundary=4).batch  # of 4, 10 and 5 tokens
+    assert batch.beyond_T is not None
+    assert batch.beyond_T.tolist() == [False, True, True, True, True]
+
+
 def test_a_row_samples_when_all_its_tokens_are_computed(rows: Rows) -> None:
     step = _build(rows, {1: 1, 0: 4, 2: 3})
     assert step.sampled_rows.tolist() == [1, 0]

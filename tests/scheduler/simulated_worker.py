@@ -21,9 +21,9 @@ def digest(*numbers: int) -> int:
     return int.from_bytes(blake2b(struct.pack(f"{len(numbers)}q", *numbers), digest_size=7).digest(), "big")
 
 
-def prefix_digests(tokens: list[int]) -> list[int]:
-    """For each position, what its KV depends on: all tokens up to it."""
-    digests, last = [], 0
+def prefix_digests(tokens: list[int], rope_boundary: int | None = None) -> list[int]:
+    """For each position, what its KV depends on: all tokens up to it, and whether there are more than the boundary."""
+    digests, last = [], int(rope_boundary is not None and len(tokens) > rope_boundary)
     for token in tokens:
         last = digest(last, token)
         digests.append(last)
@@ -73,16 +73,20 @@ def draw(
     return token
 
 
-def expected_answer(request: Request, choice: int, max_model_len: int) -> tuple[list[int], str, int | None]:
+def expected_answer(
+    request: Request, choice: int, max_model_len: int, rope_boundary: int | None = None
+) -> tuple[list[int], str, int | None]:
     """All tokens of a choice, finish reason and stop reason, by the rules and with no scheduler."""
     params, prompt = request.params, list(request.prompt_token_ids)
     emitted: list[int] = []
     text = BoundText.of(params, emitted)
-    last = prefix_digests(prompt)[-1]
+    last = prefix_digests(prompt, rope_boundary)[-1]
     while True:
         token = draw(last, request.seed, choice, len(emitted), params, text)
-        last = digest(last, token)
         emitted.append(token)
+        last = digest(last, token)
+        if len(prompt) + len(emitted) - 1 == rope_boundary:
+            last = prefix_digests(prompt + emitted, rope_boundary)[-1]
         if text is not None:
             text.take(token)
         if token == EOS and not params.ignore_eos:
@@ -117,6 +121,7 @@ class SimulatedWorker:
     slots: dict[int, int] = field(default_factory=dict)
     """By slot: the digest of the prefix whose KV was written there last."""
     num_tokens_computed: int = 0
+    rope_boundary: int | None = None
 
     def run(self, plan: StepPlan) -> StepResult:
         self._take_over(plan)
@@ -139,12 +144,15 @@ class SimulatedWorker:
             assert start.num_computed_tokens < len(tokens)
             blocks = list(unpack_ids(start.blocks))
             text = BoundText.of(start.params, tokens[start.num_prompt_tokens :])
-            self.rows[start.row] = Row(start, tokens, prefix_digests(tokens), blocks, start.num_computed_tokens, text)
+            self.rows[start.row] = Row(start, tokens, self._digests(tokens), blocks, start.num_computed_tokens, text)
         for row, block in zip(unpack_ids(plan.grown_rows), unpack_ids(plan.grown_blocks), strict=True):
             self.rows[row].blocks.append(block)
         for row in self.rows.values():
             assert len(set(row.blocks)) == len(row.blocks)
             assert all(0 <= block < self.num_blocks for block in row.blocks)
+
+    def _digests(self, tokens: list[int]) -> list[int]:
+        return prefix_digests(tokens, self.rope_boundary)
 
     def _slot(self, row: Row, position: int) -> int:
         return row.blocks[position // self.block_size] * self.block_size + position % self.block_size
@@ -155,6 +163,8 @@ class SimulatedWorker:
             row = self.rows[row_id]
             row.written = []
             assert row.num_computed + count <= len(row.tokens), "a plan computes tokens that are not there"
+            if self.rope_boundary is not None and not row.spoiled:
+                assert row.digests == self._digests(row.tokens), "a row has crossed the rope boundary"
             for position in range(row.num_computed, row.num_computed + count):
                 slot = self._slot(row, position)
                 assert slot not in written, "two rows write one slot"
@@ -275,7 +285,8 @@ class Engine:
 
     def _start_worker(self) -> None:
         names = ("num_blocks", "block_size", "max_num_batched_tokens")
-        self.worker = SimulatedWorker(**{name: self.settings[name] for name in names})
+        sizes = {name: self.settings[name] for name in names}
+        self.worker = SimulatedWorker(**sizes, rope_boundary=self.settings.get("rope_boundary"))
         self.results.clear()
 
     def add(self, request: Request) -> list[Sequence]:

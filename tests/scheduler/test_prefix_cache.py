@@ -68,6 +68,16 @@ def test_salts_do_not_share():
     assert cache.lookup([*PROMPT, 99]) == []
 
 
+def test_blocks_on_either_side_of_the_rope_boundary_do_not_share():
+    cache = Cache()
+    cache.computed(PROMPT)
+    beyond = cache.sequence([*PROMPT, 99])
+    beyond.choose_rope(rope_boundary=12)
+    assert beyond.is_beyond
+    assert cache.cache.lookup(beyond) == []
+    assert cache.lookup([*PROMPT, 99]) != []
+
+
 def test_an_evicted_block_is_forgotten():
     cache = Cache(num_blocks=3)
     owner = cache.computed(PROMPT)

@@ -138,6 +138,49 @@ def test_the_newest_is_preempted_when_blocks_run_out_and_its_tokens_are_the_same
         assert engine.tokens_of(sequence) == expected_answer(sequence.request, 0, 32)[0]
 
 
+def test_a_sequence_that_crosses_the_rope_boundary_is_computed_anew_once():
+    engine = Engine(rope_boundary=12)
+    request = make_request("a", PROMPT, max_tokens=8)
+    [sequence] = engine.add(request)
+    engine.drain(depth=1)
+    assert engine.tokens_of(sequence) == expected_answer(request, 0, 128, 12)[0]
+    assert engine.worker.num_tokens_computed == 12 + 17  # the last of 18 tokens is not computed
+    assert engine.scheduler.totals.num_preemptions == 0
+
+
+@pytest.mark.parametrize(("max_tokens", "num_computed"), [(2, 11), (3, 12), (4, 12 + 13)])
+def test_nothing_is_computed_anew_for_a_sequence_that_ends_at_the_boundary(max_tokens, num_computed):
+    engine = Engine(rope_boundary=12)
+    engine.add(make_request("a", PROMPT, max_tokens=max_tokens))
+    engine.drain()
+    assert engine.worker.num_tokens_computed == num_computed
+
+
+def test_a_long_sequence_uses_no_cached_block_of_a_short_one_and_shares_with_long_ones():
+    engine = Engine(rope_boundary=12)
+    engine.add(make_request("short", PROMPT, max_tokens=1))
+    engine.drain()
+    sequences = engine.add(make_request("long", [*PROMPT, 1, 2, 3, 4], max_tokens=1))
+    engine.drain()
+    assert sequences[0].num_cached_tokens == 0
+    sequences += engine.add(make_request("longer", [*PROMPT, 1, 2, 3, 4, 5], max_tokens=1))
+    sequences += engine.add(make_request("short again", [*PROMPT, 1], max_tokens=1))
+    engine.drain()
+    assert [sequence.num_cached_tokens for sequence in sequences] == [0, 12, 8]
+    for sequence in sequences:
+        assert engine.tokens_of(sequence) == expected_answer(sequence.request, 0, 128, 12)[0]
+
+
+def test_choices_that_cross_and_choices_that_are_replayed_past_the_boundary_go_on():
+    whole = [expected_answer(make_request("a", PROMPT, n=2), choice, 128, 12)[0] for choice in range(2)]
+    engine = Engine(rope_boundary=12)
+    sequences = engine.add(make_request("a", PROMPT, n=2, emitted=[whole[0][:5], whole[1][:1]]))
+    engine.step()
+    engine.rewind()
+    engine.drain()
+    assert [engine.tokens_of(sequence) for sequence in sequences] == [whole[0][5:], whole[1][1:]]
+
+
 def test_a_preempted_sequence_comes_back_before_those_that_arrived_after_it():
     engine = Engine(num_blocks=8, max_model_len=32, enable_prefix_caching=False)
     for n, name in enumerate("ab", start=1):

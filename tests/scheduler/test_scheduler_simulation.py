@@ -38,9 +38,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.sampled_from([1, 2, 3, 6]),
         max_num_batched_tokens=st.sampled_from([1, 2, 3, 5, 8, 32]),
         enable_prefix_caching=st.sampled_from([True, True, False]),
+        rope_boundary=st.sampled_from([None, None, 4, 8, 11]),
     )
-    def start(self, block_size, num_spare_blocks, **config):
-        self.max_model_len = 20
+    def start(self, block_size, num_spare_blocks, rope_boundary, **config):
+        self.max_model_len, self.rope_boundary = 20, rope_boundary
+        config["rope_boundary"] = rope_boundary
         num_blocks = -(-self.max_model_len // block_size) + num_spare_blocks
         self.engine = Engine(block_size=block_size, num_blocks=num_blocks, max_model_len=self.max_model_len, **config)
         self.num_requests = 0
@@ -52,7 +54,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = f"r{self.num_requests}"
         self.num_requests += 1
         answers = [
-            expected_answer(make_request(request_id, **spec), choice, self.max_model_len) for choice in range(spec["n"])
+            expected_answer(make_request(request_id, **spec), choice, self.max_model_len, self.rope_boundary)
+            for choice in range(spec["n"])
         ]
         emitted = [tokens[:num_replayed] for tokens, _, _ in answers] if num_replayed else ()
         sequences = self.engine.add(make_request(request_id, emitted=emitted, **spec))

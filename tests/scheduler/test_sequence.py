@@ -48,3 +48,34 @@ def test_emitted_tokens_are_part_of_it_and_not_of_its_prompt():
     assert list(sequence.tokens) == [1, 2, 3, 7, 8]
     assert (sequence.num_prompt_tokens, sequence.num_emitted, sequence.max_length) == (3, 2, 9)
     assert sequence.answered
+
+
+def test_tokens_after_the_one_that_ends_it_are_not_taken():
+    sequence = answered([7])
+    sequence.num_pending = 1
+    update = sequence.append([8, EOS, 9], None, None)
+    assert (update.token_ids, update.finish, sequence.num_emitted, sequence.num_pending) == (
+        [8, EOS],
+        Finish("stop", None),
+        3,
+        0,
+    )
+    assert answered([7]).append([8, 9], None, Finish("stop", is_complete=True)).finish == Finish(
+        "stop", is_complete=True
+    )
+
+
+def test_a_sequence_crosses_the_rope_boundary_once_and_only_where_it_goes_on():
+    sequence = answered([7])  # of four tokens, and nine at most
+    assert not sequence.has_crossed(4)
+    sequence.num_pending = 1
+    assert sequence.has_crossed(4)
+    sequence.choose_rope(4)
+    assert not sequence.is_beyond  # its fifth token is not known yet
+    sequence.append([8], None, None)
+    hashes = sequence.prompt_hashes
+    sequence.choose_rope(4)
+    assert sequence.is_beyond
+    assert sequence.prompt_hashes is not hashes
+    assert not sequence.has_crossed(4)
+    assert not answered([7] * 6).has_crossed(8)

@@ -24,6 +24,7 @@ def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
         enable_prefix_caching=config.engine.enable_prefix_caching,
         eos_token_ids=config.shape.eos_token_ids,
         max_inflight_steps=config.engine.layout.max_inflight_steps,
+        rope_boundary=config.spec.rope_boundary,
     )
 
 
