@@ -12,18 +12,7 @@ from rayllm.models.catalog import catalog
 
 PACKAGE = Path(rayllm.__file__).parent
 ARCHITECTURES = PACKAGE / "models" / "architectures"
-THAT_COMPUTE = (
-    "models",
-    "layers",
-    "linear",
-    "weights",
-    "runner",
-    "sampling",
-    "scheduler",
-    "executor",
-    "engine",
-    "config",
-)
+THAT_COMPUTE = ("models", "layers", "linear", "weights", "runner", "sampling", "scheduler", "executor", "engine")
 
 
 def _texts(file: Path) -> Iterator[str]:
