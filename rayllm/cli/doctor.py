@@ -60,6 +60,7 @@ def examine() -> list[Finding]:
     """Looks at everything; nothing heavy is imported, nothing is started."""
     from rayllm.config import count_cores
     from rayllm.machine.folders import log_folder
+    from rayllm.machine.memory import available_host_bytes
 
     return [
         Finding("python", sys.version_info >= (3, 10), sys.version.split()[0], "use Python 3.10 or newer"),
@@ -67,7 +68,9 @@ def examine() -> list[Finding]:
         *_libraries(),
         Finding("cpu cores", True, str(count_cores())),
         *_gpus(),
-        _at_least("memory", _free_memory(), _LEAST_MEMORY_BYTES, "RayLLM and Ray need about this much to start"),
+        _at_least(
+            "memory", available_host_bytes(), _LEAST_MEMORY_BYTES, "RayLLM and Ray need about this much to start"
+        ),
         _at_least("/dev/shm", _free_disk("/dev/shm"), _LEAST_SHM_BYTES, "in a container: --shm-size=1g"),
         _at_least("/tmp", _free_disk("/tmp"), _LEAST_DISK_BYTES, "free disk space: Ray keeps its session there"),
         _at_least(
@@ -132,27 +135,6 @@ def _driver(version: str, torch: str) -> Finding:
 
 def _at_least(name: str, value: int, least: int, fix: str) -> Finding:
     return Finding(name, value >= least, f"{amount(value)} free", f"at least {amount(least)} are needed; {fix}")
-
-
-def _free_memory() -> int:
-    """What programs may still take: of the machine, or of the container where that is less."""
-    free = _machine_memory()
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - used))
-
-
-def _machine_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _free_disk(path: str) -> int:

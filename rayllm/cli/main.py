@@ -24,6 +24,7 @@ COMMANDS = {
     "complete": ("rayllm.cli.complete", "continue a prompt"),
     "run-batch": ("rayllm.cli.run_batch", "run a file of requests in OpenAI's batch format"),
     "pull": ("rayllm.cli.pull", "download a model from Hugging Face or ModelScope"),
+    "plan": ("rayllm.cli.plan", "show what a model needs of memory, and what fits, before loading it"),
     "models": ("rayllm.cli.models", "list the architectures that can be served, and the files that are read"),
     "ps": ("rayllm.cli.ps", "list the running servers of this machine"),
     "status": ("rayllm.cli.status", "show a server's state: load, KV use, tokens/s, faults, ranks"),

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from rayllm.config import ResolvedConfig
 from rayllm.errors import ConfigError
+from rayllm.machine.memory import available_host_bytes
 from rayllm.models.memory_plan import CPU_KV_SHARE, MemoryNeeds, least_context
+
+
+def check_weights_fit(config: ResolvedConfig, needs: MemoryNeeds, device: torch.device) -> None:
+    """Raises `ConfigError`, before anything is loaded, where this worker's weights alone are too large."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        room, what = int(total * config.engine.gpu_memory_utilization) - (total - free), "GPU's"
+    else:
+        room, what = available_host_bytes(), "machine's"
+    if needs.weights > room:
+        raise ConfigError(
+            f"the weights take {needs.weights / 2**30:.1f} GiB per worker, and {max(0, room) / 2**30:.1f} GiB of the "
+            f"{what} memory may be used: 'rayllm plan' shows what would fit (more ranks, a smaller dtype)"
+        )
 
 
 def plan_num_blocks(config: ResolvedConfig, needs: MemoryNeeds, device: torch.device) -> int:
@@ -41,38 +53,3 @@ def plan_num_blocks(config: ResolvedConfig, needs: MemoryNeeds, device: torch.de
             f"{fits}, or raise " + ("gpu_memory_utilization" if device.type == "cuda" else "kv_cache_memory_bytes")
         )
     return num_blocks
-
-
-def available_host_bytes() -> int:
-    """Memory that can still be taken here without swapping, in bytes: what the host has (`MemAvailable`), but no more
-    than the container may."""
-    host = _lines_of(Path("/proc/meminfo")).get("MemAvailable:")
-    if host is None:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    container = container_bytes()
-    return host * 1024 if container is None else min(host * 1024, container)
-
-
-def container_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What this container's limit leaves, in bytes; None without a limit. Files in memory that the kernel may drop do
-    not count as used, as with Kubernetes (https://docs.kernel.org/admin-guide/cgroup-v2.html, and v1 before it)."""
-    for limit, used, folder, droppable in (
-        ("memory.max", "memory.current", root, "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", root / "memory", "total_inactive_file"),
-    ):
-        try:
-            limit_bytes, used_bytes = int((folder / limit).read_text()), int((folder / used).read_text())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        dropped_bytes = _lines_of(folder / "memory.stat").get(droppable, 0)
-        return max(0, limit_bytes - used_bytes + dropped_bytes)
-    return None
-
-
-def _lines_of(file: Path) -> dict[str, int]:
-    """Each line's name and number."""
-    try:
-        lines = [line.split() for line in file.read_text("ascii").splitlines()]
-    except OSError:
-        return {}
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -23,7 +23,7 @@ from rayllm.models.memory_plan import MemoryNeeds
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
 from rayllm.runner.device_check import check_device, device_name
-from rayllm.runner.memory import plan_num_blocks
+from rayllm.runner.memory import check_weights_fit, plan_num_blocks
 from rayllm.runner.rows import Rows
 from rayllm.sampling.logprobs import LogprobTensors, compute_logprobs
 from rayllm.sampling.sampler import Sampled, Sampler
@@ -67,6 +67,8 @@ class Runner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         spec = config.spec
         self._rope_boundary = spec.rope_boundary
+        self._needs = MemoryNeeds.of_config(config)
+        check_weights_fit(config, self._needs, self._device)
         self._model = load_model(
             config.model_path,
             spec,
@@ -101,7 +103,7 @@ class Runner:
 
     def num_blocks_available(self) -> int:
         """KV blocks this rank could hold; the engine takes the least of all ranks."""
-        return plan_num_blocks(self._config, MemoryNeeds.of_config(self._config), self._device)
+        return plan_num_blocks(self._config, self._needs, self._device)
 
     def start(self, num_blocks: int) -> None:
         """Allocates the KV pool, once, and one block that no row is given; begins with no rows, every time. What the

@@ -52,6 +52,15 @@ def ensure_downloaded(config: EngineConfig, on_progress: OnProgress = no_progres
         download(model, on_progress)
 
 
+def config_folder(config: EngineConfig) -> Path | None:
+    """The folder with the config.json of a model that is named by its hub's name; where the model is not downloaded,
+    that one file is. None for a model that is a folder. Raises as `download`."""
+    model = HubModel.of(config)
+    if model is None:
+        return None
+    return downloaded_folder(model) or (modelscope if model.is_modelscope else huggingface).download_config(model)
+
+
 def _is_complete(folder: Path, needs_tokenizer: bool) -> bool:
     """Whether configuration, tokenizer and all weights are there: a download may have stopped half way, or another
     program may have brought only what it needed."""

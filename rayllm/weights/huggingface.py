@@ -48,6 +48,15 @@ def download(model: HubModel, on_progress: OnProgress) -> Path:
     return Path(path).parent
 
 
+def download_config(model: HubModel) -> Path:
+    """The folder of the model's config.json, downloaded alone. Raises as `hub.download`."""
+    from huggingface_hub import hf_hub_download
+
+    with _translated(model):
+        path = hf_hub_download(model.name, "config.json", revision=model.revision, cache_dir=model.download_dir)
+    return Path(path).parent
+
+
 class _Counter:
     """Sums up what the hub's library tells the progress bar of each file."""
 

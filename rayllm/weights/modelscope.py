@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rayllm.config import Environment
 from rayllm.errors import ConfigError, HubUnreachableError
-from rayllm.weights.hub_model import HubModel, OnProgress, RemoteFile, needed_files
+from rayllm.weights.hub_model import HubModel, OnProgress, RemoteFile, needed_files, no_progress
 
 _REVISION = "master"
 _CHUNK_BYTES = 2**20
@@ -25,11 +25,22 @@ def local_folder(model: HubModel) -> Path | None:
 
 def download(model: HubModel, on_progress: OnProgress) -> Path:
     """As `hub.download`. A file gets its name when it is whole and its checksum is right."""
+    return _download(model, needed_files, on_progress)
+
+
+def download_config(model: HubModel) -> Path:
+    """The folder of the model's config.json, downloaded alone. Raises as `hub.download`."""
+    return _download(model, lambda model, files: [file for file in files if file.path == "config.json"], no_progress)
+
+
+def _download(
+    model: HubModel, choose: Callable[[HubModel, list[RemoteFile]], Sequence[RemoteFile]], on_progress: OnProgress
+) -> Path:
     import httpx
 
     folder = _folder(model)
     with _translated(model), httpx.Client(base_url=_api(model), timeout=_TIMEOUT_S, follow_redirects=True) as http:
-        files = needed_files(model, _list_files(http, model))
+        files = choose(model, _list_files(http, model))
         total, done = sum(file.num_bytes for file in files), 0
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:

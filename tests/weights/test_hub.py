@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -139,3 +140,12 @@ def test_an_unknown_model_and_a_hub_that_does_not_answer_are_one_line(hub: FakeH
     assert unreachable.returncode == 3
     assert "the Hugging Face hub does not answer for owner/model" in unreachable.stderr
     assert unknown.stderr.count("\n") == unreachable.stderr.count("\n") == 1
+
+
+def test_a_plan_brings_the_config_alone(hub: FakeHub, tmp_path: Path) -> None:
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "rayllm", "plan", "owner/model", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **settings})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["architecture"] == "LlamaForCausalLM"
+    assert {name for name, _ in hub.asked} == {"config.json"}

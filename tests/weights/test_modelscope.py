@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from weights.fake_hub import FakeHub, served_hub
 
+from rayllm.config import EngineConfig
 from rayllm.errors import ConfigError, HubUnreachableError
 from rayllm.weights import modelscope
-from rayllm.weights.hub import download, downloaded_folder
+from rayllm.weights.hub import config_folder, download, downloaded_folder
 from rayllm.weights.hub_model import HubModel
 
 
@@ -69,3 +70,12 @@ def test_each_revision_has_a_folder_of_its_own(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     assert modelscope.local_folder(model) == folder
     assert modelscope.local_folder(HubModel("owner/model", is_modelscope=True, download_dir=str(tmp_path))) is None
+
+
+def test_a_config_is_brought_alone_and_the_rest_can_follow(hub: FakeHub, model: HubModel, tmp_path: Path) -> None:
+    config = EngineConfig(model="ms:owner/model", download_dir=str(tmp_path))
+    folder = config_folder(config)
+    assert folder is not None
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert downloaded_folder(model) is None
+    assert download(model) == folder == config_folder(config)

@@ -51,13 +51,7 @@ def resolve(
         raise ConfigError(f"tensor_parallel_size={size} needs worker processes: distributed_executor_backend='ray'")
     block_size = config.block_size or (_GPU_BLOCK_SIZE if device == "cuda" else _CPU_BLOCK_SIZE)
     max_model_len = _max_model_len(config, spec.max_model_len)
-    least = least_context(config.max_model_len, max_model_len)
-    if config.num_kv_blocks is not None and config.num_kv_blocks * block_size < least:
-        raise ConfigError(
-            f"num_kv_blocks={config.num_kv_blocks} of {block_size} tokens cannot hold one sequence of "
-            f"{'max_model_len=' if config.max_model_len else ''}{least} tokens: raise num_kv_blocks, or lower "
-            "max_model_len"
-        )
+    _check_num_kv_blocks(config, block_size, max_model_len)
     tokenizer = Path(config.tokenizer).expanduser() if config.tokenizer else path
     if not tokenizer.is_dir():
         raise ConfigError(f"tokenizer folder {config.tokenizer!r} does not exist")
@@ -123,6 +117,16 @@ def _max_model_len(config: EngineConfig, model_max: int) -> int:
     if asked is not None and asked > model_max:
         raise ConfigError(f"max_model_len={asked} is more than the model's context of {model_max} tokens: lower it")
     return asked or model_max
+
+
+def _check_num_kv_blocks(config: EngineConfig, block_size: int, max_model_len: int) -> None:
+    least = least_context(config.max_model_len, max_model_len)
+    if config.num_kv_blocks is not None and config.num_kv_blocks * block_size < least:
+        raise ConfigError(
+            f"num_kv_blocks={config.num_kv_blocks} of {block_size} tokens cannot hold one sequence of "
+            f"{'max_model_len=' if config.max_model_len else ''}{least} tokens: raise num_kv_blocks, or lower "
+            "max_model_len"
+        )
 
 
 def _end_token_ids(config: EngineConfig, path: Path, tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
