@@ -244,7 +244,8 @@ async def test_a_template_with_tools_gets_them_and_arguments_as_it_wants_them(se
 
 async def test_ids_of_calls_are_shown_as_the_model_writes_them(serve: Serve) -> None:
     template = (
-        "{% if tools %}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{{ m.tool_call_id or '' }}"
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{{ m.tool_call_id or '' }}"
         "{% for c in m.tool_calls or [] %}<|tool_calls_section_begin|>{{ c.id }}{{ c.function.arguments | tojson }}"
         "{% endfor %}{% endfor %}"
     )
@@ -270,7 +271,7 @@ async def test_ids_of_calls_are_shown_as_the_model_writes_them(serve: Serve) -> 
 
 
 CHANNELS = (
-    "{% if tools %}{% endif %}{% for m in messages %}<|start|>{{ m.role }}"
+    "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}<|start|>{{ m.role }}"
     "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
     "{% for c in m.tool_calls or [] %} to=functions.{{ c.function.name }}<|channel|>commentary json<|message|>"
     "{{ c.function.arguments | tojson }}<|call|>{% endfor %}<|message|>{{ m.content or '' }}<|end|>{% endfor %}"

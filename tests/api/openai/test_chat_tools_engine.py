@@ -25,7 +25,7 @@ SCHEMAS: dict[str, Any] = {
     "now": {"type": "object", "properties": {}},
 }
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
-SHORT = "{% if tools %}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+SHORT = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
 """The tiny model's context is too short to be told of tools."""
 THINKS = SHORT + "<think>\n{# until </think> #}"
 
