@@ -113,7 +113,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     parts."""
     if ConfigFields(config).section("text_config") is None:
         return config
-    names = ("dtype", "torch_dtype", "tie_word_embeddings")
+    names = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id")
     return {**config["text_config"], **{name: config[name] for name in names if config.get(name) is not None}}
 
 

@@ -12,6 +12,7 @@ from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig, cou
 from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.engine.owner.generation_config import FILE_NAME, generation_config_file, generation_defaults
 from rayllm.errors import ConfigError
+from rayllm.models.config_fields import text_config
 from rayllm.models.memory_plan import least_context
 from rayllm.models.registry import outside_module, read_spec
 from rayllm.models.split import check_split
@@ -136,7 +137,7 @@ def _end_token_ids(config: EngineConfig, path: Path, tokenizer: Path, vocab_size
     of_tokenizer = end_token_id(tokenizer)
     found = [of_tokenizer] if of_tokenizer is not None and of_tokenizer < vocab_size else []
     for file in (generation_config_file(config, path) or path / FILE_NAME, path / "config.json"):
-        value = read_json(file).get("eos_token_id") if file.is_file() else None
+        value = text_config(read_json(file)).get("eos_token_id") if file.is_file() else None
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]

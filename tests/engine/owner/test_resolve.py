@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import make_tokenizer
 
 from rayllm.config import EngineConfig
 from rayllm.demo import DEMO_MODEL_NAME
@@ -65,6 +66,18 @@ def test_what_cannot_work_is_refused_with_value_limit_and_mend(
 def test_heads_that_do_not_divide_are_refused(llama_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_attention_heads=4"):
         resolve(_config(llama_path, tensor_parallel_size=3), num_gpus=0, num_cores=8)
+
+
+def test_end_of_sequence_ids_may_stand_with_the_text_part(tmp_path: Path) -> None:
+    text = {
+        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
+        "num_hidden_layers": 2, "vocab_size": 288, "eos_token_id": [1, 106],
+    }  # fmt: skip
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "dtype": "float32", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    make_tokenizer(tmp_path)
+    resolved = resolve(_config(tmp_path, load_format="dummy", max_model_len=64), num_gpus=0, num_cores=2)
+    assert resolved.shape.eos_token_ids == (2, 1, 106)
 
 
 def test_an_end_of_sequence_id_outside_the_vocabulary_is_refused(llama_path: Path, tmp_path: Path) -> None:
