@@ -24,7 +24,6 @@ _LACKING: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_lora": ((False,), "RayLLM has no LoRA adapters yet: merge the adapter into the weights"),
     "lora_modules": ((None, []), "RayLLM has no LoRA adapters yet: merge the adapter into the weights"),
     "hf_overrides": ((None, {}), "RayLLM takes a model's config.json as it is: edit the file"),
-    "model_impl": (("auto", "vllm"), "RayLLM has one implementation of each model: give auto"),
     "runner": (("auto", "generate"), "RayLLM serves models that generate: give auto or generate"),
     "task": ((None, "auto", "generate"), "RayLLM serves models that generate: give auto or generate"),
     "pooler_config": ((None, {}), "RayLLM serves models that generate: leave it out"),
@@ -52,7 +51,9 @@ class CompatibilitySettings(BaseModel):
     """Fields of `EngineConfig` that other engines have and RayLLM has no use for, or not yet."""
 
     trust_remote_code: bool = Field(
-        False, description="Not needed, accepted without effect: RayLLM reads models itself and runs no code of theirs."
+        False,
+        description="Let workers run the Python code of a checkpoint whose model neither RayLLM nor transformers has. "
+        "Without effect for all other models: they are read without it.",
     )
     enforce_eager: bool = Field(False, description="Without effect: RayLLM captures no CUDA graphs.")
     disable_custom_all_reduce: bool = Field(False, description="Without effect: ranks reduce by NCCL, or gloo on CPU.")
@@ -69,7 +70,6 @@ class CompatibilitySettings(BaseModel):
     enable_lora: bool = Field(False, description="Not supported yet.")
     lora_modules: Any = Field(None, description="Not supported yet.")
     hf_overrides: Any = Field(None, description="Not supported.")
-    model_impl: str = Field("auto", description="Only auto.")
     runner: str = Field("auto", description="Only auto or generate.")
     task: str | None = Field(None, description="Only auto or generate.")
     pooler_config: Any = Field(None, description="Not supported yet.")
@@ -113,10 +113,15 @@ _WITHOUT_EFFECT = {
 }
 
 
-def notes(config: CompatibilitySettings, device: str) -> list[str]:
-    """A line for each setting that was given and has no effect on this device (`cpu` or `cuda`)."""
+def notes(config: CompatibilitySettings, device: str, *, runs_code: bool = False) -> list[str]:
+    """A line for each setting that was given and has no effect on this device (`cpu` or `cuda`). `runs_code`: the model
+    is (or may be) a checkpoint's own code."""
     given = config.model_fields_set
-    found = [f"{name}=True {why}" for name, why in _WITHOUT_EFFECT.items() if name in given and getattr(config, name)]
+    found = [
+        f"{name}=True {why}"
+        for name, why in _WITHOUT_EFFECT.items()
+        if name in given and getattr(config, name) and not (runs_code and name == "trust_remote_code")
+    ]
     if "disable_custom_all_reduce" in given and config.disable_custom_all_reduce:
         library = "gloo" if device == "cpu" else "NCCL"
         found.append(f"disable_custom_all_reduce=True has no effect: ranks on {device} reduce by {library}")

@@ -198,10 +198,26 @@ class SparseMlpSpec:
         return (whole if expert_parallel else split, *shared)
 
 
+@dataclass(frozen=True, slots=True)
+class OpaqueSpec:
+    """A feed-forward layer of which only the width is known: `transformers` computes it."""
+
+    inner_width: int
+    kind: Literal["opaque"] = "opaque"
+
+    def activation_width(self, hidden_size: int, tp_size: int) -> int:
+        """Elements of a token's inner activations on a rank, at most."""
+        return 2 * self.inner_width
+
+    def split_sizes(self, expert_parallel: bool) -> tuple[SplitSize, ...]:
+        """None: the model's own plan says what is split, and its modules whether that can be done."""
+        return ()
+
+
 AttentionSpec = GroupedAttentionSpec
 """The union of all kinds of attention; `rayllm.layers.attention` has the layer of each. By their `kind` they are told
 apart when a resolved config comes as JSON."""
-FeedForwardSpec = MlpSpec | SparseMlpSpec
+FeedForwardSpec = MlpSpec | SparseMlpSpec | OpaqueSpec
 """The union of all kinds of feed-forward layers; `rayllm.models.layer` has the layer of each."""
 
 NormPlacement = Literal["input", "sum", "output", "input_and_output"]
@@ -221,6 +237,20 @@ class LayerSpec:
     """Of a parallel layer: one norm serves both."""
     residual_scale: float = 1.0
     """Outputs of attention and feed-forward are multiplied by it before they are added."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersSpec:
+    """What makes a model that RayLLM has no decoder for: its class in `transformers`."""
+
+    config: str
+    """config.json, as text."""
+    code_files: tuple[str, ...] = ()
+    """Python files of the checkpoint that workers run as the model, where the user trusts them."""
+    unsplittable: str = ""
+    """Why tensor parallelism cannot split it; empty where it can."""
+    num_parameters: int = 0
+    """Numbers in its weights; 0 where its code would have to run to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +276,26 @@ class DecoderSpec:
     logits_scale: float = 1.0
     logits_soft_cap: float | None = None
     """Logits become c * tanh(logit / c)."""
+    transformers: TransformersSpec | None = None
+    """Where `transformers` computes the model; of the layers' specs, heads, widths and windows then hold."""
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether the model is Python code of its checkpoint."""
+        return self.transformers is not None and bool(self.transformers.code_files)
+
+    def notes(self) -> list[str]:
+        """What a user should know of how the model is computed, a line each."""
+        if self.transformers is None:
+            return []
+        if self.runs_code:
+            files = ", ".join(self.transformers.code_files)
+            return [f"{self.architecture}: the workers run Python files of the checkpoint (trust_remote_code): {files}"]
+        return [f"{self.architecture} runs through transformers with RayLLM's attention: slower than a native model"]
 
     def attentions(self) -> Iterator[AttentionSpec]:
         """Each layer's."""

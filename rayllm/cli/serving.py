@@ -37,14 +37,14 @@ def check_before_start(engine: EngineConfig, server: ServerConfig) -> None:
     model = HubModel.of(engine)
     if model is not None and downloaded_folder(model) is None:
         download_shown(model)
-    device = "cpu" if engine.device == "cpu" else "cuda"
+    device, runs_code, of_model = "cpu" if engine.device == "cpu" else "cuda", True, []
     if not joins:  # else the cluster decides what there is room for
         resolved = resolve(engine, backend="ray")
-        device = resolved.device
+        device, runs_code, of_model = resolved.device, resolved.spec.runs_code, resolved.spec.notes()
         _check_weights(engine, resolved.model_path)
         if not engine.skip_tokenizer_init:
             check_vocabulary_files(Path(resolved.tokenizer_path))
-    for line in notes(engine, device):
+    for line in [*notes(engine, device, runs_code=runs_code), *of_model]:
         print(line, file=sys.stderr)
     _warn_of_open_door(server)
 

@@ -17,6 +17,7 @@ from rayllm.request import DEFAULT_MAX_LOGPROBS
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["ray", "inproc"]
+ModelImpl = Literal["auto", "native", "transformers"]
 LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 Standby = Literal["off", "process", "weights"]
 ContentFormat = Literal["auto", "string", "openai"]
@@ -92,6 +93,11 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
     load_format: LoadFormat = Field(
         "auto", description="auto: safetensors, else PyTorch files (pt); dummy: random weights."
+    )
+    model_impl: ModelImpl = Field(
+        "auto",
+        description="What computes the model: native (RayLLM's decoder), transformers (its class in transformers, with "
+        "RayLLM's attention: slower), or auto (native where there is one).",
     )
     standby: Standby = Field(
         "off",
@@ -170,6 +176,11 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     @classmethod
     def _override_is_an_object_of_known_fields(cls, value: Any) -> Any:
         return None if value is None else generation_fields_text(value)
+
+    @field_validator("model_impl", mode="before")
+    @classmethod
+    def _native_has_vllms_name(cls, value: Any) -> Any:
+        return "native" if value == "vllm" else value
 
     @field_validator("otlp_traces_endpoint")
     @classmethod

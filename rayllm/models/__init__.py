@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rayllm.layers.batch import Batch
     from rayllm.layers.kv_cache import KVPool, KVSpec
     from rayllm.models.decoder import Decoder
+    from rayllm.models.fallback.decoder import TransformersDecoder
     from rayllm.spec import DecoderSpec
     from rayllm.weights.source import WeightSource
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Model:
     """One rank's share of a model, with what computes its attention. Use it under `torch.inference_mode()`."""
 
-    decoder: Decoder
+    decoder: Decoder | TransformersDecoder
     backend: AttentionBackend
     kv_specs: list[KVSpec]
     dtype: torch.dtype
@@ -66,10 +67,16 @@ def load_model(
     from rayllm.weights.checkpoint_weights import CheckpointWeights
     from rayllm.weights.source import DummyWeights
 
+    if load_format not in ("auto", "safetensors", "pt", "dummy"):
+        raise ConfigError(f"load_format={load_format!r} is not known; known are auto, safetensors, pt, dummy")
+    if spec.transformers is not None:
+        from rayllm.models.decoder import kv_specs
+        from rayllm.models.fallback.build import load_decoder
+
+        decoder, backend = load_decoder(model_path, spec, tp, dtype, device, load_format, seed)
+        return Model(decoder, backend, kv_specs(spec, tp.size), dtype, device)
     if load_format == "dummy":
         return build_model(spec, DummyWeights(seed, dtype, device), tp, dtype, device)
-    if load_format not in ("auto", "safetensors", "pt"):
-        raise ConfigError(f"load_format={load_format!r} is not known; known are auto, safetensors, pt, dummy")
     weights = CheckpointWeights(
         Checkpoint(model_path, load_format), weight_names(spec, architecture_module), dtype, device
     )

@@ -9,6 +9,7 @@ from rayllm.spec import (
     LayerSpec,
     MlpSpec,
     NormSpec,
+    OpaqueSpec,
     RouterSpec,
     SparseMlpSpec,
 )
@@ -16,6 +17,8 @@ from rayllm.spec import (
 
 def num_parameters(spec: DecoderSpec, layout: ParallelLayout) -> int:
     """Numbers in the weights of the model's largest rank, as they stand in its memory."""
+    if spec.transformers is not None and spec.transformers.num_parameters:
+        return -(-spec.transformers.num_parameters // layout.tp)
     width, outer = spec.hidden_size, spec.embedding_size or spec.hidden_size
     vocab = -(-spec.vocab_size // layout.tp) * outer
     total = vocab if spec.tied_embeddings else 2 * vocab
@@ -36,6 +39,8 @@ def _layer(spec: LayerSpec, width: int, layout: ParallelLayout) -> int:
     num_norms = {"input": 1 if spec.shares_norm else 2, "input_and_output": 4}.get(spec.norm_placement, 2)
     attention, feed_forward = spec.attention, spec.feed_forward
     total = num_norms * _norm(spec.norm, width) + _grouped_attention(attention, width, layout)
+    if isinstance(feed_forward, OpaqueSpec):
+        return total + 3 * feed_forward.inner_width * width // layout.tp  # as of a gated layer
     if isinstance(feed_forward, SparseMlpSpec):
         return total + _sparse_mlp(feed_forward, width, layout)
     return total + _mlp(feed_forward, width, layout)

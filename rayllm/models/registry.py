@@ -116,8 +116,9 @@ def _module_of(spec: DecoderSpec, module: str) -> ModuleType:
     return _check_module(spec.architecture, path)
 
 
-def read_spec(model_path: str | Path) -> DecoderSpec:
-    """The spec of the model in a folder. `ConfigError` names config.json and the field that cannot be served.
+def read_spec(model_path: str | Path, implementation: str = "auto", *, trust_remote_code: bool = False) -> DecoderSpec:
+    """The spec of the model in a folder; further arguments are those of `spec_of`. `ConfigError` names config.json and
+    the field that cannot be served.
 
     Where config.json says no dtype, or "auto", it is that of the weights' files, as with `transformers`.
     """
@@ -125,22 +126,24 @@ def read_spec(model_path: str | Path) -> DecoderSpec:
     if all(config.get(name) in (None, "auto") for name in ("dtype", "torch_dtype")):
         config = {**config, "dtype": stored_dtype(model_path), "torch_dtype": None}
     try:
-        return spec_of(config)
+        return spec_of(config, implementation, trust_remote_code=trust_remote_code)
     except ConfigError as error:
         raise ConfigError(f"{Path(model_path) / 'config.json'}: {error}") from None
 
 
-def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
-    """The spec that a Hugging Face config describes."""
+def spec_of(config: Mapping[str, Any], implementation: str = "auto", *, trust_remote_code: bool = False) -> DecoderSpec:
+    """The spec that a Hugging Face config describes.
+
+    `implementation`: "native" (RayLLM's own), "transformers" (see `models.fallback`), or "auto": the first that has it.
+    `trust_remote_code`: whether workers may run a checkpoint's own Python code, where nothing else has the model.
+    """
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ConfigError(f"architectures={str(names)[:60]!r} must be a list with the name of the model's class")
     name = names[0]
-    path = architecture_module(name)
+    path = architecture_module(name) if implementation != "transformers" else None
     if path is None:
-        known = known_architectures()
-        near = did_you_mean(name, known)
-        raise ConfigError(f"architecture {name[:60]!r} is not supported{near}; known are {', '.join(known)}")
+        return _without_module(config, name, implementation, trust_remote_code)
     module = _check_module(name, path)
     model_type = config.get("model_type", module.MODEL_TYPES[0])
     if model_type not in module.MODEL_TYPES:
@@ -159,6 +162,23 @@ def spec_of(config: Mapping[str, Any]) -> DecoderSpec:
             f"in different layers; it must be the same in all"
         )
     return spec
+
+
+def _without_module(config: Mapping[str, Any], name: str, implementation: str, trust_remote_code: bool) -> DecoderSpec:
+    """The spec of a model that RayLLM has no architecture for, or is not to use it for."""
+    if implementation == "native":
+        raise ConfigError(
+            f"RayLLM has no implementation of {name[:60]!r} of its own (model_impl='native'): give model_impl='auto'"
+        )
+    from rayllm.models.fallback.spec import fallback_spec
+
+    _check_quantization(config, ())
+    found = fallback_spec(config, trust_remote_code=trust_remote_code)
+    if found is None:
+        known = known_architectures()
+        near = did_you_mean(name, known)
+        raise ConfigError(f"architecture {name[:60]!r} is not supported{near}; known are {', '.join(known)}")
+    return found
 
 
 def _check_quantization(config: Mapping[str, Any], methods: Sequence[str]) -> None:

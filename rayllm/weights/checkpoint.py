@@ -71,6 +71,10 @@ class Checkpoint:
         bare = name.partition(".")[2]
         return bare if name not in self._files and bare in self._files else name
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """`ConfigError` where there is no tensor `name`."""
+        return tuple(self._slice(name).get_shape())
+
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """`ConfigError` where there is no tensor `name` of this shape. It counts as used from then on."""
         with self._lock:

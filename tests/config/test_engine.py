@@ -63,6 +63,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "max_queued_requests",
         "max_queued_tokens",
         "model",
+        "model_impl",
         "name",
         "num_kv_blocks",
         "otlp_traces_endpoint",

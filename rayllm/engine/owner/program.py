@@ -47,7 +47,7 @@ def resolve_for_program(config: EngineConfig) -> ResolvedConfig:
     else:
         num_gpus, num_cores = cluster_devices()
         resolved = resolve(config, num_gpus=num_gpus, num_cores=num_cores, backend="ray")
-    for line in notes(config, resolved.device):
+    for line in [*notes(config, resolved.device, runs_code=resolved.spec.runs_code), *resolved.spec.notes()]:
         log.warning("%s", line)
     return resolved
 

@@ -35,9 +35,8 @@ def resolve(
     """
     num_gpus = count_gpus() if num_gpus is None else num_gpus
     num_cores = count_cores() if num_cores is None else num_cores
-    hub_folder = local_model(config)
-    path = hub_folder or _model_folder(config.model)
-    spec = read_spec(str(path))
+    path = local_model(config) or _model_folder(config.model)
+    spec = read_spec(str(path), config.model_impl, trust_remote_code=config.trust_remote_code)
     device = _device(config, num_gpus)
     size = config.layout.num_ranks
     available, kind = (num_gpus, "GPUs") if device == "cuda" else (num_cores, "CPU cores")
