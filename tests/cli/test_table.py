@@ -19,7 +19,16 @@ def test_a_row_of_another_length_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0s"), (59.9, "59s"), (60, "1m"), (3599, "59m"), (12_000, "3h 20m"), (86_400, "1d 0h"), (187_200, "2d 4h")],
+    [
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m"),
+        (3599, "59m"),
+        (3600, "1h 0m"),
+        (12_000, "3h 20m"),
+        (86_400, "1d 0h"),
+        (187_200, "2d 4h"),
+    ],
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert span(seconds) == shown
