@@ -288,10 +288,10 @@ def _of_server(entry: Entry, namespace: str = RAY_NAMESPACE) -> _Found:
 
 def _joined(address: str, token: str, name: str | None, namespace: str) -> _Found:
     """The engine in the Ray at `address`, to which this process is connected until the engine is released."""
-    _shared_ray.join(address, token)
+    leave = _shared_ray.join(address, token)
     with contextlib.ExitStack() as undo:
-        undo.callback(_shared_ray.leave)
-        found = _in_this_ray(name, namespace, _shared_ray.leave)
+        undo.callback(leave)
+        found = _in_this_ray(name, namespace, leave)
         undo.pop_all()
     return found
 

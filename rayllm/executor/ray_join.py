@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rayllm.config import RAY_NAMESPACE
 from rayllm.errors import EngineUnreachableError
@@ -25,22 +25,25 @@ _CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 
 
 class SharedRay:
-    """Counts who uses the connection that it made; `join` and `leave` are safe in any thread."""
+    """Counts who uses the connection that it made; `join`, and what it returns, are safe in any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._num_holders = 0
+        self._holders: set[object] = set()
         self._address = ""
         self._undo = contextlib.ExitStack()
 
     @property
     def is_held(self) -> bool:
         """Whether this process is connected because somebody joined here, and not by itself."""
-        return self._num_holders > 0 and ray_is_initialized()
+        return bool(self._holders) and ray_is_initialized()
 
-    def join(self, address: str, token: str) -> None:
+    def join(self, address: str, token: str) -> Callable[[], None]:
         """Connects to the Ray at `address` (`host:port`), whose token is `token` (empty: it asks for none). Raises
-        `EngineUnreachableError` within seconds where that is not possible. Each `join` needs a `leave`."""
+        `EngineUnreachableError` within seconds where that is not possible.
+
+        Returns what releases the connection, which ends with the last of its holders. A connection that was lost
+        counts for nothing when it is released after the next one was made."""
         with self._lock:
             if self.is_held and self._address != address:
                 raise EngineUnreachableError(
@@ -48,16 +51,20 @@ class SharedRay:
                     f"Ray: close that engine before one in the Ray at {address} is used"
                 )
             if not self.is_held:
-                self._num_holders = 0
+                self._holders.clear()
+                self._undo.close()  # of a connection that was lost: the environment is as before it
                 self._connect(address, token)
                 self._address = address
-            self._num_holders += 1
+            holder = object()
+            self._holders.add(holder)
+        return lambda: self._release(holder)
 
-    def leave(self) -> None:
-        """Disconnects where nobody else holds the connection."""
+    def _release(self, holder: object) -> None:
         with self._lock:
-            self._num_holders -= 1
-            if self._num_holders == 0:
+            if holder not in self._holders:
+                return
+            self._holders.remove(holder)
+            if not self._holders:
                 self._undo.close()
 
     def _connect(self, address: str, token: str) -> None:

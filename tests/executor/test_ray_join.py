@@ -58,48 +58,51 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> _Ray:
 def test_the_connection_is_made_once_and_ends_with_the_last_who_holds_it(fake_ray: _Ray) -> None:
     shared = SharedRay()
     assert not shared.is_held
-    shared.join(ADDRESS, "")
-    shared.join(ADDRESS, "")
-    shared.leave()
+    leave, leave_too = shared.join(ADDRESS, ""), shared.join(ADDRESS, "")
+    leave()
+    leave()
     assert shared.is_held
     assert fake_ray.calls == [f"init {ADDRESS}"]
-    shared.leave()
+    leave_too()
     assert not shared.is_held
     assert fake_ray.calls == [f"init {ADDRESS}", "disconnect"]
-    shared.join(OTHER, "")
+    leave = shared.join(OTHER, "")
     assert fake_ray.calls[2:] == [f"init {OTHER}"]
-    shared.leave()
+    leave()
 
 
 def test_another_ray_is_refused_while_one_is_held(fake_ray: _Ray) -> None:
     shared = SharedRay()
-    shared.join(ADDRESS, "")
+    leave = shared.join(ADDRESS, "")
     with pytest.raises(
         EngineUnreachableError, match=rf"at {ADDRESS}.*close that engine before one in the Ray at {OTHER}"
     ):
         shared.join(OTHER, "")
     assert fake_ray.calls == [f"init {ADDRESS}"]
-    shared.leave()
+    leave()
     assert not shared.is_held
 
 
 def test_a_connection_that_was_lost_is_made_again(fake_ray: _Ray) -> None:
     shared = SharedRay()
-    shared.join(ADDRESS, "")
+    leave_lost = shared.join(ADDRESS, "secret")
     fake_ray.is_connected = False
     assert not shared.is_held
-    shared.join(OTHER, "")
+    leave = shared.join(OTHER, "")
     assert fake_ray.calls[-1] == f"init {OTHER}"
-    shared.leave()
+    leave_lost()
+    assert shared.is_held
+    leave()
     assert fake_ray.calls[-1] == "disconnect"
+    assert (os.environ["RAY_AUTH_MODE"], os.environ.get("RAY_AUTH_TOKEN")) == ("before", None)
 
 
 @pytest.mark.parametrize(("token", "mode"), [("secret", "token"), ("", "disabled")])
 def test_the_token_is_in_the_environment_while_connected_alone(fake_ray: _Ray, token: str, mode: str) -> None:
     shared = SharedRay()
-    shared.join(ADDRESS, token)
+    leave = shared.join(ADDRESS, token)
     assert fake_ray.settings == {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token or None}
-    shared.leave()
+    leave()
     assert (os.environ["RAY_AUTH_MODE"], os.environ.get("RAY_AUTH_TOKEN")) == ("before", None)
 
 
@@ -111,9 +114,9 @@ def test_a_connection_that_fails_leaves_nothing_behind(fake_ray: _Ray) -> None:
     assert (os.environ["RAY_AUTH_MODE"], os.environ.get("RAY_AUTH_TOKEN")) == ("before", None)
     assert fake_ray.calls == [f"init {ADDRESS}", "disconnect"]
     fake_ray.refusal = None
-    shared.join(OTHER, "")
+    leave = shared.join(OTHER, "")
     assert shared.is_held
-    shared.leave()
+    leave()
 
 
 @pytest.mark.parametrize(
