@@ -304,7 +304,8 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 def _read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """The model's own templates by name: a field of tokenizer_config.json (one, or a list of named ones),
-    chat_template.jinja, and those of the folder that `transformers` writes others to."""
+    chat_template.jinja, and those of the folder that `transformers` writes others to. Where these have no default, that
+    of chat_template.json, the older file of models that see images."""
     given = settings.get("chat_template")
     entries = given if isinstance(given, list) else [{"name": "default", "template": given}] if given else []
     if not all(isinstance(entry, dict) and isinstance(entry.get("template"), str) for entry in entries):
@@ -314,6 +315,11 @@ def _read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         named[file.stem] = read_text(file)
     if (folder / "chat_template.jinja").is_file():
         named["default"] = read_text(folder / "chat_template.jinja")
+    older = folder / "chat_template.json"
+    if not named and older.is_file():
+        named["default"] = read_json(older).get("chat_template")
+        if not isinstance(named["default"], str):
+            raise ConfigError(f"{older}: chat_template must be text")
     return named
 
 

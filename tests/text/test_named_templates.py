@@ -56,3 +56,14 @@ def test_what_is_no_template_is_named(folder: Path, value: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": value}))
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json: chat_template must be text"):
         Tokenizer.from_path(str(folder))
+
+
+def test_a_template_beside_an_image_processor_is_the_default_where_the_tokenizer_has_none(folder: Path) -> None:
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": DEFAULT}))
+    assert Tokenizer.from_path(str(folder)).render_chat(MESSAGES) == "hello!"
+    (folder / "chat_template.jinja").write_text(DEFAULT + "?")
+    assert Tokenizer.from_path(str(folder)).render_chat(MESSAGES) == "hello!?"
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"chat_template\.json: chat_template must be text"):
+        Tokenizer.from_path(str(folder))
