@@ -10,9 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from docs import ROOT
 
+from rayllm.distributed.groups import TensorParallel
+from rayllm.layers.moe import Experts
 from rayllm.serve.app import create_app
+from rayllm.spec import ExpertSpec, RouterSpec, SparseMlpSpec
 
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
 
@@ -33,6 +37,27 @@ def test_the_benchmark_of_the_scheduler_runs(
     monkeypatch.setattr(sys, "argv", ["scheduler.py", "--seqs", "4", "--prompt-len", "32", "--steps", "20"])
     load("scheduler.py", monkeypatch)["main"]()
     assert json.loads(capsys.readouterr().out)
+
+
+def test_all_ways_of_the_benchmark_of_experts_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = load("moe.py", monkeypatch)
+    spec = SparseMlpSpec(RouterSpec(6, 2, "softmax", renormalize=True), ExpertSpec(16, "silu"))
+    x, scores = torch.rand(5, 8), torch.rand(5, 2)
+    chosen = torch.tensor([[0, 5], [5, 0], [1, 2], [2, 1], [3, 5]])
+    one, *others = (
+        Experts(benchmark["BenchmarkWeights"](way, torch.float32), "e", spec, 8, TensorParallel())(x, chosen, scores)
+        for way in benchmark["WAYS"]
+    )
+    for other in others:
+        torch.testing.assert_close(other, one)
+    arguments = "--experts 6 --top-k 2 --width 8 --inner 16 --rows 1 3 --repeat 1"
+    monkeypatch.setattr(sys, "argv", ["moe.py", *arguments.split()])
+    num_threads = torch.get_num_threads()
+    benchmark["main"]()
+    torch.set_num_threads(num_threads)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ms"]["bfloat16"].keys() == {"1", "3"}
 
 
 async def test_the_engine_that_computes_nothing_answers_over_http(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ ALIASES = {
     "tensor_parallel_size": ("-tp",),
     "pipeline_parallel_size": ("-pp",),
     "data_parallel_size": ("-dp",),
+    "enable_expert_parallel": ("-ep",),
     "quantization": ("-q",),
     "shutdown_timeout_s": ("--shutdown-timeout",),
 }

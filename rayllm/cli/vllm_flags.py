@@ -218,7 +218,6 @@ _REFUSED = {
     "--ec-transfer-config": _TEXT_ONLY,
     "--kv-events-config": "events of the KV cache are not published",
     "--tokens-only": "see --skip-tokenizer-init",
-    "--enable-expert-parallel": "use --tensor-parallel-size",
     "--tokenizer-revision": "give the tokenizer's folder by --tokenizer",
     "--code-revision": "RayLLM runs no code from models",
     "--ray-workers-use-nsight": "start nsys yourself",

@@ -64,6 +64,10 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     dtype: Dtype = Field("auto", description="Data type of weights and activations; auto: the checkpoint's.")
     device: Device = Field("auto", description="auto: CUDA if there is a GPU, else the CPU.")
     tensor_parallel_size: int = Field(1, ge=1, le=64, description="Workers that share each layer.")
+    enable_expert_parallel: bool = Field(
+        False,
+        description="Of a mixture of experts, give each worker whole experts instead of a share of each.",
+    )
     distributed_executor_backend: Backend | None = Field(
         None, description="ray: worker actors; inproc: one worker in this process. Default: ray if needed."
     )
@@ -216,7 +220,11 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     @property
     def layout(self) -> ParallelLayout:
         """How ranks share the model."""
-        return ParallelLayout(tp=self.tensor_parallel_size, pp=self.pipeline_parallel_size)
+        return ParallelLayout(
+            tp=self.tensor_parallel_size,
+            pp=self.pipeline_parallel_size,
+            expert_parallel=self.enable_expert_parallel,
+        )
 
     @property
     def served_model_names(self) -> tuple[str, ...]:

@@ -85,7 +85,8 @@ class WorkerLoop:
             torch.cuda.set_device(0)  # Ray shows each worker its own GPU only
         # No group: collectives use the process's default one, which is another one after a peer was replaced.
         layout = self._config.engine.layout
-        return self._runner_factory(self._config, TensorParallel(layout.tp_rank(rank), layout.tp))
+        tp = TensorParallel(layout.tp_rank(rank), layout.tp, expert_parallel=layout.expert_parallel)
+        return self._runner_factory(self._config, tp)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """See `ProcessGroup`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayllm.errors import ConfigError
 from rayllm.layout import ParallelLayout
-from rayllm.spec import DecoderSpec
+from rayllm.spec import DecoderSpec, SparseMlpSpec
 
 
 def check_split(spec: DecoderSpec, layout: ParallelLayout) -> None:
@@ -13,6 +13,11 @@ def check_split(spec: DecoderSpec, layout: ParallelLayout) -> None:
     tp_size = layout.tp
     if spec.transformers is not None and tp_size > 1:
         _check_plan(spec, layout)
+    is_dense = spec.transformers is None and not any(
+        isinstance(each.feed_forward, SparseMlpSpec) for each in spec.layers
+    )
+    if layout.expert_parallel and is_dense:
+        raise ConfigError(f"enable_expert_parallel: {spec.architecture} has no experts to share out; leave it off")
     for layer in spec.layers:
         sizes = (*layer.attention.split_sizes(), *layer.feed_forward.split_sizes(layout.expert_parallel))
         if all(each.allows(tp_size) for each in sizes):

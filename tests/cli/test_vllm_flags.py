@@ -15,6 +15,7 @@ from rayllm.cli.serve import parse_serve, parser
 from rayllm.cli.vllm_flags import _ONE_VALUE, _REFUSED, _WITH_VALUE, _WITHOUT_VALUE, translate
 from rayllm.config import EngineConfig, ServerConfig, parse_settings
 from rayllm.errors import ConfigError
+from rayllm.layout import ParallelLayout
 
 
 def _parsed(line: str) -> tuple[EngineConfig, ServerConfig]:
@@ -39,6 +40,8 @@ def test_the_documents_servers_are_understood() -> None:
     assert engine.enforce_eager
     assert engine.disable_custom_all_reduce
     assert engine.disable_custom_kernels
+    engine, _ = _parsed("Qwen/Qwen3-30B-A3B -tp 2 --enable-expert-parallel")
+    assert engine.layout == ParallelLayout(tp=2, expert_parallel=True)
     engine, _ = _parsed(
         "Qwen/Qwen2-0.5B-Instruct --chat-template ./template_chatml.jinja --trust-remote-code --tensor-parallel-size 1 "
         "--dtype half -pp 1"

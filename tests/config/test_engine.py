@@ -46,6 +46,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "driver_wait_s",
         "dtype",
         "enable_auto_tool_choice",
+        "enable_expert_parallel",
         "enable_force_include_usage",
         "enable_per_request_metrics",
         "enable_prefix_caching",

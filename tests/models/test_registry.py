@@ -143,6 +143,20 @@ def test_ranks_may_be_a_multiple_of_key_value_heads_but_not_of_the_feed_forward_
         check_split(read_spec(_folder(tmp_path, intermediate_size=98)), ParallelLayout(tp=4))
 
 
+def test_experts_are_split_or_shared_out_whole(tmp_path: Path) -> None:
+    sizes = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 96}
+    changes = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_key_value_heads": 4, **sizes}
+    spec = read_spec(_folder(tmp_path, **changes))
+    check_split(spec, ParallelLayout(tp=4))
+    check_split(spec, ParallelLayout(tp=2, expert_parallel=True))
+    with pytest.raises(ConfigError, match=r"number of experts=6; it must divide .*number of experts"):
+        check_split(spec, ParallelLayout(tp=4, expert_parallel=True))
+    with pytest.raises(ConfigError, match="intermediate_size of an expert=98; it must divide"):
+        check_split(read_spec(_folder(tmp_path, **{**changes, "intermediate_size": 98})), ParallelLayout(tp=4))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no experts to share out"):
+        check_split(read_spec(_folder(tmp_path)), ParallelLayout(tp=2, expert_parallel=True))
+
+
 def test_reading_a_spec_imports_no_torch(tmp_path: Path) -> None:
     _folder(tmp_path)
     code = (

@@ -255,6 +255,29 @@ def test_a_rank_reads_only_its_slices(tmp_path: Path) -> None:
     assert first == second == (whole - norms) // 2 + norms
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_a_rank_reads_only_its_part_of_the_experts(expert_parallel: bool, tmp_path: Path) -> None:
+    from mixtures import SIZES, make_mixture
+    from transformers import MixtralConfig
+
+    from rayllm.models import build_model
+    from rayllm.models.registry import read_spec, weight_names
+
+    path = make_mixture(tmp_path, MixtralConfig(**SIZES, intermediate_size=96, num_local_experts=8))
+    spec = read_spec(path)
+    read = []
+    for rank in range(2):
+        checkpoint = Checkpoint(path)
+        weights = CheckpointWeights(checkpoint, weight_names(spec), torch.float32, torch.device("cpu"))
+        tp = TensorParallel(rank, 2, expert_parallel=expert_parallel)
+        build_model(spec, weights, tp, torch.float32, torch.device("cpu"))
+        assert not checkpoint.unused()
+        read.append(checkpoint.bytes_read)
+    whole = sum(tensor.nbytes for tensor in load_file(path / WEIGHTS).values())
+    replicated = ((2 * spec.num_layers + 1) * spec.hidden_size + spec.num_layers * 8 * spec.hidden_size) * 4
+    assert read == [(whole - replicated) // 2 + replicated] * 2
+
+
 def test_names_map_layers_and_modules_to_the_checkpoints_own() -> None:
     names = {"embedding": "model.embed_tokens", "layers.q": "model.layers.{}.self_attn.q_proj"}
     assert find_stored("embedding.weight", names) == Tensor("model.embed_tokens.weight")

@@ -39,3 +39,18 @@ def test_clip_and_pad_agree_on_sizes() -> None:
     assert clip(range(4, 8), 6) == range(4, 6)
     assert len(clip(range(8, 12), 6)) == 0
     assert pad_to(torch.ones(2, 3), 1, 5).shape == (2, 5)
+
+
+def test_parts_of_dummy_experts_join_to_the_whole_and_each_is_another() -> None:
+    name, shape = "layers.0.experts.up.weight", (4, 6, 8)
+    whole = list(_dummy().expert_tensors(name, shape, range(4)))
+    assert [tuple(expert.shape) for expert in whole] == [(6, 8)] * 4
+    assert not torch.equal(whole[0], whole[1])
+    assert torch.equal(next(_dummy().expert_tensors(name, shape, range(2, 4))), whole[2])
+    for dim, size in enumerate(shape[1:]):
+        halves = [
+            next(_dummy().expert_tensors(name, shape, range(1, 2), dim=dim, part=part))
+            for part in (range(size // 2), range(size // 2, size))
+        ]
+        assert torch.equal(torch.cat(halves, dim=dim), whole[1])
+    assert 0.8 < float(torch.cat(whole).std()) * 8**0.5 < 1.2
