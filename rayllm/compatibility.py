@@ -23,13 +23,27 @@ _LACKING: dict[str, tuple[tuple[Any, ...], str]] = {
     "speculative_config": ((None, {}), "RayLLM has no speculative decoding yet: leave it out"),
     "enable_lora": ((False,), "RayLLM has no LoRA adapters yet: merge the adapter into the weights"),
     "lora_modules": ((None, []), "RayLLM has no LoRA adapters yet: merge the adapter into the weights"),
-    "hf_overrides": ((None, {}), "RayLLM takes a model's config.json as it is: edit the file"),
     "runner": (("auto", "generate"), "RayLLM serves models that generate: give auto or generate"),
     "task": ((None, "auto", "generate"), "RayLLM serves models that generate: give auto or generate"),
     "pooler_config": ((None, {}), "RayLLM serves models that generate: leave it out"),
-    "tokenizer_mode": (("auto",), "RayLLM finds out how a tokenizer is read: give auto"),
 }
 """Setting: the values that can be served, and what is said of others."""
+_TOKENIZER_MODES = {
+    "slow": "transformers 5 has one implementation of each tokenizer, the same as without it",
+    "mistral": "RayLLM does not use mistral-common: a folder with tokenizer.json is read without it",
+    "custom": "RayLLM runs no code of others to read a tokenizer",
+}
+"""Those of vLLM that are not served, and why."""
+_READ_FORMATS = "auto, safetensors, pt (or bin: PyTorch's own files) and dummy"
+_UNREAD_FORMATS = {
+    **dict.fromkeys(("hf", "npcache"), "auto finds the files that there are"),
+    **dict.fromkeys(
+        ("fastsafetensors", "runai_streamer", "runai_streamer_sharded", "instanttensor"),
+        "safetensors files are read in parallel without it",
+    ),
+    **dict.fromkeys(("tensorizer", "sharded_state", "gguf", "bitsandbytes", "mistral"), "convert it to safetensors"),
+}
+"""Values of vLLM's `load_format` that are not served, and what to do instead."""
 
 
 _SIZES = ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes")
@@ -69,11 +83,10 @@ class CompatibilitySettings(BaseModel):
     speculative_config: Any = Field(None, description="Not supported yet.")
     enable_lora: bool = Field(False, description="Not supported yet.")
     lora_modules: Any = Field(None, description="Not supported yet.")
-    hf_overrides: Any = Field(None, description="Not supported.")
     runner: str = Field("auto", description="Only auto or generate.")
     task: str | None = Field(None, description="Only auto or generate.")
     pooler_config: Any = Field(None, description="Not supported yet.")
-    tokenizer_mode: str = Field("auto", description="Only auto.")
+    tokenizer_mode: str = Field("auto", description="Only auto or hf: tokenizer.json, else what transformers makes.")
 
     @field_validator("max_model_len", mode="before", check_fields=False)
     @classmethod
@@ -85,10 +98,26 @@ class CompatibilitySettings(BaseModel):
     def _sizes_may_have_a_unit(cls, value: Any) -> Any:
         return _number_of(value) if isinstance(value, str) else value
 
-    @field_validator("hf_overrides", "speculative_config", "pooler_config", mode="before")
+    @field_validator("speculative_config", "pooler_config", mode="before")
     @classmethod
     def _an_empty_object_may_be_text(cls, value: Any) -> Any:
         return {} if isinstance(value, str) and value.strip() == "{}" else value
+
+    @field_validator("tokenizer_mode")
+    @classmethod
+    def _tokenizer_can_be_read_so(cls, value: str) -> str:
+        if value not in ("auto", "hf"):
+            reason = _TOKENIZER_MODES.get(value, "RayLLM finds out how a tokenizer is read")
+            raise ValueError(f"{reason}: give auto")
+        return value
+
+    @field_validator("load_format", mode="before", check_fields=False)
+    @classmethod
+    def _weights_can_be_read_so(cls, value: Any) -> Any:
+        """`bin` is another name of `pt`."""
+        if isinstance(value, str) and value in _UNREAD_FORMATS:
+            raise ValueError(f"RayLLM reads {_READ_FORMATS}; {_UNREAD_FORMATS[value]}")
+        return "pt" if value == "bin" else value
 
     @field_validator(*_LACKING)
     @classmethod

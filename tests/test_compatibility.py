@@ -19,8 +19,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"trust_remote_code": True, "download_dir": "./models"},
     {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "distributed_executor_backend": "ray"},
     {"quantization": None, "kv_cache_dtype": "auto", "enforce_eager": True, "disable_custom_all_reduce": True},
-    {"runner": "generate", "task": "auto", "model_impl": "auto", "hf_overrides": {}, "enable_lora": False},
-    {"speculative_config": None, "pooler_config": None, "tokenizer_mode": "auto", "enable_chunked_prefill": True},
+    {"runner": "generate", "task": "auto", "model_impl": "auto", "enable_lora": False},
+    {"speculative_config": None, "pooler_config": None, "tokenizer_mode": "hf", "enable_chunked_prefill": True},
 ]
 
 
@@ -58,6 +58,16 @@ def test_a_dtype_has_vllms_names_too(given: object, meant: str) -> None:
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': the KV cache always has the model's type"),
         ({"enable_lora": True}, "enable_lora=True: RayLLM has no LoRA adapters yet"),
         ({"runner": "pooling"}, "runner='pooling': RayLLM serves models that generate"),
+        ({"tokenizer_mode": "slow"}, "tokenizer_mode='slow': transformers 5 has one implementation.*give auto"),
+        ({"tokenizer_mode": "mistral"}, "tokenizer_mode='mistral': RayLLM does not use mistral-common.*give auto"),
+        ({"tokenizer_mode": "new"}, "tokenizer_mode='new': RayLLM finds out how a tokenizer is read: give auto"),
+        ({"load_format": "tensorizer"}, "load_format='tensorizer': RayLLM reads auto, .*pt .*; convert it to safetens"),
+        ({"load_format": "runai_streamer"}, "load_format='runai_streamer': .*in parallel without it"),
+        ({"load_format": "hf"}, "load_format='hf': .*auto finds the files"),
+        ({"load_format": "new"}, "load_format='new': Input should be 'auto', 'safetensors', 'pt' or 'dummy'"),
+        ({"hf_overrides": "[1]"}, "give a JSON object"),
+        ({"hf_overrides": {"a": {1}}}, "give a JSON object, as .*set"),
+        ({"hf_overrides": print}, "a function cannot be sent to the processes of an engine: give an object"),
         ({"dtype": "int8"}, "dtype='int8': Input should be 'auto'"),
         ({"dtype": 16}, "dtype=16: Input should be"),
     ],
@@ -66,6 +76,10 @@ def test_what_cannot_be_served_is_refused_with_the_reason(settings: dict[str, An
     with pytest.raises(ConfigError, match=message) as caught:
         program_config("", settings)
     assert "\n" not in str(caught.value)
+
+
+def test_pytorchs_own_files_have_two_names() -> None:
+    assert program_config("", {"load_format": "bin"}).load_format == "pt"
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:

@@ -32,7 +32,7 @@ _HEADERS = "the proxy before the server bounds headers"
 _NO_CODE = "servers run no code of others"
 _TLS = "this server speaks plain HTTP: put a proxy that speaks TLS before it"
 _ONE_ENGINE = "RayLLM has no replicas of an engine yet: start several servers"
-_IN_CONFIG = "set it in the model's config.json"
+_IN_CONFIG = "change it by --hf-overrides, as --hf-overrides.rope_theta 1e6"
 _LISTENS = "this server listens at --host and --port only"
 
 _WITHOUT_VALUE = {
@@ -206,7 +206,7 @@ _REFUSED = {
     "--rope-scaling": _IN_CONFIG,
     "--rope-theta": _IN_CONFIG,
     "--rope-parameters": _IN_CONFIG,
-    "--disable-sliding-window": _IN_CONFIG,
+    "--disable-sliding-window": "change it by --hf-overrides, as --hf-overrides.sliding_window null",
     "--hf-config-path": "give MODEL a folder with its config.json",
     "--hf-token": "set the environment variable HF_TOKEN",
     "--guided-decoding-disable-any-whitespace": "send structured_outputs.disable_any_whitespace with the request",

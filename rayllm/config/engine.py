@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import Field, field_validator
 
 from rayllm.compatibility import CompatibilitySettings
 from rayllm.config.base import BaseConfig
-from rayllm.config.generation import generation_fields_text
+from rayllm.config.generation import generation_fields_text, json_object_text
 from rayllm.layout import ParallelLayout
 from rayllm.request import DEFAULT_MAX_LOGPROBS
 
@@ -96,7 +97,12 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     )
     enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
     load_format: LoadFormat = Field(
-        "auto", description="auto: safetensors, else PyTorch files (pt); dummy: random weights."
+        "auto", description="auto: safetensors, else PyTorch files (pt, also called bin); dummy: random weights."
+    )
+    hf_overrides: str | None = Field(
+        None,
+        description="JSON object in place of fields of the model's config.json; objects in it are merged: "
+        "'{\"rope_theta\": 1e6}'.",
     )
     model_impl: ModelImpl = Field(
         "auto",
@@ -186,6 +192,13 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     def _native_has_vllms_name(cls, value: Any) -> Any:
         return "native" if value == "vllm" else value
 
+    @field_validator("hf_overrides", mode="before")
+    @classmethod
+    def _config_fields_are_an_object(cls, value: Any) -> Any:
+        if callable(value):
+            raise ValueError("a function cannot be sent to the processes of an engine: give an object of fields")
+        return None if value is None else json_object_text(value, '{"rope_theta": 1e6}')
+
     @field_validator("otlp_traces_endpoint")
     @classmethod
     def _traces_can_be_sent(cls, value: str | None) -> str | None:
@@ -216,6 +229,11 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
         if len(set(names)) < len(names):
             raise ValueError("served_model_name holds a name twice: give each name once")
         return value
+
+    @property
+    def config_overrides(self) -> dict[str, Any]:
+        """The fields of `hf_overrides`."""
+        return dict(json.loads(self.hf_overrides or "{}"))
 
     @property
     def layout(self) -> ParallelLayout:

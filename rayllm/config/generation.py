@@ -13,20 +13,30 @@ GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 """What of a generation_config.json is a default of requests: the fields that vLLM takes."""
 
 
-def generation_fields_text(value: Any) -> str:
-    """An object of generation fields, or its JSON text, as JSON text: a frozen config holds nothing that changes."""
+def json_object_text(value: Any, example: str) -> str:
+    """An object, or its JSON text, as JSON text: a frozen config holds nothing that changes."""
+    reason = f"give a JSON object, as {example}"
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise ValueError('give a JSON object, as {"temperature": 0.5}') from None
+            raise ValueError(reason) from None
     if not isinstance(value, Mapping):
-        raise ValueError('give a JSON object, as {"temperature": 0.5}')
-    for name in value:
+        raise ValueError(reason)
+    try:
+        return json.dumps(dict(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{reason} ({error})") from None
+
+
+def generation_fields_text(value: Any) -> str:
+    """An object of generation fields, or its JSON text, as JSON text."""
+    text = json_object_text(value, '{"temperature": 0.5}')
+    for name in json.loads(text):
         if name not in GENERATION_FIELDS:
-            near = did_you_mean(str(name), GENERATION_FIELDS)
-            raise ValueError(f"unknown field {str(name)[:100]!r}{near}; known are {', '.join(GENERATION_FIELDS)}")
-    return json.dumps(dict(value))
+            near = did_you_mean(name, GENERATION_FIELDS)
+            raise ValueError(f"unknown field {name[:100]!r}{near}; known are {', '.join(GENERATION_FIELDS)}")
+    return text
 
 
 class GenerationDefaults(BaseConfig):

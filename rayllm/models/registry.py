@@ -116,19 +116,26 @@ def _module_of(spec: DecoderSpec, module: str) -> ModuleType:
     return _check_module(spec.architecture, path)
 
 
-def read_spec(model_path: str | Path, implementation: str = "auto", *, trust_remote_code: bool = False) -> DecoderSpec:
-    """The spec of the model in a folder; further arguments are those of `spec_of`. `ConfigError` names config.json and
-    the field that cannot be served.
+def read_spec(
+    model_path: str | Path,
+    implementation: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> DecoderSpec:
+    """The spec of the model in a folder, with `overrides` in place of fields of config.json; further arguments are
+    those of `spec_of`. `ConfigError` names config.json and the field that cannot be served.
 
     Where config.json says no dtype, or "auto", it is that of the weights' files, as with `transformers`.
     """
-    config = read_config(model_path)
+    config = read_config(model_path, overrides)
     if all(config.get(name) in (None, "auto") for name in ("dtype", "torch_dtype")):
         config = {**config, "dtype": stored_dtype(model_path), "torch_dtype": None}
     try:
         return spec_of(config, implementation, trust_remote_code=trust_remote_code)
     except ConfigError as error:
-        raise ConfigError(f"{Path(model_path) / 'config.json'}: {error}") from None
+        changed = f" with hf_overrides of {', '.join(overrides)}" if overrides else ""
+        raise ConfigError(f"{Path(model_path) / 'config.json'}{changed}: {error}") from None
 
 
 def spec_of(config: Mapping[str, Any], implementation: str = "auto", *, trust_remote_code: bool = False) -> DecoderSpec:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rayllm.errors import ConfigError, did_you_mean
 
 _MAX_JSON_BYTES = 64 * 2**20
+_IN_ROPE_PARAMETERS = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+"""Fields that `transformers` 5 has moved into `rope_parameters`, where they count more than at their old place."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,13 +31,44 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder."""
+def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.json of a model folder, with `overrides` in place of its fields; see `with_overrides`."""
     folder = Path(folder)
     if not folder.is_dir():
         near = did_you_mean(folder.name, _names_beside(folder))
         raise ConfigError(f"model folder {str(folder)!r} does not exist{near}")
-    return read_json(folder / "config.json")
+    return with_overrides(read_json(folder / "config.json"), overrides or {})
+
+
+def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with other values: objects are merged field by field, everything else is replaced."""
+    merged = _merged(config, overrides)
+    rope, moved = config.get("rope_parameters"), [name for name in _IN_ROPE_PARAMETERS if name in overrides]
+    if moved and isinstance(rope, dict):
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ConfigError(
+                f"hf_overrides.{moved[0]}: config.json has rope_parameters for {', '.join(rope)}: "
+                "give hf_overrides.rope_parameters in the same form"
+            )
+        merged["rope_parameters"] = {**merged["rope_parameters"], **_rope_parameters(overrides)}
+    return merged
+
+
+def _rope_parameters(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands at the old places, by today's names."""
+    found = {name: overrides[name] for name in _IN_ROPE_PARAMETERS if name in overrides}
+    scaling = found.pop("rope_scaling", None) or {}
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"hf_overrides.rope_scaling={scaling!r} must be an object")
+    return {**found, **scaling, **({"rope_type": scaling["type"]} if "type" in scaling else {})}
+
+
+def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for name, value in overrides.items():
+        old = merged.get(name)
+        merged[name] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _names_beside(folder: Path) -> list[str]:

@@ -89,7 +89,7 @@ def test_origins_come_as_a_json_list_or_one_by_one() -> None:
     ("line", "message"),
     [
         ("--ssl-keyfile k.pem", "--ssl-keyfile is not supported: this server speaks plain HTTP"),
-        ("--rope-scaling {}", "--rope-scaling is not supported: set it in the model's config.json"),
+        ("--rope-scaling {}", "--rope-scaling is not supported: change it by --hf-overrides"),
         ("--response-role tool", "--response-role tool is not supported: answers are always the assistant's"),
         (
             "--logprobs-mode processed_logits",
@@ -184,7 +184,12 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 
 def test_empty_objects_of_what_is_not_supported_ask_for_nothing() -> None:
     engine, _ = _parsed("--hf-overrides {} --speculative-config={} --pooler-config {}")
-    assert (engine.hf_overrides, engine.speculative_config, engine.pooler_config) == ({}, {}, {})
+    assert (engine.config_overrides, engine.speculative_config, engine.pooler_config) == ({}, {}, {})
+
+
+def test_fields_of_config_json_may_be_flags() -> None:
+    engine, _ = _parsed("--hf-overrides.rope_theta 1e6 --hf-overrides.rope_scaling.factor 2 --hf-overrides.x auto")
+    assert engine.config_overrides == {"rope_theta": 1e6, "rope_scaling": {"factor": 2}, "x": "auto"}
 
 
 def test_a_yaml_file_for_vllm_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

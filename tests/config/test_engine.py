@@ -53,6 +53,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "enable_tokenizer_info_endpoint",
         "generation_config",
         "gpu_memory_utilization",
+        "hf_overrides",
         "kv_cache_memory_bytes",
         "load_format",
         "log_file",

@@ -16,8 +16,9 @@ from rayllm.models.config_fields import text_config
 from rayllm.models.memory_plan import least_context
 from rayllm.models.registry import outside_module, read_spec
 from rayllm.models.split import check_split
+from rayllm.spec import DecoderSpec
 from rayllm.text.end_token import end_token_id
-from rayllm.weights.config_file import read_json
+from rayllm.weights.config_file import read_json, with_overrides
 from rayllm.weights.hub import local_model
 from rayllm.weights.hub_model import MODELSCOPE_PREFIX, HubModel
 
@@ -36,7 +37,7 @@ def resolve(
     num_gpus = count_gpus() if num_gpus is None else num_gpus
     num_cores = count_cores() if num_cores is None else num_cores
     path = local_model(config) or _model_folder(config.model)
-    spec = read_spec(str(path), config.model_impl, trust_remote_code=config.trust_remote_code)
+    spec = _read_spec(config, path)
     device = _device(config, num_gpus)
     size = config.layout.num_ranks
     available, kind = (num_gpus, "GPUs") if device == "cuda" else (num_cores, "CPU cores")
@@ -129,6 +130,14 @@ def _check_num_kv_blocks(config: EngineConfig, block_size: int, max_model_len: i
         )
 
 
+def _read_spec(config: EngineConfig, path: Path) -> DecoderSpec:
+    overrides = config.config_overrides
+    spec = read_spec(path, config.model_impl, trust_remote_code=config.trust_remote_code, overrides=overrides)
+    if overrides and spec.transformers is not None and spec.transformers.code_files:
+        raise ConfigError("hf_overrides: this model's own code reads its config.json, so edit that file instead")
+    return spec
+
+
 def _end_token_ids(config: EngineConfig, path: Path, tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
     """The tokenizer's, then those that generation_config.json (the model's, or that of `generation_config`) and
     config.json name. Nonsense is refused in the two files; a tokenizer's id that the model cannot write ends nothing.
@@ -136,7 +145,10 @@ def _end_token_ids(config: EngineConfig, path: Path, tokenizer: Path, vocab_size
     of_tokenizer = end_token_id(tokenizer)
     found = [of_tokenizer] if of_tokenizer is not None and of_tokenizer < vocab_size else []
     for file in (generation_config_file(config, path) or path / FILE_NAME, path / "config.json"):
-        value = text_config(read_json(file)).get("eos_token_id") if file.is_file() else None
+        fields = read_json(file) if file.is_file() else {}
+        if file.name == "config.json":
+            fields = with_overrides(fields, config.config_overrides)
+        value = text_config(fields).get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]

@@ -86,3 +86,22 @@ def test_an_end_of_sequence_id_outside_the_vocabulary_is_refused(llama_path: Pat
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5000]}))
     with pytest.raises(ConfigError, match="eos_token_id"):
         resolve(_config(tmp_path), num_gpus=0, num_cores=2)
+
+
+def test_overrides_of_config_json_reach_the_spec(llama_path: Path) -> None:
+    overrides = {"max_position_embeddings": 64, "rope_theta": 5e5, "eos_token_id": [7], "unknown": 1}
+    resolved = resolve(_config(llama_path, hf_overrides=overrides), num_gpus=0, num_cores=1)
+    plain = resolve(_config(llama_path), num_gpus=0, num_cores=1)
+    assert (resolved.max_model_len, plain.max_model_len) == (64, 512)
+    theta = [next(iter(config.spec.attentions())).rope.theta for config in (resolved, plain)]  # type: ignore[attr-defined]
+    assert theta == [5e5, 1e4]
+    assert 7 in resolved.shape.eos_token_ids
+    assert 7 not in plain.shape.eos_token_ids
+    assert (
+        resolve(_config(llama_path, hf_overrides=json.dumps(overrides)), num_gpus=0, num_cores=1).spec == resolved.spec
+    )
+
+
+def test_an_override_that_the_architecture_refuses_is_named(llama_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json with hf_overrides of hidden_size: .*hidden_size"):
+        resolve(_config(llama_path, hf_overrides={"hidden_size": "wide"}), num_gpus=0, num_cores=1)
