@@ -73,8 +73,9 @@ class Backlog:
 
 
 class FairQueue:
-    """The waiting sequences. First is the lowest priority number; among equal ones the client that was served
-    least; of one client, the earliest arrival. So with one client it is priority, then arrival.
+    """The waiting sequences. First is the lowest priority number; among equal ones a sequence that `goes_first`, then
+    the client that was served least; of one client, the earliest arrival. So with one client it is priority, then
+    arrival.
 
     Finding the first takes time proportional to the clients that wait.
     """
@@ -144,7 +145,8 @@ class FairQueue:
                 num_passed[first.client] = num_passed.get(first.client, 0) + 1
 
     def _key(self, sequence: Sequence) -> tuple[int, int, tuple[int, int]]:
-        return sequence.priority, self._counters[sequence.client], sequence.order
+        num_served = -1 if sequence.goes_first else self._counters[sequence.client]
+        return sequence.priority, num_served, sequence.order
 
     def num_tokens_ahead(self, client: str, priority: int, num_prompt_tokens: int) -> int:
         """Prompt tokens that will be served before a sequence that comes now: those of lower priority number,

@@ -275,6 +275,7 @@ class Scheduler:
         on, by the rotary embedding of long sequences (`RopeSpec.beyond`)."""
         for sequence in [sequence for sequence in self._running if sequence.has_crossed(rope_boundary)]:
             self._running.remove(sequence)
+            sequence.goes_first = True
             self._wait_again(sequence)
 
     def _wait_again(self, sequence: Sequence) -> None:
@@ -333,6 +334,7 @@ class Scheduler:
         return True
 
     def _note_start(self, sequence: Sequence) -> None:
+        sequence.goes_first = False
         if not sequence.charged:
             sequence.charged = True
             self._counters.charge(sequence.client, PROMPT_WEIGHT * (len(sequence.tokens) - sequence.num_computed))

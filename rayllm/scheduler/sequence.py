@@ -34,6 +34,7 @@ class Sequence:
         "client",
         "end_id",
         "finish",
+        "goes_first",
         "is_beyond",
         "max_length",
         "num_blocks_missing",
@@ -99,6 +100,8 @@ class Sequence:
         """Hashes of the prompt's full blocks, one list for all choices; filled when first needed."""
         self.block_hashes: list[bytes] | None = None
         """Hashes of its own full blocks, `prompt_hashes` first."""
+        self.goes_first = False
+        """While it waits, before all of its priority: what it runs is interrupted, not begun."""
         self.is_beyond = False
         """Whether its KV is computed as that of a sequence longer than the model's rope boundary."""
         self.num_published = 0

@@ -148,6 +148,22 @@ def test_a_sequence_that_crosses_the_rope_boundary_is_computed_anew_once():
     assert engine.scheduler.totals.num_preemptions == 0
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_sequence_that_crosses_the_rope_boundary_does_not_queue_behind_clients_served_less(depth):
+    engine = Engine(rope_boundary=12, max_num_seqs=1)
+    [sequence] = engine.add(make_request("a", PROMPT, max_tokens=8, client_key="much served"))
+    engine.step()
+    [other] = engine.add(make_request("b", PROMPT, max_tokens=8, client_key="not served yet"))
+    while sequence.finish is None:
+        while len(engine.results) < depth and engine.plan():
+            pass
+        engine.commit()
+    assert engine.tokens_of(other) == []
+    engine.drain()
+    for each in (sequence, other):
+        assert engine.tokens_of(each) == expected_answer(each.request, 0, 128, 12)[0]
+
+
 @pytest.mark.parametrize(("max_tokens", "num_computed"), [(2, 11), (3, 12), (4, 12 + 13)])
 def test_nothing_is_computed_anew_for_a_sequence_that_ends_at_the_boundary(max_tokens, num_computed):
     engine = Engine(rope_boundary=12)
