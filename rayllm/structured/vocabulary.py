@@ -55,7 +55,7 @@ def _pipeline_text(folder: Path) -> str:
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     made = read_family_tokenizer(folder, settings)
     if made is not None:
-        return str(made.pipeline.to_str())
+        return _without_gaps(made.pipeline.to_str())
     import transformers
 
     try:
@@ -67,15 +67,28 @@ def _pipeline_text(folder: Path) -> str:
     return text
 
 
+def _without_gaps(text: str) -> str:
+    """Ids below the largest that have no token get a special one: llguidance counts tokens, and takes that for the
+    number of ids."""
+    pipeline = json.loads(text)
+    vocab = pipeline["model"]["vocab"]
+    if not isinstance(vocab, dict):  # a list: its places are the ids
+        return text
+    known = set(vocab.values())
+    gaps = {f"<|no token {i}|>": i for i in range(max(known)) if i not in known}
+    if not gaps:
+        return text
+    vocab |= gaps
+    pipeline["added_tokens"] += [_special(token_id, name) for name, token_id in gaps.items()]
+    return json.dumps(pipeline)
+
+
 def _with_phantom(text: str, size: int) -> str:
     pipeline = json.loads(text)
-    phantom = {
-        "id": size,
-        "content": _NO_END,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    return json.dumps({**pipeline, "added_tokens": [*(pipeline.get("added_tokens") or []), phantom]})
+    added = [*(pipeline.get("added_tokens") or []), _special(size, _NO_END)]
+    return json.dumps({**pipeline, "added_tokens": added})
+
+
+def _special(token_id: int, content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": content, **flags, "special": True}

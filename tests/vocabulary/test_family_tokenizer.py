@@ -73,6 +73,11 @@ def test_ids_that_the_config_declares_are_taken(tmp_path: Path) -> None:
     assert tokenizer.encode("[gMASK]<sop><|user|>\nhello")[:3] == [1331, 1333, 1336]
     assert tokenizer.decode([1336, *tokenizer.encode("a", False)], skip_special_tokens=False) == "<|user|>a"
     assert tokenizer.eos_token_id == end_token_id(folder) == 1329
+    vocabulary = Vocabulary.load(str(folder), 1400, (1329, 1336)).tokenizer
+    assert vocabulary.vocab_size == 1400
+    assert vocabulary.decode_bytes(tokenizer.encode("hello", False)) == b"hello"
+    assert vocabulary.is_special_token(1336)
+    assert vocabulary.is_special_token(1000)
 
 
 def test_the_prefix_stands_before_a_plain_prompt_and_never_twice(glm4: Path, chatglm2: Path, chatglm3: Path) -> None:
