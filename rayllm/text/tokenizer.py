@@ -96,8 +96,8 @@ class Tokenizer:
         template = named_templates.get("default") or next(iter(named_templates.values()), family.chat_template)
         made = cls(backend, named, template, content_format)
         made.tool_template = named_templates.get("tool_use")
-        if chat_template is None and made.tool_template is None and not made.shows_tools():
-            made.tool_template = family.tool_template
+        if chat_template is None and family.tool_template is not None and not made.shows_tools():
+            made.tool_template = made.tool_template or family.tool_template
         return made
 
     @property
