@@ -113,9 +113,10 @@ class Sequence:
 
         self.answered = len(self.tokens) > self.num_prompt_tokens
         """Whether a token of it was delivered, by this scheduler or before a replay."""
-        self.prompt_logprobs: list[TokenLogprobs] | None = None
-        if params.prompt_logprobs is not None and choice == 0 and not self.answered:
-            self.prompt_logprobs = []
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if self._wants_prompt_logprobs() else None
+
+    def _wants_prompt_logprobs(self) -> bool:
+        return self.request.params.prompt_logprobs is not None and self.choice == 0 and not self.answered
 
     @property
     def num_tokens(self) -> int:
