@@ -16,6 +16,7 @@ from rayllm.weights.config_file import read_json
 
 logger = logging.getLogger(__name__)
 
+_MAX_ID = 2**24
 MODEL_FILE, PIPELINE_FILE = "tokenizer.model", "tokenizer.json"
 
 
@@ -76,6 +77,10 @@ def _from_ranks(model: Path, family: TokenizerFamily, settings: Mapping[str, Any
     ranks = read_ranks(model)
     known = {token.decode("utf-8", "replace"): rank for token, rank in ranks.items()}
     special = _special_ids(model, family, settings, known, {})
+    taken = set(ranks.values())
+    for text, token_id in special.items():
+        if token_id in taken:
+            raise ConfigError(f"{model}: special token {text[:40]!r} has the id {token_id}, which is a token's rank")
     return _made(family, settings, ranks_pipeline(ranks, special), special, family.named)
 
 
@@ -127,12 +132,20 @@ def _declared(model: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     found: dict[str, int] = {}
     for token_id, entry in declared.items():
         text = _text(entry)
-        if not token_id.isdecimal() or not text:
-            raise ConfigError(f"{where} holds {token_id[:20]!r}: it must map ids to tokens with a content")
+        if not token_id.isdecimal() or int(token_id) > _MAX_ID or not text:
+            raise ConfigError(
+                f"{where} holds {token_id[:20]!r}: it must map ids, at most {_MAX_ID}, to tokens with a content"
+            )
         if text in found:
             raise ConfigError(f"{where} gives {text[:40]!r} two ids")
         found[text] = int(token_id)
     return found
+
+
+def _shown_tokens(settings: Mapping[str, Any]) -> set[str]:
+    """Added tokens that are parts of a text, as code for a call may be: not special."""
+    declared = (settings.get("added_tokens_decoder") or {}).values()
+    return {str(_text(entry)) for entry in declared if isinstance(entry, dict) and entry.get("special") is False}
 
 
 def _made(
@@ -144,8 +157,10 @@ def _made(
 ) -> FamilyTokenizer:
     from tokenizers import AddedToken
 
-    in_order = sorted(special, key=special.__getitem__)
-    pipeline.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in in_order])
+    shown = _shown_tokens(settings).difference(family.special_tokens, named.values())
+    for text in sorted(special, key=special.__getitem__):  # ids behind a list of pieces are given in this order
+        add = pipeline.add_tokens if text in shown else pipeline.add_special_tokens
+        add([AddedToken(text, normalized=False, special=text not in shown)])
     pipeline.encode_special_tokens = True
     ends = {role: _text(settings.get(role)) or named.get(role, "") for role in ("bos_token", "eos_token")}
     start, end = ((special[text],) if text in special else () for text in ends.values())
@@ -154,7 +169,7 @@ def _made(
         prefix = start
     counted: dict[str, tuple[int, ...]]
     if family.turns is None:
-        counted = {text: (token_id,) for text, token_id in special.items()}
+        counted = {text: (token_id,) for text, token_id in special.items() if text not in shown}
     else:
         counted = {text: (special[text],) for text in family.turns if text in special}
         counted["".join(family.prefix)] = prefix

@@ -265,6 +265,8 @@ def test_which_family_is_read_stands_in_the_log(glm4: Path, caplog: pytest.LogCa
         ({"tokenizer_class": "ChatGLM4Tokenizer", "added_tokens_decoder": {"a": "x"}}, "holds 'a'"),
         ({"tokenizer_class": "ChatGLM4Tokenizer", **declared(_5000="<sop>", _5001="<sop>")}, "two ids"),
         ({"tokenizer_class": "ChatGLM4Tokenizer", **declared(_304="other")}, r"lacks '\[gMASK\]'"),
+        ({"tokenizer_class": "ChatGLM4Tokenizer", **declared(_7="<sop>")}, "'<sop>' has the id 7, .* a token's rank"),
+        ({"tokenizer_class": "ChatGLM4Tokenizer", **declared(_99999999="<sop>")}, "holds '99999999': .* at most"),
     ],
 )
 def test_what_only_the_code_could_explain_is_refused(
@@ -273,6 +275,15 @@ def test_what_only_the_code_could_explain_is_refused(
     (tmp_path / "tokenizer.model").write_bytes((glm4 / "tokenizer.model").read_bytes())
     with pytest.raises(ConfigError, match=message):
         Tokenizer.from_path(str(write(tmp_path, settings)))
+
+
+def test_added_tokens_that_are_not_special_are_shown_and_the_familys_never(tmp_path: Path) -> None:
+    tokens = {"316": "<call>", "309": "<|user|>"}
+    entries = {token_id: {"content": text, "special": False} for token_id, text in tokens.items()}
+    folder = write(make_ranks(tmp_path), {"tokenizer_class": "ChatGLM4Tokenizer", "added_tokens_decoder": entries})
+    tokenizer = Tokenizer.from_path(str(folder))
+    assert tokenizer.encode("a<call>b<|user|>", False)[1::2] == [316, 309]
+    assert tokenizer.decode(tokenizer.encode("a<call>b<|user|>")) == "a<call>b"
 
 
 def test_code_is_known_by_the_map_of_classes() -> None:
