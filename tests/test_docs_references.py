@@ -169,7 +169,7 @@ def test_a_flag_is_one_of_a_command_or_a_script() -> None:
     scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
     vllm_flags = (ROOT / "rayllm/cli/vllm_flags.py").read_text(encoding="utf-8")
     sources = vllm_flags + "".join(path.read_text(encoding="utf-8") for path in scripts)
-    flags = {(document, code.split()[0].split("=")[0]) for document, code in inline() if code.startswith("--")}
+    flags = {(document, re.split(r"[ =.]", code)[0]) for document, code in inline() if code.startswith("--")}
     assert flags
     assert not {(document, flag) for document, flag in flags if flag not in known and f'"{flag}"' not in sources}
 
