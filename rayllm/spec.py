@@ -109,6 +109,55 @@ class GroupedAttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttentionSpec:
+    """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are products of one latent
+    vector a token, which is what the cache holds, beside one rotated key that all heads share."""
+
+    num_heads: int
+    nope_dim: int
+    """Channels of a head's queries and keys that are not rotated; keys get theirs from the latent."""
+    value_dim: int
+    latent_dim: int
+    """Width of the latent."""
+    scale: float
+    norm: NormSpec
+    """Of the latent, and of the queries' latent."""
+    rope: RopeSpec
+    """Of the channels that are rotated, `rope.rotary_dim` of them: of each head's queries, and the shared key."""
+    q_latent_dim: int | None = None
+    """Queries, too, are products of a latent of this width; None: of the layer's input."""
+    latent_bias: bool = False
+    """Of the projections to latents."""
+    out_bias: bool = False
+    kind: Literal["latent"] = "latent"
+
+    @property
+    def window(self) -> None:
+        """A token attends to all before it."""
+
+    @property
+    def qk_dim(self) -> int:
+        """Channels of a head's queries and keys."""
+        return self.nope_dim + self.rope.rotary_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """What is kept of a token: its latent and the shared key."""
+        return self.latent_dim + self.rope.rotary_dim
+
+    def kv_shape(self, tp_size: int) -> tuple[int, tuple[int, ...]]:
+        """See `GroupedAttentionSpec.kv_shape`; every rank keeps the same."""
+        return 1, (self.kv_dim,)
+
+    def activation_width(self, tp_size: int) -> int:
+        """Elements of a token's queries, as projected and in the latent space, and its sums of latents, on a rank."""
+        return self.num_heads * (self.qk_dim + self.kv_dim + self.latent_dim) // tp_size
+
+    def split_sizes(self) -> tuple[SplitSize, ...]:
+        return (SplitSize("num_attention_heads", self.num_heads),)
+
+
+@dataclass(frozen=True, slots=True)
 class MlpSpec:
     """A dense feed-forward layer."""
 
@@ -214,7 +263,7 @@ class OpaqueSpec:
         return ()
 
 
-AttentionSpec = GroupedAttentionSpec
+AttentionSpec = GroupedAttentionSpec | LatentAttentionSpec
 """The union of all kinds of attention; `rayllm.layers.attention` has the layer of each. By their `kind` they are told
 apart when a resolved config comes as JSON."""
 FeedForwardSpec = MlpSpec | SparseMlpSpec | OpaqueSpec

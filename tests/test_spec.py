@@ -7,7 +7,16 @@ import pytest
 from fakes import fake_config, fake_spec
 
 from rayllm.config import ResolvedConfig
-from rayllm.spec import ClampedSwiglu, ExpertSpec, MlpSpec, RopeSpec, RouterSpec, SparseMlpSpec
+from rayllm.spec import (
+    ClampedSwiglu,
+    ExpertSpec,
+    LatentAttentionSpec,
+    MlpSpec,
+    NormSpec,
+    RopeSpec,
+    RouterSpec,
+    SparseMlpSpec,
+)
 
 
 def test_a_resolved_config_brings_its_spec_to_another_process() -> None:
@@ -21,6 +30,27 @@ def test_a_resolved_config_brings_its_spec_to_another_process() -> None:
     assert config.spec is spec
     assert ResolvedConfig.model_validate_json(config.model_dump_json()).spec == spec
     assert pickle.loads(pickle.dumps(config)).spec == spec
+
+
+LATENT = LatentAttentionSpec(
+    4, 16, 24, 32, 0.25, NormSpec("rms", 1e-6), RopeSpec(1e4, 8, in_pairs=True), q_latent_dim=20
+)
+
+
+def test_each_kind_of_layer_comes_as_itself() -> None:
+    layer = fake_spec().layers[0]
+    layers = (layer, replace(layer, attention=LATENT), replace(layer, attention=replace(LATENT, q_latent_dim=None)))
+    config = fake_config(spec=replace(fake_spec(), layers=layers))
+    assert ResolvedConfig.model_validate_json(config.model_dump_json()).spec.layers == layers
+
+
+def test_the_widest_of_latent_attention_are_queries_in_the_latent_space() -> None:
+    layer = replace(fake_spec().layers[0], attention=LATENT)
+    spec = replace(fake_spec(), layers=(layer,))
+    projected, absorbed, sums = 16 + 8, 32 + 8, 32
+    assert [spec.max_activation_width(size) for size in (1, 2)] == [
+        4 * (projected + absorbed + sums), 2 * (projected + absorbed + sums),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from rayllm.linear.dense import DenseLinear
 from rayllm.linear.experts import ExpertLinear, SeparateExperts, StackedExperts, expert_gated_linear, expert_linear
 from rayllm.linear.gated import GatedLinear, JoinedGatedLinear, SeparateGatedLinear, gated_linear
 from rayllm.linear.packed import PackedLinear
+from rayllm.linear.per_head import PerHeadLinear
 from rayllm.linear.select import dense_linear
 from rayllm.linear.widened import WidenedLinear
 
@@ -15,6 +16,7 @@ __all__ = [
     "JoinedGatedLinear",
     "Linear",
     "PackedLinear",
+    "PerHeadLinear",
     "SeparateExperts",
     "SeparateGatedLinear",
     "StackedExperts",

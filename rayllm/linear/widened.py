@@ -8,7 +8,7 @@ from torch import Tensor
 from rayllm.linear.dense import DenseLinear
 from rayllm.torch_private import has_native_products
 
-_MIN_WIDENED_ROWS = 8
+MIN_WIDENED_ROWS = 8
 """With fewer, reading the weight costs more than multiplying: torch's own product is faster."""
 _PIECE_SIZE = 2**19
 """Numbers of a weight that are widened at a time: 2 MiB, which stay in a core's cache."""
@@ -25,7 +25,7 @@ class WidenedLinear(DenseLinear):
         return has_native_products(weight_OI.dtype) is False
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        if x_TI.shape[0] < _MIN_WIDENED_ROWS:
+        if x_TI.shape[0] < MIN_WIDENED_ROWS:
             return super().__call__(x_TI)
         return widened_product(x_TI, self._weight, self._bias)
 

@@ -233,6 +233,15 @@ def scaled_context(rope: RopeSpec, max_positions: int) -> int:
     return max_positions
 
 
+def latent_score_scale(fields: ConfigFields, rope: RopeSpec) -> float:
+    """What scores of latent attention are multiplied by for a longer context: mscale_all_dim's factor, for queries and
+    for keys."""
+    section = fields.section("rope_parameters") or fields.section("rope_scaling") or ConfigFields({})
+    mscale_all_dim = section.number("mscale_all_dim", 0, 1e3, 0.0)
+    factor = section.number("factor", 1e-3, 1e6, default=rope.factor)
+    return _mscale(factor, mscale_all_dim) ** 2 if mscale_all_dim else 1.0
+
+
 def _llama3(section: ConfigFields, theta: float, rotary_dim: int, original: int) -> RopeSpec:
     low = section.number("low_freq_factor", 1e-6, 1e6)
     high = section.number("high_freq_factor", 1e-6, 1e6)

@@ -11,15 +11,18 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
-from rayllm.layers.attention import AttentionBackend, GroupedAttention
+from rayllm.layers.attention import AttentionBackend, AttentionLayer, GroupedAttention, LatentAttention
 from rayllm.layers.kv_cache import LayerKV
 from rayllm.layers.mlp import Mlp
 from rayllm.layers.moe import SparseMlp
 from rayllm.layers.norm import NORMS, Norm
-from rayllm.spec import GroupedAttentionSpec, LayerSpec, MlpSpec, NormSpec, SparseMlpSpec
+from rayllm.spec import GroupedAttentionSpec, LatentAttentionSpec, LayerSpec, MlpSpec, NormSpec, SparseMlpSpec
 from rayllm.weights.source import WeightSource
 
-ATTENTION_LAYERS: dict[type, type[GroupedAttention]] = {GroupedAttentionSpec: GroupedAttention}
+ATTENTION_LAYERS: dict[type, type[AttentionLayer]] = {
+    GroupedAttentionSpec: GroupedAttention,
+    LatentAttentionSpec: LatentAttention,
+}
 """The layer for each kind of spec."""
 
 

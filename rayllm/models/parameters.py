@@ -6,6 +6,7 @@ from rayllm.layout import ParallelLayout
 from rayllm.spec import (
     DecoderSpec,
     GroupedAttentionSpec,
+    LatentAttentionSpec,
     LayerSpec,
     MlpSpec,
     NormSpec,
@@ -38,7 +39,11 @@ def num_parameters(spec: DecoderSpec, layout: ParallelLayout) -> int:
 def _layer(spec: LayerSpec, width: int, layout: ParallelLayout) -> int:
     num_norms = {"input": 1 if spec.shares_norm else 2, "input_and_output": 4}.get(spec.norm_placement, 2)
     attention, feed_forward = spec.attention, spec.feed_forward
-    total = num_norms * _norm(spec.norm, width) + _grouped_attention(attention, width, layout)
+    total = num_norms * _norm(spec.norm, width)
+    if isinstance(attention, LatentAttentionSpec):
+        total += _latent_attention(attention, width, layout)
+    else:
+        total += _grouped_attention(attention, width, layout)
     if isinstance(feed_forward, OpaqueSpec):
         return total + 3 * feed_forward.inner_width * width // layout.tp  # as of a gated layer
     if isinstance(feed_forward, SparseMlpSpec):
@@ -59,6 +64,16 @@ def _grouped_attention(spec: GroupedAttentionSpec, width: int, layout: ParallelL
     if spec.qk_norm is not None:
         total += 2 * _norm(spec.qk_norm, spec.head_dim)
     return total + (heads if spec.has_sinks else 0)
+
+
+def _latent_attention(spec: LatentAttentionSpec, width: int, layout: ParallelLayout) -> int:
+    heads, to_latents = spec.num_heads // layout.tp, spec.kv_dim + (spec.q_latent_dim or 0)
+    total = to_latents * (width + spec.latent_bias) + _norm(spec.norm, spec.latent_dim)
+    if spec.q_latent_dim is not None:
+        total += _norm(spec.norm, spec.q_latent_dim)
+    queries = heads * spec.qk_dim * (spec.q_latent_dim or width)
+    keys_and_values = heads * (spec.nope_dim + spec.value_dim) * spec.latent_dim
+    return total + queries + keys_and_values + (heads * spec.value_dim + spec.out_bias) * width
 
 
 def _mlp(spec: MlpSpec, width: int, layout: ParallelLayout) -> int:

@@ -39,6 +39,8 @@ _modules: dict[str, str] = {
     "BaichuanForCausalLM": f"{_PACKAGE}.baichuan",
     "ChatGLMForConditionalGeneration": f"{_PACKAGE}.chatglm",
     "ChatGLMModel": f"{_PACKAGE}.chatglm",
+    "DeepseekV2ForCausalLM": f"{_PACKAGE}.deepseek_v2",
+    "DeepseekV3ForCausalLM": f"{_PACKAGE}.deepseek_v3",
     "GPT2LMHeadModel": f"{_PACKAGE}.gpt2",
     "GPTNeoXForCausalLM": f"{_PACKAGE}.gpt_neox",
     "Gemma2ForCausalLM": f"{_PACKAGE}.gemma2",

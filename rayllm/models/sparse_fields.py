@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayllm.errors import ConfigError
-from rayllm.models.config_fields import MAX_LAYERS, ConfigFields
-from rayllm.spec import DecoderSpec, RouterSpec, SparseMlpSpec
+from rayllm.models.config_fields import MAX_LAYERS, MAX_WIDTH, ConfigFields, read_activation
+from rayllm.spec import DecoderSpec, ExpertSpec, MlpSpec, RouterSpec, SparseMlpSpec
 
 if TYPE_CHECKING:
     from rayllm.weights.stored import Stored
@@ -55,9 +55,9 @@ def sparse_by_step(fields: ConfigFields, num_layers: int) -> list[bool]:
     return [(layer + 1) % step == 0 and layer not in dense for layer in range(num_layers)]
 
 
-def sparse_after_dense(fields: ConfigFields, num_layers: int, default: int = 0) -> list[bool]:
+def sparse_after_dense(fields: ConfigFields, num_layers: int) -> list[bool]:
     """All layers but the first `first_k_dense_replace`."""
-    num_dense = fields.integer("first_k_dense_replace", 0, MAX_LAYERS, default)
+    num_dense = fields.integer("first_k_dense_replace", 0, MAX_LAYERS, default=0)
     return [layer >= num_dense for layer in range(num_layers)]
 
 
@@ -68,6 +68,27 @@ def with_sparse_layers(base: DecoderSpec, sparse: SparseMlpSpec, is_sparse: Sequ
         for layer, mixed in zip(base.layers, is_sparse, strict=True)
     )
     return replace(base, layers=layers)
+
+
+def with_shared_experts(base: DecoderSpec, fields: ConfigFields, router: RouterSpec) -> DecoderSpec:
+    """`base` with a mixture of experts `moe_intermediate_size` wide, beside `n_shared_experts` that every token takes,
+    in all layers but the first `first_k_dense_replace`."""
+    width = fields.integer("moe_intermediate_size", 1, MAX_WIDTH)
+    activation = read_activation(fields, "hidden_act")
+    num_shared = fields.integer("n_shared_experts", 1, MAX_EXPERTS)
+    shared = MlpSpec(width * num_shared, activation, gated=True, bias=fields.flag("mlp_bias", False))
+    sparse = SparseMlpSpec(router, ExpertSpec(width, activation), shared)
+    return with_sparse_layers(base, sparse, sparse_after_dense(fields, base.num_layers))
+
+
+def shared_expert_names(mlp: str) -> dict[str, str | Stored]:
+    """Where the parameters of `with_shared_experts` stand, in the module `mlp` of a layer."""
+    return {
+        **expert_names(f"{mlp}.experts"),
+        **{f"layers.shared.{part}": f"{mlp}.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+        "layers.router": f"{mlp}.gate",
+        "layers.router.choice_bias": f"{mlp}.gate.e_score_correction_bias",
+    }
 
 
 def expert_names(

@@ -25,6 +25,13 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
            "moe_intermediate_size": 32}  # fmt: skip
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
 CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
     "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
@@ -35,6 +42,11 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Gemma 3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {}),
     "Mixtral": ("MixtralConfig", "MixtralForCausalLM", EXPERTS),
     "Qwen2-MoE": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 48}),
+    "DeepSeek-V2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**EXPERTS, **LATENT, "q_lora_rank": None}),
+    "DeepSeek-V3": (
+        "DeepseekV3Config", "DeepseekV3ForCausalLM",
+        {**EXPERTS, **LATENT, "n_group": 2, "topk_group": 2, "first_k_dense_replace": 1, "attention_bias": True},
+    ),
     "GLM-4.5": ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**EXPERTS, "n_group": 1, "use_qk_norm": True}),
 }  # fmt: skip
 
@@ -46,7 +58,7 @@ def _specs() -> dict[str, DecoderSpec]:
         class_name = transformers.AutoModelForCausalLM._model_mapping[type(make_config(name))].__name__
         found[name] = spec_of({**config, "architectures": [class_name]})
     for name, (config_class, architecture, fields) in CONFIGS.items():
-        config = json.loads(getattr(transformers, config_class)(**COMMON, **fields).to_json_string(use_diff=False))
+        config = json.loads(getattr(transformers, config_class)(**{**COMMON, **fields}).to_json_string(use_diff=False))
         found[name] = spec_of({**config, "architectures": [architecture]})
     return found
 

@@ -1,5 +1,5 @@
 """Writing keys and values into pages."""
 
-from rayllm_kernels.kv_cache.reference import page_rows, write_kv
+from rayllm_kernels.kv_cache.reference import page_rows, write_kv, write_latent
 
-__all__ = ["page_rows", "write_kv"]
+__all__ = ["page_rows", "write_kv", "write_latent"]

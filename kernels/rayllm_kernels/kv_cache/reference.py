@@ -30,3 +30,8 @@ def write_kv(
         rows = page_rows(slots_T, num_kv_heads, block_size)
     k_cache.view(-1, head_dim).index_copy_(0, rows, k_TKD.reshape(-1, head_dim))
     v_cache.view(-1, head_dim).index_copy_(0, rows, v_TKD.reshape(-1, head_dim))
+
+
+def write_latent(latent_TW: Tensor, cache: Tensor, slots_T: Tensor) -> None:
+    """Copies each token's vector into its slot of a cache of one head, `[blocks, 1, P, W]`."""
+    cache.view(-1, cache.shape[-1]).index_copy_(0, slots_T, latent_TW)

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
+from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LatentLayerAttention, LayerAttention
 from rayllm.layers.attention.gathered import GatheredBackend
 from rayllm.layers.attention.grouped import GroupedAttention, kv_heads_of
+from rayllm.layers.attention.latent import LatentAttention
+from rayllm.layers.attention.layer import AttentionLayer
 
 __all__ = [
     "AttentionBackend",
     "AttentionGroup",
+    "AttentionLayer",
     "GatheredBackend",
     "GroupedAttention",
+    "LatentAttention",
+    "LatentLayerAttention",
     "LayerAttention",
     "choose_backend",
     "kv_heads_of",

@@ -3,7 +3,9 @@
 Once a step the runner asks the backend to `prepare` the step's metadata, on the host where it must; a layer's `write`
 and `forward` are device work alone. One backend is chosen at start for the whole model.
 
-Shape letters: T tokens of the step, H query heads of this rank, K key/value heads of this rank, D head width.
+Shape letters: T tokens of the step, H query heads of this rank, K key/value heads of this rank, D head width. Of latent
+attention: W width of what is kept of a token, C of its latent, R of the rotated key (W = C + R), N of a head's channels
+that are not rotated (D = N + R), V of its values.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import LayerKV
+from rayllm.linear import PerHeadLinear
+from rayllm.spec import LatentAttentionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,12 @@ class AttentionGroup:
     alibi_slopes: tuple[float, ...] = ()
     """Of this rank's query heads: slope * (key position - query position) is added to each score (Press et al., 2022).
     """
+    shares_cache: bool = False
+    """Of latent attention: one cache, `head_dim` wide, holds what keys and values are made of; else there are two."""
+
+    @property
+    def num_caches(self) -> int:
+        return 1 if self.shares_cache else 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +52,22 @@ class LayerAttention:
     """c * tanh(score / c)."""
     sinks_H: Tensor | None = None
     """float32: for each head one more score in the softmax's sum, without a value."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LatentLayerAttention:
+    """How one layer's latents become keys and values: head h has the key (k_up[h] @ latent, rotated key) and the value
+    v_up[h] @ latent. Scores are as without latents, softmax(q @ k.T * scale + mask)."""
+
+    group: AttentionGroup
+    spec: LatentAttentionSpec
+    """Scale and widths."""
+    absorb: PerHeadLinear
+    """Multiplies the queries' N channels by k_up, `[T, H, C]`: their products with a latent are those with its key."""
+    k_up: PerHeadLinear
+    """Latents to keys, N channels a head."""
+    v_up: PerHeadLinear
+    """Latents to values, V channels a head; weighted sums of latents to those of values."""
 
 
 class AttentionBackend(ABC):
@@ -64,3 +90,18 @@ class AttentionBackend(ABC):
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, metadata: Any, layer: LayerAttention
     ) -> Tensor:
         """Causal attention of the step's tokens, `[T, H, D]`; their keys and values are already in `kv`."""
+
+    @abstractmethod
+    def write_latent(self, latent_TW: Tensor, kv: LayerKV, metadata: Any, layer: LatentLayerAttention) -> None:
+        """Puts the step's latents, each with its rotated key behind it, into their slots of the one cache of `kv`."""
+
+    @abstractmethod
+    def forward_latent(
+        self, q_THD: Tensor, latent_TW: Tensor, kv: LayerKV, metadata: Any, layer: LatentLayerAttention
+    ) -> Tensor:
+        """Causal attention of the step's tokens, `[T, H, V]`; their latents are already in `kv`. The last R channels of
+        a head's queries are rotated.
+
+        A backend may absorb the key's projection into the queries, and attend to the latents as one head of keys and
+        values for all, or expand latents to keys and values: the result is the same.
+        """

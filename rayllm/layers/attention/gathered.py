@@ -12,26 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
+from rayllm.layers.attention import gathered_latent
+from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LatentLayerAttention, LayerAttention
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import LayerKV
-from rayllm_kernels.attention import paged_decode, paged_prefill, prompt_attention
-from rayllm_kernels.kv_cache import page_rows, write_kv
+from rayllm_kernels.attention import gather_pages, paged_decode, paged_prefill, prompt_attention
+from rayllm_kernels.kv_cache import page_rows, write_kv, write_latent
 
 _GROUP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Keys and values gathered at once for decode rows: what stays in the cache of a CPU; on a GPU few launches matter."""
 
 
 class Workspace:
-    """Two flat buffers that gathered keys and values go to; they grow when needed and serve every layer and step."""
+    """A flat buffer for each cache, where pages are gathered; it grows when needed and serves all layers and steps."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self._buffer = torch.empty(2, 0, dtype=dtype, device=device)
+    def __init__(self, num_caches: int, dtype: torch.dtype, device: torch.device):
+        self._buffer = torch.empty(num_caches, 0, dtype=dtype, device=device)
 
     def of_size(self, num_elements: int) -> Tensor:
-        """`[2, n]` with n at least `num_elements`; what it held before is lost."""
+        """`[caches, n]` with n at least `num_elements`; what it held before is lost."""
         if self._buffer.shape[1] < num_elements:
-            self._buffer = self._buffer.new_empty(2, num_elements)
+            self._buffer = self._buffer.new_empty(len(self._buffer), num_elements)
         return self._buffer
 
 
@@ -99,6 +100,21 @@ class GroupPlan:
             q, k, v = q_THD[prompts.tokens], k_TKD[prompts.tokens], v_TKD[prompts.tokens]
             yield prompts.tokens, prompt_attention(q, k, v, prompts.num_rows, prompts.mask_TT, scale, *extras)
 
+    def latent_parts(
+        self, q_THD: Tensor, latent_TW: Tensor, kv: LayerKV, layer: LatentLayerAttention
+    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """`parts` of latent attention."""
+        (cache,) = kv
+        for group in self.decode:
+            q, pages, mask = q_THD[group.tokens], group.pages, group.mask_NGL
+            yield group.tokens, gathered_latent.decode(q, cache, pages, mask, self.workspace[0], layer)
+        for chunk in self.chunks:
+            latents = gather_pages(cache, chunk.pages, self.workspace[0]).view(-1, cache.shape[-1])[: chunk.kv_len]
+            yield chunk.tokens, gathered_latent.chunk(q_THD[chunk.tokens], latents, chunk.mask_TL, layer)
+        for prompts in self.prompts:
+            q, latents = (x[prompts.tokens].unflatten(0, (prompts.num_rows, -1)) for x in (q_THD, latent_TW))
+            yield prompts.tokens, gathered_latent.expanded(q, latents, prompts.mask_TT, layer)
+
 
 class GatheredBackend(AttentionBackend):
     """Keys and values of a few rows at a time are gathered from their pages, so that plain products can be used."""
@@ -108,7 +124,7 @@ class GatheredBackend(AttentionBackend):
     def __init__(self, groups: Iterable[AttentionGroup], dtype: torch.dtype, device: torch.device):
         """`dtype` is that of queries, keys and values."""
         self._dtype = dtype
-        self._workspaces = {group: Workspace(dtype, device) for group in groups}
+        self._workspaces = {group: Workspace(group.num_caches, dtype, device) for group in groups}
 
     def prepare(self, batch: Batch) -> dict[AttentionGroup, GroupPlan]:
         return {group: self.plan(batch, group) for group in self._workspaces}
@@ -151,13 +167,37 @@ class GatheredBackend(AttentionBackend):
         layer: LayerAttention,
     ) -> Tensor:
         plan = metadata[layer.group]
-        parts = plan.parts(q_THD, k_TKD, v_TKD, kv, layer)
-        if plan.has_one_part:
-            return next(parts)[1]
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        for tokens, part in parts:
-            out_THD[tokens] = part
-        return out_THD
+        return _joined(plan, plan.parts(q_THD, k_TKD, v_TKD, kv, layer), q_THD, q_THD.shape[-1])
+
+    def write_latent(
+        self,
+        latent_TW: Tensor,
+        kv: LayerKV,
+        metadata: dict[AttentionGroup, GroupPlan],
+        layer: LatentLayerAttention,
+    ) -> None:
+        write_latent(latent_TW, kv[0], metadata[layer.group].slots_T)
+
+    def forward_latent(
+        self,
+        q_THD: Tensor,
+        latent_TW: Tensor,
+        kv: LayerKV,
+        metadata: dict[AttentionGroup, GroupPlan],
+        layer: LatentLayerAttention,
+    ) -> Tensor:
+        plan = metadata[layer.group]
+        return _joined(plan, plan.latent_parts(q_THD, latent_TW, kv, layer), q_THD, layer.spec.value_dim)
+
+
+def _joined(plan: GroupPlan, parts: Iterator[tuple[slice | Tensor, Tensor]], q_THD: Tensor, width: int) -> Tensor:
+    """The parts' attention in the order of the step's tokens, `[T, H, width]`."""
+    if plan.has_one_part:
+        return next(parts)[1]
+    out = torch.empty((*q_THD.shape[:2], width), dtype=q_THD.dtype, device=q_THD.device)
+    for tokens, part in parts:
+        out[tokens] = part
+    return out
 
 
 class _Builder:
@@ -169,7 +209,7 @@ class _Builder:
         self._dtype = dtype
         self._window = group.window
         self._heads_K = torch.arange(group.num_kv_heads, device=self._device)
-        self._page_bytes = 2 * group.num_kv_heads * batch.block_size * group.head_dim * dtype.itemsize
+        self._page_bytes = group.num_caches * group.num_kv_heads * batch.block_size * group.head_dim * dtype.itemsize
         self._slopes_KG: Tensor | None = None
         if group.alibi_slopes:
             slopes = torch.tensor(group.alibi_slopes, dtype=torch.float32, device=self._device)

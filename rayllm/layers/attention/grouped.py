@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LayerAttention
+from rayllm.layers.attention.layer import AttentionLayer
 from rayllm.layers.kv_cache import LayerKV
 from rayllm.layers.linear import RowParallelLinear
 from rayllm.layers.norm import rms_weight
@@ -31,12 +32,11 @@ def kv_heads_of(num_kv_heads: int, rank: int, tp_size: int) -> range:
     return range(head, head + 1)
 
 
-class GroupedAttention:
-    """One layer. `attend` ends before the output projection `out`, which the caller adds to its residual."""
+class GroupedAttention(AttentionLayer):
+    """Layers with a `GroupedAttentionSpec`."""
 
     @staticmethod
     def group(spec: GroupedAttentionSpec, rank: int, tp_size: int) -> AttentionGroup:
-        """What a rank's backend must know of layers with this spec to prepare a step."""
         num_kv_heads = len(kv_heads_of(spec.num_kv_heads, rank, tp_size))
         width = spec.num_heads // tp_size
         slopes = spec.alibi_slopes[rank * width : (rank + 1) * width]
@@ -71,10 +71,6 @@ class GroupedAttention:
         )
 
     def attend(self, x_TD: Tensor, kv: LayerKV, metadata: Any, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Attention of this rank's heads, `[T, H * head width]`; keys and values of all tokens go to the cache.
-
-        `metadata` is what the backend prepared for the step; `rotation` are cosine and sine of the spec's rope.
-        """
         heads, kv_heads, spec = self._num_heads, self._num_kv_heads, self.spec
         qkv = self._qkv(x_TD).view(-1, heads + 2 * kv_heads, spec.head_dim)
         qk, v_TKD = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]

@@ -79,6 +79,7 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
 def names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
     """The checkpoint's modules. Rows of all queries stand before those of all keys, gate before up."""
     attention, mlp = spec.layers[0].attention, spec.layers[0].feed_forward
+    assert isinstance(attention, GroupedAttentionSpec)
     assert isinstance(mlp, MlpSpec)
     heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
     fused = split_rows(f"{_LAYER}.self_attention.query_key_value", *(each * attention.head_dim for each in heads))

@@ -10,7 +10,7 @@ from typing import Any
 from rayllm.errors import ConfigError
 from rayllm.models.architectures import gemma2, llama
 from rayllm.models.config_fields import LAYER_TYPES, MAX_LAYERS, ConfigFields, read_rope, text_config
-from rayllm.spec import DecoderSpec
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec
 from rayllm.weights.stored import FirstOf, Stored, Tensor
 
 MODEL_TYPES = ("gemma3_text", "gemma3")
@@ -40,16 +40,17 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
         raise ConfigError("attn_logit_softcapping must be null: Gemma 3 has no soft cap on scores")
     plain = {name: value for name, value in config.items() if name not in _ROPE_FIELDS}
     base = gemma2.from_gemma(plain, fields.integer("sliding_window_pattern", 1, MAX_LAYERS, 6))
-    head_dim, max_positions = base.layers[0].attention.head_dim, base.max_model_len
+    attention, max_positions = base.layers[0].attention, base.max_model_len
+    assert isinstance(attention, GroupedAttentionSpec)
     sections = fields.section("rope_parameters")
     if sections is None:
         sections = ConfigFields({"rope_scaling": fields.get("rope_scaling")})
     elif all(sections.get(layer_type) is None for layer_type in LAYER_TYPES):
         raise ConfigError(f"rope_parameters must be an object with {' and '.join(LAYER_TYPES)}")
     theta = fields.number("rope_theta", 1.0, 1e12, 1_000_000.0)
-    full = read_rope(sections, head_dim, max_positions, theta, ("full_attention", "rope_scaling"))
+    full = read_rope(sections, attention.head_dim, max_positions, theta, ("full_attention", "rope_scaling"))
     theta = fields.number("rope_local_base_freq", 1.0, 1e12, 10_000.0)
-    sliding = read_rope(sections, head_dim, max_positions, theta, ("sliding_attention",))
+    sliding = read_rope(sections, attention.head_dim, max_positions, theta, ("sliding_attention",))
     layers = tuple(
         llama.with_attention(layer, qk_norm=layer.norm, rope=full if layer.attention.window is None else sliding)
         for layer in base.layers

@@ -9,15 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayllm.models.architectures import llama
-from rayllm.models.config_fields import MAX_WIDTH, ConfigFields, read_activation
-from rayllm.models.sparse_fields import (
-    MAX_EXPERTS,
-    expert_names,
-    read_grouped_router,
-    sparse_after_dense,
-    with_sparse_layers,
-)
-from rayllm.spec import DecoderSpec, ExpertSpec, MlpSpec, SparseMlpSpec
+from rayllm.models.config_fields import ConfigFields
+from rayllm.models.sparse_fields import read_grouped_router, shared_expert_names, with_shared_experts
+from rayllm.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from rayllm.weights.stored import Stored
@@ -26,12 +20,14 @@ MODEL_TYPES = ("glm4_moe",)
 EXAMPLES = ("zai-org/GLM-4.5-Air",)
 LEFT_OUT = ("model.layers.{}.",)
 _DEFAULTS = {
+    "first_k_dense_replace": 1,
     "hidden_act": "silu",
+    "moe_intermediate_size": 1408,
+    "n_shared_experts": 1,
     "num_experts_per_tok": 8,
     "partial_rotary_factor": 0.5,
     "rms_norm_eps": 1e-5,
 }
-_MLP = "model.layers.{}.mlp"
 
 
 def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
@@ -50,21 +46,10 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
         has_choice_bias=True,
         float32=True,
     )
-    width = fields.integer("moe_intermediate_size", 1, MAX_WIDTH, default=1408)
-    activation = read_activation(fields, "hidden_act")
-    num_shared = fields.integer("n_shared_experts", 1, MAX_EXPERTS, default=1)
-    shared = MlpSpec(width * num_shared, activation, gated=True)
-    sparse = SparseMlpSpec(router, ExpertSpec(width, activation), shared)
-    is_sparse = sparse_after_dense(fields, base.num_layers, default=1)
-    mixed = with_sparse_layers(replace(base, layers=layers), sparse, is_sparse)
+    mixed = with_shared_experts(replace(base, layers=layers), fields, router)
     return replace(mixed, architecture="Glm4MoeForCausalLM")
 
 
 def names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
     """The checkpoint's modules."""
-    shared = {f"layers.shared.{part}": f"{_MLP}.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
-    router = {
-        "layers.router": f"{_MLP}.gate",
-        "layers.router.choice_bias": f"{_MLP}.gate.e_score_correction_bias",
-    }
-    return {**llama.names(spec), **expert_names(f"{_MLP}.experts"), **shared, **router}
+    return {**llama.names(spec), **shared_expert_names("model.layers.{}.mlp")}

@@ -74,5 +74,6 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
 def names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
     """The checkpoint's modules."""
     attention = spec.layers[0].attention
+    assert isinstance(attention, GroupedAttentionSpec)
     parts = interleaved_rows(f"{_LAYER}.attention.query_key_value", attention.num_heads, *[attention.head_dim] * 3)
     return {**_NAMES, **{f"layers.{name}": rows for name, rows in zip("qkv", parts, strict=True)}}

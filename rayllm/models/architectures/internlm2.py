@@ -8,7 +8,7 @@ from typing import Any
 
 from rayllm.models.architectures import llama
 from rayllm.models.config_fields import ConfigFields
-from rayllm.spec import DecoderSpec
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec
 from rayllm.weights.stored import Stored, interleaved_rows
 
 MODEL_TYPES = ("internlm2", "internlm")
@@ -38,6 +38,7 @@ def spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
 def names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
     """The checkpoint's modules: for each key/value head the rows of its queries, then the key's and the value's."""
     attention = spec.layers[0].attention
+    assert isinstance(attention, GroupedAttentionSpec)
     sizes = (attention.num_heads // attention.num_kv_heads * attention.head_dim, attention.head_dim, attention.head_dim)
     parts = interleaved_rows(f"{_LAYER}.attention.wqkv", attention.num_kv_heads, *sizes)
     return {**_NAMES, **{f"layers.{name}": rows for name, rows in zip("qkv", parts, strict=True)}}

@@ -21,7 +21,7 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
 from rayllm.layers.attention import AttentionBackend, AttentionGroup, LayerAttention, kv_heads_of
 from rayllm.layers.kv_cache import LayerKV
-from rayllm.spec import AttentionSpec
+from rayllm.spec import GroupedAttentionSpec
 
 NAME = "rayllm_paged"
 _STATE = "_rayllm_attention"
@@ -53,7 +53,7 @@ class ModelAttention:
     def __init__(
         self,
         what: str,
-        specs: Sequence[AttentionSpec],
+        specs: Sequence[GroupedAttentionSpec],
         groups: Sequence[AttentionGroup],
         tp: TensorParallel,
         backend: AttentionBackend,

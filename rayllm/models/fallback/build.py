@@ -23,7 +23,7 @@ from rayllm.models.fallback.parallel import ParallelLinear, SplitEmbedding, Summ
 from rayllm.models.fallback.probe import probe
 from rayllm.models.fallback.spec import one_line
 from rayllm.models.layer import ATTENTION_LAYERS
-from rayllm.spec import DecoderSpec
+from rayllm.spec import DecoderSpec, GroupedAttentionSpec
 from rayllm.weights.checkpoint import Checkpoint
 from rayllm.weights.checkpoint_weights import CheckpointWeights
 from rayllm.weights.source import DummyWeights, WeightSource
@@ -211,7 +211,7 @@ def load_decoder(
     parts.fill()
     if isinstance(weights, CheckpointWeights):
         weights.report_unused()
-    specs = list(spec.attentions())
+    specs = [each for each in spec.attentions() if isinstance(each, GroupedAttentionSpec)]  # the only kind here
     groups = [ATTENTION_LAYERS[type(each)].group(each, tp.rank, tp.size) for each in specs]
     calls = attention.ModelAttention(spec.architecture, specs, groups, tp, backend)
     calls.bind(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_accuracy import TOLERANCES, random_tensor
 
-from rayllm_kernels.kv_cache.reference import page_rows, write_kv
+from rayllm_kernels.kv_cache.reference import page_rows, write_kv, write_latent
 
 BLOCK_SIZE = 4
 
@@ -31,3 +31,14 @@ def test_page_rows_place_a_token_and_head_in_the_flat_cache() -> None:
     cache = torch.arange(3 * 2 * BLOCK_SIZE).view(3, 2, BLOCK_SIZE)
     rows = page_rows(torch.tensor([5, 8]), 2, BLOCK_SIZE)
     assert cache.flatten()[rows].tolist() == [int(cache[b, h, o]) for b, o in ((1, 1), (2, 0)) for h in (0, 1)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_write_latent_fills_its_slots_and_leaves_all_others_bit_for_bit(dtype: torch.dtype) -> None:
+    cache, latents = random_tensor(6, 1, BLOCK_SIZE, 5, dtype=dtype), random_tensor(3, 5, dtype=dtype, seed=1)
+    slots = [9, 0, 23]
+    expected = cache.clone()
+    for latent, slot in zip(latents, slots, strict=True):
+        expected[slot // BLOCK_SIZE, 0, slot % BLOCK_SIZE] = latent
+    write_latent(latents, cache, torch.tensor(slots))
+    assert torch.equal(cache, expected)
