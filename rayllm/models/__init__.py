@@ -81,7 +81,8 @@ def load_model(
         Checkpoint(model_path, load_format), weight_names(spec, architecture_module), dtype, device
     )
     model = build_model(spec, weights, tp, dtype, device)
-    weights.report_unused(left_out(spec, architecture_module))
+    if tp.rank == 0:  # what is not used is the same on every rank
+        weights.report_unused(left_out(spec, architecture_module))
     return model
 
 

@@ -209,7 +209,7 @@ def load_decoder(
         weights = CheckpointWeights(checkpoint, stored_parameters(model, checkpoint), dtype, device)
     parts = ModelParts(model, weights, tp, device)
     parts.fill()
-    if isinstance(weights, CheckpointWeights):
+    if isinstance(weights, CheckpointWeights) and tp.rank == 0:
         weights.report_unused()
     specs = [each for each in spec.attentions() if isinstance(each, GroupedAttentionSpec)]  # the only kind here
     groups = [ATTENTION_LAYERS[type(each)].group(each, tp.rank, tp.size) for each in specs]
