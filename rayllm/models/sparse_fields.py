@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayllm.errors import ConfigError
 from rayllm.models.config_fields import MAX_LAYERS, MAX_WIDTH, ConfigFields, read_activation
 from rayllm.spec import DecoderSpec, ExpertSpec, MlpSpec, RouterSpec, SparseMlpSpec
-
-if TYPE_CHECKING:
-    from rayllm.weights.stored import Stored
+from rayllm.weights.stored import Stack, Stored, Tensor
 
 MAX_EXPERTS = 2**16
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -95,7 +93,5 @@ def expert_names(
     experts: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
 ) -> dict[str, Stored]:
     """Where the parameters of experts stand that are stored one by one: `{experts}.3.{gate}.weight`."""
-    from rayllm.weights.stored import Stack, Tensor
-
     names = {"gate": gate, "up": up, "down": down}
     return {f"layers.experts.{part}": Stack(Tensor(f"{experts}.{{expert}}.{name}")) for part, name in names.items()}

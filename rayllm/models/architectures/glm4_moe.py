@@ -6,15 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayllm.models.architectures import llama
 from rayllm.models.config_fields import ConfigFields
 from rayllm.models.sparse_fields import read_grouped_router, shared_expert_names, with_shared_experts
 from rayllm.spec import DecoderSpec
-
-if TYPE_CHECKING:
-    from rayllm.weights.stored import Stored
+from rayllm.weights.stored import Stored
 
 MODEL_TYPES = ("glm4_moe",)
 EXAMPLES = ("zai-org/GLM-4.5-Air",)

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayllm.models.architectures import llama, qwen2
 from rayllm.models.config_fields import MAX_LAYERS, MAX_WIDTH, ConfigFields
 from rayllm.models.sparse_fields import read_num_experts, with_sparse_layers
 from rayllm.spec import ClampedSwiglu, DecoderSpec, ExpertSpec, RouterSpec, SparseMlpSpec
 from rayllm.weights.mxfp4 import Mxfp4
-from rayllm.weights.stored import FirstOf, Rows, Tensor, Transposed
-
-if TYPE_CHECKING:
-    from rayllm.weights.stored import Stored
+from rayllm.weights.stored import FirstOf, Rows, Stored, Tensor, Transposed
 
 MODEL_TYPES = ("gpt_oss",)
 EXAMPLES = ("openai/gpt-oss-20b",)
@@ -59,19 +56,19 @@ def names(spec: DecoderSpec) -> Mapping[str, str | Stored]:
     """The checkpoint's modules. Rows of gate and up take turns."""
     sparse = spec.layers[0].feed_forward
     assert isinstance(sparse, SparseMlpSpec)
-    num_rows = 2 * sparse.expert.intermediate_size
+    inner = sparse.expert.intermediate_size
     parts = {
-        "gate": ("gate_up_proj", range(0, num_rows, 2), num_rows),
-        "up": ("gate_up_proj", range(1, num_rows, 2), num_rows),
-        "down": ("down_proj", range(spec.hidden_size), spec.hidden_size),
+        "gate": ("gate_up_proj", range(0, 2 * inner, 2)),
+        "up": ("gate_up_proj", range(1, 2 * inner, 2)),
+        "down": ("down_proj", range(spec.hidden_size)),
     }
     experts: dict[str, str | Stored] = {}
-    for part, (name, rows, total) in parts.items():
-        stem = f"{_MLP}.experts.{name}"
+    for part, (name, rows) in parts.items():
+        stem, num_rows = f"{_MLP}.experts.{name}", spec.hidden_size if part == "down" else 2 * inner
         blocks, scales, bias = (
-            Rows(Tensor(f"{stem}_{kind}"), (rows,), total, dim=1) for kind in ("blocks", "scales", "bias")
+            Rows(Tensor(f"{stem}_{kind}"), (rows,), num_rows, dim=1) for kind in ("blocks", "scales", "bias")
         )
-        plain = Rows(Transposed(Tensor(stem)), (rows,), total, dim=1)
+        plain = Rows(Transposed(Tensor(stem)), (rows,), num_rows, dim=1)
         experts[f"layers.experts.{part}.weight"] = FirstOf((Mxfp4(blocks, scales), plain))
         experts[f"layers.experts.{part}.bias"] = bias
     others = {"layers.router": f"{_MLP}.router", "layers.sinks": "model.layers.{}.self_attn.sinks"}

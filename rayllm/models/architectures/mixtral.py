@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayllm.models.architectures import llama, mistral
 from rayllm.models.config_fields import MAX_WIDTH, ConfigFields, read_activation
 from rayllm.models.sparse_fields import expert_names, read_num_experts, with_sparse_layers
 from rayllm.spec import DecoderSpec, ExpertSpec, RouterSpec, SparseMlpSpec
-
-if TYPE_CHECKING:
-    from rayllm.weights.stored import Stored
+from rayllm.weights.stored import Stored
 
 MODEL_TYPES = ("mixtral",)
 EXAMPLES = ("mistralai/Mixtral-8x7B-Instruct-v0.1",)

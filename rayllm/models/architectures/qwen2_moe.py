@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayllm.models.architectures import llama, qwen2
 from rayllm.models.config_fields import MAX_LAYERS, MAX_WIDTH, ConfigFields, read_activation
 from rayllm.models.sparse_fields import expert_names, read_num_experts, sparse_by_step, with_sparse_layers
 from rayllm.spec import DecoderSpec, ExpertSpec, MlpSpec, RouterSpec, SparseMlpSpec
-
-if TYPE_CHECKING:
-    from rayllm.weights.stored import Stored
+from rayllm.weights.stored import Stored
 
 MODEL_TYPES = ("qwen2_moe",)
 EXAMPLES = ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)
