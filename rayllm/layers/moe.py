@@ -57,7 +57,7 @@ class Experts:
         # A token's rows are summed in the order of its scores, whatever other tokens are in the step.
         out_TKD = y_ND.new_zeros(num_tokens * top_k, y_ND.shape[1])
         out_TKD[places_N] = y_ND
-        return out_TKD.view(num_tokens, top_k, -1).sum(1)
+        return out_TKD.view(num_tokens, top_k, y_ND.shape[1]).sum(1)
 
 
 class SparseMlp:

@@ -101,7 +101,7 @@ class CheckpointWeights(WeightSource):
         if found:
             rest = [name for name in unused if not name.startswith(tuple(found))]
             logger.info(
-                "%s: %d tensors are left out, since only the text part is served: %s",
+                "%s: %d tensors are left out, since what they serve is not supported: %s",
                 self._checkpoint.folder,
                 len(unused) - len(rest),
                 ", ".join(f"{prefix}*" for prefix in found),

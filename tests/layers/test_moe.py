@@ -87,6 +87,15 @@ def test_the_shared_layer_is_added_to_the_experts_and_both_to_the_residual(gate:
     torch.testing.assert_close(layer.plus(x, residual), alone + shared + residual, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_a_step_may_want_no_token(expert_parallel: bool) -> None:
+    """As the last layer of a step that computes chunks alone."""
+    router = RouterSpec(NUM_EXPERTS, 2, "sigmoid", renormalize=True, num_groups=3, top_groups=2, group_score="top2_sum")
+    spec = SparseMlpSpec(router, SPEC.expert, MlpSpec(20, "silu", gated=True), shared_gate=True)
+    layer = SparseMlp(_weights(), "l", spec, WIDTH, TensorParallel(1, 2, expert_parallel=expert_parallel))
+    assert layer._partial(_random(0, WIDTH)).shape == (0, WIDTH)
+
+
 @pytest.mark.parametrize(("fields", "name"), [({"expert_parallel": True}, "num_experts=6"), ({}, "moe_inter.*=12")])
 def test_what_cannot_be_shared_out_is_refused(fields: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} cannot be split evenly"):

@@ -13,6 +13,8 @@ from rayllm.spec import DecoderSpec
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 EXAMPLES = ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Moonlight-16B-A3B-Instruct")
+LEFT_OUT = ("model.layers.{}.",)
+"""The layer that predicts further tokens."""
 _DEFAULTS = {
     "first_k_dense_replace": 3,
     "hidden_act": "silu",

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from golden import check_against_transformers
+import torch
+from golden import check_against_transformers, make_sequences
 from mixtures import make_mixture
 from models.architectures.test_deepseek_v2 import TINY, YARN
 from ranks import RankPool
-from transformers import DeepseekV3Config
+from safetensors.torch import load_file, save_file
+from teacher import load
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
+from rayllm import LLM, SamplingParams
+from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
 from rayllm.models.architectures import deepseek_v3
 from rayllm.models.memory_plan import kv_bytes_per_token
@@ -74,3 +81,35 @@ def test_fp8_checkpoints_are_refused_with_the_reason() -> None:
 def test_the_router_of_the_version_before_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}='greedy' is not supported"):
         deepseek_v3.spec({**V3, field: "greedy"})
+
+
+def test_the_layer_that_predicts_further_tokens_is_left_out_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_mixture(tmp_path, DeepseekV3Config(**TINY, n_group=1, topk_group=1))
+    tensors = load_file(path / "model.safetensors")
+    extra = {f"model.layers.2.{name}": torch.ones(2) for name in ("eh_proj.weight", "enorm.weight")}
+    save_file({**tensors, **extra}, path / "model.safetensors")
+    with caplog.at_level(logging.INFO):
+        load(TensorParallel(), path)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    assert "2 tensors are left out" in caplog.text
+    assert "model.layers.2.*" in caplog.text
+
+
+@torch.no_grad()
+def test_an_engine_writes_what_transformers_writes_in_chunks_and_after_a_prefix_hit(tmp_path: Path) -> None:
+    path = make_mixture(tmp_path, DeepseekV3Config(**{**TINY, **VARIANTS["groups, yarn"]}))
+    make_tokenizer(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    first, *others = make_sequences(288, (70, 9, 21))
+    prompts = [first, *others, first[:50] + others[0], first]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with LLM(str(path), device="cpu", dtype="float32", max_num_batched_tokens=32, max_model_len=256) as llm:
+        batch = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts[:3]], params)
+        hits = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts[3:]], params)
+    for prompt, output in zip(prompts, [*batch, *hits], strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=-1)
+        assert output.outputs[0].token_ids == expected[0, len(prompt) :].tolist()
+    assert [output.metrics.num_cached_tokens for output in batch] == [0, 0, 0]
+    assert [output.metrics.num_cached_tokens for output in hits] == [48, 64]

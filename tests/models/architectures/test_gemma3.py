@@ -56,7 +56,7 @@ def test_tensors_that_are_left_out_are_told_once_whatever_the_number_of_ranks(
             load(TensorParallel(rank, 2), path)
     (record,) = caplog.records
     assert record.getMessage().endswith(
-        "tensors are left out, since only the text part is served: vision_tower.*, multi_modal_projector.*"
+        "tensors are left out, since what they serve is not supported: vision_tower.*, multi_modal_projector.*"
     )
 
 
