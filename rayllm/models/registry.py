@@ -52,6 +52,8 @@ _modules: dict[str, str] = {
     "GlmForCausalLM": f"{_PACKAGE}.glm",
     "GptOssForCausalLM": f"{_PACKAGE}.gpt_oss",
     "InternLM2ForCausalLM": f"{_PACKAGE}.internlm2",
+    "Llama4ForCausalLM": f"{_PACKAGE}.llama4",
+    "Llama4ForConditionalGeneration": f"{_PACKAGE}.llama4",
     "LlamaForCausalLM": f"{_PACKAGE}.llama",
     "MistralForCausalLM": f"{_PACKAGE}.mistral",
     "MixtralForCausalLM": f"{_PACKAGE}.mixtral",

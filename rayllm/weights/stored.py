@@ -168,6 +168,24 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class Ones:
+    """A weight that no file holds: the model has none there, and one of ones changes nothing."""
+
+    name: str = ""
+
+    def renamed(self, rename: Callable[[str], str]) -> Ones:
+        return self
+
+    def check(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
+        pass
+
+    def read(self, checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+        import torch
+
+        return torch.ones([len(part) for part in region])
+
+
+@dataclass(frozen=True, slots=True)
 class FirstOf:
     """One of several places: the first that the checkpoint has, for names that differ between its versions."""
 
