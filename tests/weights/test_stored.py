@@ -13,6 +13,7 @@ from rayllm.weights.checkpoint import Checkpoint
 from rayllm.weights.checkpoint_weights import CheckpointWeights, WeightNames
 from rayllm.weights.stored import (
     FirstOf,
+    Ones,
     Rows,
     Stack,
     Stored,
@@ -54,6 +55,7 @@ PLACES: dict[str, tuple[Stored, torch.Tensor]] = {
     "the only one of two that there is": (FirstOf((Tensor("none.weight"), Tensor("fused.weight"))), WHOLE),
     "the first of two that there are": (FirstOf((Tensor("fused.weight"), Tensor("experts.0.up"))), WHOLE),
     "transposed": (Transposed(Tensor("fused.weight")), WHOLE.t()),
+    "ones in no file": (Ones(), torch.ones(4, 6)),
     "rows of length one": (UnitRows(Tensor("fused.weight"), 6), WHOLE / WHOLE.norm(dim=1, keepdim=True)),
     "columns of a transposed one": (Rows(Transposed(Tensor("fused.weight")), (range(2, 4),), 6), WHOLE.t()[2:4]),
 }
