@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from foreign import EXPERTS, foreign_checkpoint
+from foreign import EXPERTS, VOCAB_SIZE, foreign_checkpoint
+from golden import largest_difference, make_sequences, transformers_log_probs
 from safetensors.torch import load_file, save_file
+from teacher import log_probs
 from transformers.models.granite import modeling_granite
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
+from rayllm.models import load_model
 from rayllm.models.fallback.build import ModelParts, empty_model, load_decoder
 from rayllm.models.fallback.names import stored_parameters
 from rayllm.models.registry import read_spec
@@ -85,3 +90,37 @@ def test_random_weights_need_no_file(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     decoder, _ = load_decoder(str(path), read_spec(path), TensorParallel(), torch.float32, CPU, "dummy", 7)
     assert decoder.spec.architecture == "GraniteForCausalLM"
+
+
+CONFIGURATION = """
+from transformers import GraniteConfig
+
+class OwnConfig(GraniteConfig):
+    model_type = "own_model"
+"""
+MODELING = """
+from transformers import GraniteForCausalLM
+
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(GraniteForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_checkpoints_own_code_runs_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = foreign_checkpoint(tmp_path / "model", "granite", num_key_value_heads=2)
+    sequences = make_sequences(VOCAB_SIZE, (9, 5))
+    expected = transformers_log_probs(path, sequences)
+    names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((path / "config.json").read_text())
+    config |= {"architectures": ["OwnForCausalLM"], "model_type": "own_model", "auto_map": names}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "configuration_own.py").write_text(CONFIGURATION)
+    (path / "modeling_own.py").write_text(MODELING)
+    spec = read_spec(path, trust_remote_code=True)
+    model = load_model(str(path), spec, TensorParallel(), dtype=torch.float32, device=CPU)
+    found = [part.numpy() for part in log_probs(model, sequences, (4, 4), 4)]
+    assert largest_difference(found, expected) < 1e-4
