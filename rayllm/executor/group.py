@@ -24,6 +24,7 @@ from rayllm.executor.stopwatch import Stopwatch
 from rayllm.executor.worker import RunnerFactory
 from rayllm.executor.worker_process import END_TIMEOUT_S, LOOPBACK, WorkerPlace
 from rayllm.messages import StepPlan, StepResult
+from rayllm.weights.progress import progress_text
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class WorkerGroup:
         actors.make([rank for rank in new if not self._standby.promote(rank)])
         lap("start processes")
         self._on_stage("loading weights")
-        num_blocks = actors.call(new, "load")
+        num_blocks = actors.call(new, "load", on_wait=lambda: self._show_progress(new))
         lap("load weights")
         actors.loaded.update(new)
         # A replacement is given what the first one had: what its predecessor held is free, or about to be.
@@ -202,6 +203,11 @@ class WorkerGroup:
         self._links = WorkerLinks(self._connect(), self._layout.answering_rank)
         lap("connect")
         self._watcher = start_watches(self._run_refs, self._links, None if actors.single_node else self._bundles)
+
+    def _show_progress(self, ranks: Sequence[int]) -> None:
+        bytes_read, num_bytes = self._actors.progress(ranks)
+        if num_bytes:
+            self._on_stage(f"loading weights: {progress_text(bytes_read, num_bytes)}")
 
     def _connect(self) -> list[Channel]:
         """Has every rank run, and returns their channels in order of rank. The listener lives only this

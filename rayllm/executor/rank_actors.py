@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -42,6 +42,8 @@ _FIRST_START_ANSWER_TIMEOUT_S = 60.0
 """The same while no request waits for the engine yet: on a busy machine it may well start slowly."""
 _ABORTED_SETTLE_S = 5.0
 """For survivors to leave a step that was aborted."""
+_PROGRESS_TIMEOUT_S = 0.5
+"""For ranks to say how far their weights are read."""
 _HEALTH = "health"
 """The concurrency group whose calls are answered while others run."""
 
@@ -142,9 +144,16 @@ class RankActors:
         """Calls the actors' method; the references to its results, by rank."""
         return {rank: getattr(self._actors[rank], method).remote(*arguments) for rank in ranks}
 
-    def call(self, ranks: Iterable[int], method: str, *arguments: Any, are_up: bool = True) -> dict[int, Any]:
+    def call(
+        self,
+        ranks: Iterable[int],
+        method: str,
+        *arguments: Any,
+        are_up: bool = True,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> dict[int, Any]:
         """Every rank's answer; the first failure, or a rank that does not respond, ends the wait. Ranks that are not up
-        yet are waited for as long as Ray takes to start them.
+        yet are waited for as long as Ray takes to start them. `on_wait` is called every second.
         """
         refs = self.begin(ranks, method, *arguments)
         pending, quiet_since = list(refs.values()), time.monotonic()
@@ -155,6 +164,7 @@ class RankActors:
             if done:
                 quiet_since = time.monotonic()
                 continue
+            on_wait()
             waited_for = [rank for rank, ref in refs.items() if ref in pending]
             for rank, reason in self.on_lost_nodes(waited_for).items():
                 raise WorkerDiedError(rank, reason)
@@ -164,6 +174,18 @@ class RankActors:
                     raise WorkerDiedError(rank, f"its process did not respond within {timeout_s:g} s")
                 quiet_since = time.monotonic()
         return {rank: ray.get(ref) for rank, ref in refs.items()}
+
+    def progress(self, ranks: Sequence[int]) -> tuple[int, int]:
+        """Bytes of weights that these ranks have read, and of how many; those that do not answer at once count as
+        nothing."""
+        calls = [self._actors[rank].progress.options(concurrency_group=_HEALTH).remote() for rank in ranks]
+        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_PROGRESS_TIMEOUT_S)
+        numbers = [(0, 0)]
+        for call in answered:
+            with contextlib.suppress(ray.exceptions.RayError):  # it is found as any other loss
+                numbers.append(ray.get(call))
+        bytes_read, num_bytes = map(sum, zip(*numbers, strict=True))
+        return bytes_read, num_bytes
 
     def abort(self, ranks: Iterable[int]) -> list[Any]:
         """Has them leave what they wait for their peers in; the calls, to be waited for."""

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rayllm.config import ResolvedConfig
@@ -20,6 +21,7 @@ from rayllm.executor.inproc import StepRunner
 from rayllm.executor.plan_server import serve_plans
 from rayllm.executor.process_group import ProcessGroup
 from rayllm.observability.trace import open_tracer
+from rayllm.weights.progress import LoadProgress
 
 if TYPE_CHECKING:
     from rayllm.distributed.groups import TensorParallel
@@ -39,7 +41,8 @@ class WorkerLoop:
     def __init__(self, config: ResolvedConfig, rank: int | None, runner_factory: RunnerFactory | None = None):
         self._config = config
         self.rank = rank
-        self._runner_factory = runner_factory or load_runner
+        self.progress = LoadProgress(config.engine.layout.num_ranks)
+        self._runner_factory = runner_factory or partial(load_runner, progress=self.progress)
         self._group = ProcessGroup(config.device, config.engine.layout.num_ranks)
         self._runner: StepRunner | None = None
         self._spare: dict[int, StepRunner] = {}
@@ -126,11 +129,11 @@ class WorkerLoop:
         return self._runner
 
 
-def load_runner(config: ResolvedConfig, tp: TensorParallel) -> StepRunner:
+def load_runner(config: ResolvedConfig, tp: TensorParallel, progress: LoadProgress) -> StepRunner:
     """The real runner; it brings torch and the model."""
     from rayllm.runner.runner import Runner
 
-    return Runner(config, tp)
+    return Runner(config, tp, progress=progress)
 
 
 def _lower_priority() -> None:

@@ -32,6 +32,10 @@ class WorkerActor:
     def alive(self) -> None:
         """Answered in `health`."""
 
+    def progress(self) -> tuple[int, int]:
+        """Bytes of weights read, and of how many. Called in `health`."""
+        return self._loop.progress.numbers()
+
     def abort(self) -> None:
         """Called in `health`."""
         self._loop.abort()

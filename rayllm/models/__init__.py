@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rayllm.models.decoder import Decoder
     from rayllm.models.fallback.decoder import TransformersDecoder
     from rayllm.spec import DecoderSpec
+    from rayllm.weights.progress import LoadProgress
     from rayllm.weights.source import WeightSource
 
 
@@ -55,12 +56,14 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     architecture_module: str = "",
+    progress: LoadProgress | None = None,
 ) -> Model:
     """This rank's share of the model in folder `model_path`, read slice by slice.
 
     `load_format`: "auto", "safetensors" or "pt" reads the folder; "dummy" draws weights from `seed`, whatever the
     number of ranks, and needs no weight file. `architecture_module`: where the architecture is not in this process's
-    registry (`ResolvedConfig.architecture_module`). Faults of the folder are `ConfigError`.
+    registry (`ResolvedConfig.architecture_module`). `progress` counts the bytes that are read. Faults of the folder are
+    `ConfigError`.
     """
     from rayllm.models.registry import left_out, weight_names
     from rayllm.weights.checkpoint import Checkpoint
@@ -73,12 +76,12 @@ def load_model(
         from rayllm.models.decoder import kv_specs
         from rayllm.models.fallback.build import load_decoder
 
-        decoder, backend = load_decoder(model_path, spec, tp, dtype, device, load_format, seed)
+        decoder, backend = load_decoder(model_path, spec, tp, dtype, device, load_format, seed, progress)
         return Model(decoder, backend, kv_specs(spec, tp.size), dtype, device)
     if load_format == "dummy":
         return build_model(spec, DummyWeights(seed, dtype, device), tp, dtype, device)
     weights = CheckpointWeights(
-        Checkpoint(model_path, load_format), weight_names(spec, architecture_module), dtype, device
+        Checkpoint(model_path, load_format, progress), weight_names(spec, architecture_module), dtype, device
     )
     model = build_model(spec, weights, tp, dtype, device)
     if tp.rank == 0:  # what is not used is the same on every rank

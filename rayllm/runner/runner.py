@@ -29,6 +29,7 @@ from rayllm.sampling.logprobs import LogprobTensors, compute_logprobs
 from rayllm.sampling.sampler import Sampled, Sampler
 from rayllm.structured.rows import StructuredRows
 from rayllm.structured.vocabulary import Vocabulary
+from rayllm.weights.progress import LoadProgress
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,13 @@ class Runner:
     """Checks its device and loads this rank's shard at construction. `start` allocates the KV pool; then `execute`, or
     `launch` and `finish`, once a plan."""
 
-    def __init__(self, config: ResolvedConfig, tp: TensorParallel, device: torch.device | None = None):
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        tp: TensorParallel,
+        device: torch.device | None = None,
+        progress: LoadProgress | None = None,
+    ):
         self._config = config
         self._tp = tp
         self._device = device or _own_device(config)
@@ -69,6 +76,7 @@ class Runner:
         self._rope_boundary = spec.rope_boundary
         self._needs = MemoryNeeds.of_config(config)
         check_weights_fit(config, self._needs, self._device)
+        progress, began_s = progress or LoadProgress(), time.perf_counter()
         self._model = load_model(
             config.model_path,
             spec,
@@ -78,7 +86,9 @@ class Runner:
             load_format=config.engine.load_format,
             seed=config.engine.seed,
             architecture_module=config.architecture_module,
+            progress=progress,
         )
+        log.info("read %.2f GB of weights in %.1f s", progress.bytes_read / 1e9, time.perf_counter() - began_s)
         backend = self._model.backend.name
         log.info("attention backend %r in %s on %s", backend, config.dtype, device_name(self._device))
         self._rows = self._no_rows(0)

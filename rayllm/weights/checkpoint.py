@@ -12,6 +12,7 @@ from rayllm.errors import ConfigError, did_you_mean
 from rayllm.weights.config_file import check_regular_file
 from rayllm.weights.files import PICKLED, SAFETENSORS, WeightForm, index_file, safetensors_files
 from rayllm.weights.pickled import PickledFile, PickledSlice
+from rayllm.weights.progress import LoadProgress
 from rayllm.weights.safetensors_file import MappedSlice, SafetensorsFile
 
 
@@ -19,12 +20,12 @@ class Checkpoint:
     """The tensors of a folder's safetensors files, or where it has none, of its PyTorch files; read slice by slice,
     files are mapped, not loaded. `load_format`: "safetensors" and "pt" name one of the two.
 
-    Which files those are, `weights.files` says. Several threads may read at once.
+    Which files those are, `weights.files` says. Several threads may read at once; `progress` counts the bytes.
     """
 
-    def __init__(self, folder: str | Path, load_format: str = "auto"):
+    def __init__(self, folder: str | Path, load_format: str = "auto", progress: LoadProgress | None = None):
         self.folder = Path(folder)
-        self.bytes_read = 0
+        self.progress = progress or LoadProgress()
         self._lock = threading.Lock()
         self._used: set[str] = set()
         if not self.folder.is_dir():
@@ -37,6 +38,7 @@ class Checkpoint:
             self._read_index(index)
         else:
             self._read_all()
+        self.progress.begin(sum(self._slice(name).num_bytes for name in self._files))
 
     def _choose_form(self, load_format: str) -> WeightForm:
         has_safetensors = bool(index_file(self.folder) or safetensors_files(self.folder))
@@ -49,6 +51,10 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
+
+    @property
+    def bytes_read(self) -> int:
+        return self.progress.bytes_read
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -77,9 +83,13 @@ class Checkpoint:
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """`ConfigError` where there is no tensor `name` of this shape. It counts as used from then on."""
+        view = self._slice(name)
         with self._lock:
+            is_new = self._stored(name) not in self._used
             self._used.add(self._stored(name))
-        found = self._slice(name).get_shape()
+        if is_new:
+            self.progress.see(view.num_bytes)
+        found = view.get_shape()
         if list(found) != list(shape):
             raise ConfigError(
                 f"{self.file_of(name)}: tensor {name!r} has shape {list(found)}, but config.json requires {list(shape)}"
@@ -97,8 +107,7 @@ class Checkpoint:
             tensor = view[tuple(slice(part.start, part.stop) for part in region)]
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"{self.file_of(name)}: tensor {name!r} cannot be read: {_one_line(error)}") from None
-        with self._lock:
-            self.bytes_read += tensor.nbytes
+        self.progress.read(tensor.nbytes)
         return tensor
 
     def _slice(self, name: str) -> MappedSlice | PickledSlice:

@@ -23,6 +23,7 @@ class PickledSlice:
 
     def __init__(self, tensor: Tensor):
         self._tensor = tensor
+        self.num_bytes = tensor.nbytes
 
     def get_shape(self) -> list[int]:
         return list(self._tensor.shape)

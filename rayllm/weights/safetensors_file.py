@@ -80,6 +80,7 @@ class MappedSlice:
 
     def __init__(self, file: SafetensorsFile, name: str, entry: TensorEntry):
         self._file, self._name, self._entry = file, name, entry
+        self.num_bytes = entry.num_bytes
 
     def get_shape(self) -> list[int]:
         return list(self._entry.shape)

@@ -51,6 +51,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     context = SimpleNamespace(get_node_id=lambda: "here")
     fake = SimpleNamespace(
         get_runtime_context=lambda: context, wait=wait, get=lambda ref: ref, killed=[],
+        exceptions=SimpleNamespace(RayError=RuntimeError),
         kill=lambda actor, no_restart: fake.killed.append(actor.rank),
     )  # fmt: skip
     monkeypatch.setattr(rank_actors, "ray", fake)
@@ -125,3 +126,22 @@ def test_a_rank_is_described_by_its_node_host_and_devices() -> None:
     actors = _actors(("there",))
     assert actors.describe(0) == "node there, host host, cpu"
     assert actors.describe(5) == "its process was not placed on a node yet"
+
+
+def test_who_waits_for_an_answer_may_look_at_progress_meanwhile(ray: SimpleNamespace) -> None:
+    actors, waits = _actors(rank1=("load",)), list[int]()
+
+    def give_up() -> None:
+        waits.append(1)
+        if len(waits) == 3:
+            raise EngineError("enough")
+
+    with pytest.raises(EngineError, match="enough"):
+        actors.call((0, 1), "load", on_wait=give_up)
+
+
+def test_progress_is_the_sum_of_the_ranks_that_answer(ray: SimpleNamespace) -> None:
+    ray.get = lambda ref: (10 * (ref[1] + 1), 100)
+    assert _actors().progress((0, 1)) == (30, 200)
+    assert _actors(rank0=("progress",)).progress((0, 1)) == (20, 100)
+    assert _actors(rank0=("progress",), rank1=("progress",)).progress((0, 1)) == (0, 0)

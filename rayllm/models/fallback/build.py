@@ -26,6 +26,7 @@ from rayllm.models.layer import ATTENTION_LAYERS
 from rayllm.spec import DecoderSpec, GroupedAttentionSpec
 from rayllm.weights.checkpoint import Checkpoint
 from rayllm.weights.checkpoint_weights import CheckpointWeights
+from rayllm.weights.progress import LoadProgress
 from rayllm.weights.source import DummyWeights, WeightSource
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,7 @@ def load_decoder(
     device: torch.device,
     load_format: str,
     seed: int,
+    progress: LoadProgress | None = None,
 ) -> tuple[TransformersDecoder, AttentionBackend]:
     """This rank's share of the model in a folder, tried with a few tokens; arguments are those of `load_model`.
     `ConfigError` says what cannot be read, or what the model does that cannot be served."""
@@ -205,7 +207,7 @@ def load_decoder(
     backend = choose_backend(attention_groups(spec, tp.rank, tp.size), dtype, device)
     weights: WeightSource = DummyWeights(seed, dtype, device)
     if load_format != "dummy":
-        checkpoint = Checkpoint(model_path, load_format)
+        checkpoint = Checkpoint(model_path, load_format, progress)
         weights = CheckpointWeights(checkpoint, stored_parameters(model, checkpoint), dtype, device)
     parts = ModelParts(model, weights, tp, device)
     parts.fill()
