@@ -82,8 +82,7 @@ def _family_end(folder: Path, settings: Mapping[str, Any]) -> int | None:
     if made is None:
         return None
     text = named_tokens(folder, settings).get("eos_token") or made.named.get("eos_token", "")
-    found: int | None = made.pipeline.token_to_id(text)
-    return found
+    return made.special_ids.get(text)
 
 
 def _sentencepiece_end(model: Path) -> int | None:

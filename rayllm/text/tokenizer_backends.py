@@ -83,14 +83,14 @@ class FamilyPipeline(Pipeline):
 
     def __init__(self, made: FamilyTokenizer):
         super().__init__(made.pipeline)
-        self._made = made
+        self._prefix, self._suffix = list(made.prefix), list(made.suffix)
+        self._chat_start = "" if made.family.turns is None else "".join(made.family.prefix)
+        self._counted_ids = made.counted
         longest_first = sorted(made.counted, key=len, reverse=True)
         self._counted = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        family = self._made.family
-        is_chat = family.turns is None or text.startswith("".join(family.prefix))
-        return self.encode_parts([(text, not is_chat)], add_special_tokens)
+        return self.encode_parts([(text, not text.startswith(self._chat_start))], add_special_tokens)
 
     def encode_as_text(self, text: str) -> list[int]:
         ids: list[int] = _encoding(self._pipeline, text, False).ids
@@ -105,15 +105,15 @@ class FamilyPipeline(Pipeline):
                 text += part[start : found.start()]
                 if text:
                     ids += self.encode_as_text(text)
-                ids += self._made.counted[found.group()]
+                ids += self._counted_ids[found.group()]
                 text, start = "", found.end()
             text += part[start:]
         if text:
             ids += self.encode_as_text(text)
         if not add_special_tokens:
             return ids
-        prefix = list(self._made.prefix)
-        return (ids if ids[: len(prefix)] == prefix else prefix + ids) + list(self._made.suffix)
+        begins = ids[: len(self._prefix)] == self._prefix
+        return (ids if begins else self._prefix + ids) + self._suffix
 
 
 def _encoding(pipeline: Any, text: str, add_special_tokens: bool) -> Any:

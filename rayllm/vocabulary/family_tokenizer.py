@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ class FamilyTokenizer:
     """Made by `read_family_tokenizer`."""
 
     family: TokenizerFamily
-    pipeline: Any
-    """A `tokenizers` pipeline that adds nothing, with all special tokens."""
+    special_ids: Mapping[str, int]
+    """All added tokens."""
     named: Mapping[str, str]
     """Special tokens by their roles, of the vocabulary itself."""
     prefix: tuple[int, ...]
@@ -34,6 +35,12 @@ class FamilyTokenizer:
     """Ids before and after a plain prompt."""
     counted: Mapping[str, tuple[int, ...]]
     """Texts of special tokens that count where they stand in a chat, and their ids."""
+    build: Callable[[], Any]
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """A `tokenizers` pipeline that adds nothing, with all added tokens. Seconds for a large vocabulary."""
+        return self.build()
 
 
 def brings_code(settings: Mapping[str, Any]) -> bool:
@@ -81,7 +88,7 @@ def _from_ranks(model: Path, family: TokenizerFamily, settings: Mapping[str, Any
     for text, token_id in special.items():
         if token_id in taken:
             raise ConfigError(f"{model}: special token {text[:40]!r} has the id {token_id}, which is a token's rank")
-    return _made(family, settings, ranks_pipeline(ranks, special), special, family.named)
+    return _made(family, settings, lambda: ranks_pipeline(ranks, special), special, family.named)
 
 
 def _from_sentencepiece(model: Path, family: TokenizerFamily, settings: Mapping[str, Any]) -> FamilyTokenizer:
@@ -90,7 +97,7 @@ def _from_sentencepiece(model: Path, family: TokenizerFamily, settings: Mapping[
     named = {**family.named, **named_pieces(proto)}
     own = {text: known[text] for text in named.values()}
     special = _special_ids(model, family, settings, known, own)
-    return _made(family, settings, sentencepiece_pipeline(proto, special), special, named)
+    return _made(family, settings, lambda: sentencepiece_pipeline(proto, special), special, named)
 
 
 def _special_ids(
@@ -151,17 +158,11 @@ def _shown_tokens(settings: Mapping[str, Any]) -> set[str]:
 def _made(
     family: TokenizerFamily,
     settings: Mapping[str, Any],
-    pipeline: Any,
+    make: Callable[[], Any],
     special: Mapping[str, int],
     named: Mapping[str, str],
 ) -> FamilyTokenizer:
-    from tokenizers import AddedToken
-
     shown = _shown_tokens(settings).difference(family.special_tokens, named.values())
-    for text in sorted(special, key=special.__getitem__):  # ids behind a list of pieces are given in this order
-        add = pipeline.add_tokens if text in shown else pipeline.add_special_tokens
-        add([AddedToken(text, normalized=False, special=text not in shown)])
-    pipeline.encode_special_tokens = True
     ends = {role: _text(settings.get(role)) or named.get(role, "") for role in ("bos_token", "eos_token")}
     start, end = ((special[text],) if text in special else () for text in ends.values())
     prefix = tuple(special[text] for text in family.prefix)
@@ -173,4 +174,15 @@ def _made(
     else:
         counted = {text: (special[text],) for text in family.turns if text in special}
         counted["".join(family.prefix)] = prefix
-    return FamilyTokenizer(family, pipeline, named, prefix, end if settings.get("add_eos_token") else (), counted)
+    suffix = end if settings.get("add_eos_token") else ()
+    return FamilyTokenizer(family, special, named, prefix, suffix, counted, lambda: _with_added(make(), special, shown))
+
+
+def _with_added(pipeline: Any, added: Mapping[str, int], shown: Container[str]) -> Any:
+    from tokenizers import AddedToken
+
+    for text in sorted(added, key=added.__getitem__):  # ids behind a list of pieces are given in this order
+        add = pipeline.add_tokens if text in shown else pipeline.add_special_tokens
+        add([AddedToken(text, normalized=False, special=text not in shown)])
+    pipeline.encode_special_tokens = True
+    return pipeline
