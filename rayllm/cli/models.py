@@ -38,7 +38,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     rows = [(entry.architecture, ", ".join(entry.model_types), ", ".join(entry.examples)) for entry in entries]
     print(table(("architecture", "model type", "examples"), rows))
-    print("\nWeight files: " + "; ".join(f"{whole}, or shards with {index}" for whole, index in files))
+    print("\nOther causal language models of transformers run through their own class there (--model-impl).")
+    print("Weight files: " + "; ".join(f"{whole}, or shards with {index}" for whole, index in files))
     print(f"--load-format: {', '.join(load_formats)}")
     for entry in entries:
         if entry.fault:

@@ -19,6 +19,7 @@ def test_each_architecture_has_a_line_and_formats_follow(capsys: pytest.CaptureF
     assert [row.split()[0] for row in rows] == [entry.architecture for entry in catalog()]
     [opt] = [row for row in rows if row.startswith("OPTForCausalLM ")]
     assert opt.split()[1:] == ["opt", "facebook/opt-125m,", "facebook/opt-350m"]
+    assert "--model-impl" in lines[-3]
     assert "model.safetensors.index.json" in lines[-2]
     assert lines[-1].startswith("--load-format: auto, ")
 
