@@ -56,7 +56,7 @@ _WITHOUT_VALUE = {
     "--enable-server-load-tracking": _ALWAYS,
     "--enable-prompt-tokens-details": _ALWAYS,
     "--use-tqdm-on-load": "a terminal always shows the stages of a start",
-    "--fail-on-environ-validation": "RayLLM reads no variables of vLLM",
+    "--fail-on-environ-validation": "of vLLM's variables, RayLLM reads VLLM_USE_MODELSCOPE alone",
     "--guided-decoding-disable-fallback": _LLGUIDANCE,
     "--calculate-kv-scales": "the KV cache has the model's type",
     "--kv-sharing-fast-prefill": "no layers share KV",

@@ -20,6 +20,7 @@ class Environment:
         "RLLM_API_KEY",
         "RLLM_LOG_DIR",
         "RLLM_USE_MODELSCOPE",
+        "VLLM_USE_MODELSCOPE",
         "XDG_RUNTIME_DIR",
     )
 
@@ -51,8 +52,10 @@ class Environment:
 
     @staticmethod
     def use_modelscope() -> bool:
-        """Whether names of models without a prefix are ModelScope's (`RLLM_USE_MODELSCOPE`)."""
-        return os.environ.get("RLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
+        """Whether names of models without a prefix are ModelScope's (`RLLM_USE_MODELSCOPE`, or vLLM's
+        `VLLM_USE_MODELSCOPE`)."""
+        value = os.environ.get("RLLM_USE_MODELSCOPE", os.environ.get("VLLM_USE_MODELSCOPE", ""))
+        return value.lower() in ("1", "true")
 
     @staticmethod
     def modelscope_endpoint() -> str:

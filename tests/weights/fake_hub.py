@@ -58,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif name is not None and name in self.hub.files:
             self._send_file(name)
         else:
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            is_known = url.path.startswith("/api/models/owner/model/revision/")
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound" if is_known else "RepoNotFound"})
 
     do_HEAD = do_GET
 

@@ -24,9 +24,14 @@ def hub(llama_path: Path) -> Iterator[FakeHub]:
         yield served
 
 
-def pull(hub: FakeHub, tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+def pull(hub: FakeHub, tmp_path: Path, *argv: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
     """As a person does, with a hub's address of our own."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path),
+    }
     command = [sys.executable, "-m", "rayllm", "pull", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **settings})
 
@@ -53,11 +58,23 @@ def test_a_folder_that_is_here_wins_over_a_name(tmp_path: Path, monkeypatch: pyt
     assert HubModel.parse("owner/model") is None
 
 
-def test_modelscope_can_be_the_hub_for_names_without_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RLLM_USE_MODELSCOPE", "1")
+@pytest.mark.parametrize(
+    ("variables", "is_modelscope"),
+    [
+        ({"RLLM_USE_MODELSCOPE": "1"}, True),
+        ({"VLLM_USE_MODELSCOPE": "True"}, True),
+        ({"VLLM_USE_MODELSCOPE": "True", "RLLM_USE_MODELSCOPE": "0"}, False),
+        ({}, False),
+    ],
+)
+def test_modelscope_can_be_the_hub_for_names_without_a_prefix(
+    variables: dict[str, str], is_modelscope: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     model = HubModel.parse("owner/model")
     assert model is not None
-    assert model.is_modelscope
+    assert model.is_modelscope == is_modelscope
 
 
 @pytest.mark.parametrize(
@@ -129,6 +146,23 @@ def test_pull_brings_what_serving_needs_and_only_what_is_missing(hub: FakeHub, t
     assert pull(hub, tmp_path / "home", "owner/model", "--download-dir", str(tmp_path / "here")).returncode == 0
     assert {name for name, _ in hub.asked} <= {"model.safetensors"}
     assert local_model(config) == folder
+
+
+def test_a_revision_is_brought_by_its_name_and_served_without_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    place = ("--download-dir", str(tmp_path / "here"))
+    brought = pull(hub, tmp_path / "home", "owner/model", "--revision", "v1", *place)
+    assert brought.returncode == 0, brought.stderr
+    fields = {"model": "owner/model", "download_dir": str(tmp_path / "here"), "device": "cpu"}
+    assert local_model(EngineConfig.parse({**fields, "revision": "v1"})) == Path(brought.stdout.strip())
+    with pytest.raises(ConfigError, match="nor downloaded: run 'rayllm pull owner/model --revision v2 --download-dir"):
+        local_model(EngineConfig.parse({**fields, "revision": "v2"}))
+    unknown = pull(hub, tmp_path / "home", "owner/model", "--revision", "v2", *place)
+    assert unknown.returncode == 2
+    assert "owner/model has no revision 'v2': give a branch, tag or commit" in unknown.stderr
+    hub.asked.clear()
+    offline = pull(hub, tmp_path / "other", "owner/model", offline=True)
+    assert (offline.returncode, hub.asked) == (3, [])
+    assert "owner/model is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub: unset it" in offline.stderr
 
 
 def test_an_unknown_model_and_a_hub_that_does_not_answer_are_one_line(hub: FakeHub, tmp_path: Path) -> None:

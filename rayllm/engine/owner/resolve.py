@@ -20,6 +20,7 @@ from rayllm.spec import DecoderSpec
 from rayllm.text.end_token import end_token_id
 from rayllm.weights.config_file import read_json, with_overrides
 from rayllm.weights.hub import local_model
+from rayllm.weights.hub_cache import cached_name, snapshot_of
 from rayllm.weights.hub_model import MODELSCOPE_PREFIX, HubModel
 
 _CPU_BLOCK_SIZE = 8
@@ -36,7 +37,7 @@ def resolve(
     """
     num_gpus = count_gpus() if num_gpus is None else num_gpus
     num_cores = count_cores() if num_cores is None else num_cores
-    path = local_model(config) or _model_folder(config.model)
+    path = local_model(config) or _model_folder(config.model, config.revision)
     spec = _read_spec(config, path)
     device = _device(config, num_gpus)
     size = config.layout.num_ranks
@@ -86,17 +87,20 @@ def served_name(model: str) -> str:
     """What a model is called by clients where nothing else is said: its hub's name, or its folder's."""
     if HubModel.parse(model) is not None:
         return model.removeprefix(MODELSCOPE_PREFIX)
-    return Path(model).expanduser().resolve().name if model else DEMO_MODEL_NAME
+    if not model:
+        return DEMO_MODEL_NAME
+    folder = Path(model).expanduser().resolve()
+    return cached_name(folder) or folder.name
 
 
-def _model_folder(model: str) -> Path:
+def _model_folder(model: str, revision: str | None) -> Path:
     if not model:
         return model_path()
     path = Path(model).expanduser()
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise ConfigError(f"model folder {model!r} {kind}: give the folder that holds config.json and *.safetensors")
-    return path.resolve()
+    return snapshot_of(path.resolve(), revision)
 
 
 def _device(config: EngineConfig, num_gpus: int) -> Literal["cpu", "cuda"]:
