@@ -66,10 +66,11 @@ def inverse_frequencies(spec: RopeSpec) -> Tensor:
 
 
 def _llama3(plain: Tensor, spec: RopeSpec) -> Tensor:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Long wavelengths are stretched by `factor`, short ones kept, those between, if there are any, interpolated."""
     context = spec.original_max_positions
     wavelengths = 2 * math.pi / plain
-    smooth = (context / wavelengths - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    between = max(spec.high_freq_factor - spec.low_freq_factor, 1e-6)
+    smooth = (context / wavelengths - spec.low_freq_factor) / between
     smooth = smooth.clamp(0.0, 1.0)
     return (1 - smooth) * plain / spec.factor + smooth * plain
 

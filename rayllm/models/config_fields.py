@@ -245,8 +245,8 @@ def latent_score_scale(fields: ConfigFields, rope: RopeSpec) -> float:
 def _llama3(section: ConfigFields, theta: float, rotary_dim: int, original: int) -> RopeSpec:
     low = section.number("low_freq_factor", 1e-6, 1e6)
     high = section.number("high_freq_factor", 1e-6, 1e6)
-    if high <= low:
-        raise ConfigError(f"rope high_freq_factor={high:g} must be more than low_freq_factor={low:g}")
+    if high < low:
+        raise ConfigError(f"rope high_freq_factor={high:g} must not be less than low_freq_factor={low:g}")
     return RopeSpec(
         theta,
         rotary_dim,

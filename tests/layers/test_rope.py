@@ -64,6 +64,13 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
+    "llama3, nothing between": {
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 64,
+    },
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
     "yarn, not truncated": {
         "rope_type": "yarn",
