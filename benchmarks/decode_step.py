@@ -80,10 +80,10 @@ class Ours:
         batch = Batch(
             token_ids_T=(positions * 7919 + 13) % SHAPE["vocab_size"],
             positions_T=positions,
-            slots_T=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            slots_ST=(blocks * BLOCK_SIZE + positions % BLOCK_SIZE)[None],
             query_starts=list(range(0, rows * count + 1, count)),
             kv_lens=[first + count] * rows,
-            block_table_RB=self._table,
+            block_table_SRB=self._table[None],
             logits_indices_N=torch.arange(count - 1, rows * count, count),
             num_decode_rows=rows if count == 1 else 0,
             block_size=BLOCK_SIZE,

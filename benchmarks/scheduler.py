@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 
+from rayllm.kv_layout import kv_spans
 from rayllm.messages import StepPlan, StepResult
 from rayllm.request import Request, SamplingParams, pack_ids
 from rayllm.scheduler.scheduler import Scheduler
@@ -22,12 +23,13 @@ TOKEN = 1000
 
 def build(num_seqs: int, prompt_len: int, num_steps: int, block_size: int, prefix_caching: bool) -> Scheduler:
     max_model_len = prompt_len + num_steps
+    limits = {"max_model_len": max_model_len + 1, "max_num_batched_tokens": 8192}
+    spans = kv_spans([None], block_size=block_size, max_inflight_steps=2, **limits)
     scheduler = Scheduler(
         num_blocks=num_seqs * (max_model_len // block_size + 2) * 102 // 100,
-        block_size=block_size,
+        kv_spans=spans,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=8192,
-        max_model_len=max_model_len + 1,
+        **limits,
         enable_prefix_caching=prefix_caching,
         eos_token_ids=frozenset({2}),
     )

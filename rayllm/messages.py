@@ -50,6 +50,15 @@ class RowParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         return self.logprobs if self.logprob_token_ids is None else len(self.logprob_token_ids)
 
 
+class RowTable(msgspec.Struct, frozen=True, array_like=True):
+    """A row's block table in one KV group (`kv_layout.KVGroup`)."""
+
+    blocks: bytes
+    """The KV of the row's tokens from block number `first` on."""
+    first: int = 0
+    """The tokens before it are seen by none that the row will compute."""
+
+
 class RowStart(msgspec.Struct, frozen=True, array_like=True):
     """A sequence takes a row: all that a worker needs to know of it."""
 
@@ -59,9 +68,9 @@ class RowStart(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_tokens: int
     """How many of `tokens` are the original prompt: penalties and positions of draws count from there."""
     num_computed_tokens: int
-    """Tokens whose KV is already in `blocks` (a prefix hit)."""
-    blocks: bytes
-    """The block table so far."""
+    """Tokens whose KV is already in `tables` (a prefix hit)."""
+    tables: list[RowTable]
+    """The block table of each KV group so far."""
     params: RowParams
     seed: int
     choice: int
@@ -86,13 +95,16 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     finished_rows: bytes
     new_rows: list[RowStart]
     grown_rows: bytes
-    """Parallel with `grown_blocks`: a block appended to that row's table, in order."""
+    """Parallel with `grown_blocks`: a block appended to that row's table, in order. Of blocks that a row lets go of
+    nothing is said: it does not read them again."""
     grown_blocks: bytes
     rows: bytes
     counts: bytes
     """Parallel with `rows`; each at least 1."""
     num_tokens: int
     """The sum of `counts`."""
+    grown_groups: bytes = b""
+    """Parallel with `grown_blocks`: the KV group whose table grows; empty where that is the first for all."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

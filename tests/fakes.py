@@ -19,17 +19,20 @@ VOCAB_SIZE = 1000
 EOS_ID = 999
 
 
-def fake_spec(vocab_size: int = VOCAB_SIZE, num_layers: int = 1) -> DecoderSpec:
-    """A small model of no architecture."""
+def fake_spec(
+    vocab_size: int = VOCAB_SIZE, num_layers: int = 1, windows: Iterable[int | None] | None = None
+) -> DecoderSpec:
+    """A small model of no architecture, with a layer for each of `windows` where those are given."""
     norm = NormSpec("rms", 1e-6)
-    attention = GroupedAttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
-    layer = LayerSpec(attention, MlpSpec(128, "silu", gated=True), norm)
+    windows = [None] * num_layers if windows is None else windows
+    attentions = [GroupedAttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, window=w) for w in windows]
+    mlp = MlpSpec(128, "silu", gated=True)
     return DecoderSpec(
         architecture="FakeForCausalLM",
         dtype="float32",
         vocab_size=vocab_size,
         hidden_size=64,
-        layers=(layer,) * num_layers,
+        layers=tuple(LayerSpec(attention, mlp, norm) for attention in attentions),
         final_norm=norm,
         tied_embeddings=False,
         max_model_len=4096,

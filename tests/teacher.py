@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
+from rayllm.kv_layout import KVSpan
 from rayllm.layers.batch import Batch
 from rayllm.models import Model, load_model
 from rayllm.models.registry import read_spec, register_architecture
@@ -29,11 +30,12 @@ class PagedRun:
         self._block_size = block_size
         self.done = [0] * len(sequences)
         counts = [-(-len(tokens) // block_size) for tokens in sequences]
-        blocks = list(range(sum(counts) + 3))
+        num_blocks = len(model.kv_groups) * sum(counts) + 3
+        blocks = list(range(num_blocks))
         random.Random(seed).shuffle(blocks)
-        self._tables = [[blocks.pop() for _ in range(count)] for count in counts]
-        self._pool = model.allocate_kv(sum(counts) + 3, block_size)
-        self._pool.clear(range(sum(counts) + 3))
+        self._tables = [[[blocks.pop() for _ in range(count)] for count in counts] for _ in model.kv_groups]
+        self._pool = model.allocate_kv(num_blocks, block_size)
+        self._pool.clear(range(num_blocks))
         self.kv = self._pool.layers
 
     def batch(self, counts: dict[int, int]) -> tuple[Batch, list[int]]:
@@ -41,24 +43,25 @@ class PagedRun:
         rows = sorted(counts, key=lambda row: counts[row] > 1)
         ids: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
+        slots: list[list[int]] = [[] for _ in self._tables]
         starts = [0]
         for row in rows:
             for position in range(self.done[row], self.done[row] + counts[row]):
-                block = self._tables[row][position // self._block_size]
                 ids.append(self._sequences[row][position])
                 positions.append(position)
-                slots.append(block * self._block_size + position % self._block_size)
+                for table, of_group in zip(self._tables, slots, strict=True):
+                    block = table[row][position // self._block_size]
+                    of_group.append(block * self._block_size + position % self._block_size)
             starts.append(len(ids))
-        width = max(len(self._tables[row]) for row in rows)
-        table = [self._tables[row] + [0] * (width - len(self._tables[row])) for row in rows]
+        width = max(len(self._tables[0][row]) for row in rows)
+        tables = [[table[row] + [0] * (width - len(table[row])) for row in rows] for table in self._tables]
         batch = Batch(
             token_ids_T=torch.tensor(ids),
             positions_T=torch.tensor(positions),
-            slots_T=torch.tensor(slots),
+            slots_ST=torch.tensor(slots),
             query_starts=starts,
             kv_lens=[self.done[row] + counts[row] for row in rows],
-            block_table_RB=torch.tensor(table, dtype=torch.int32),
+            block_table_SRB=torch.tensor(tables, dtype=torch.int32),
             logits_indices_N=torch.arange(len(ids)),
             num_decode_rows=sum(counts[row] == 1 for row in rows),
             block_size=self._block_size,
@@ -85,7 +88,16 @@ class PagedRun:
         for i, row in enumerate(rows):
             found[row] = logits[batch.query_starts[i] : batch.query_starts[i + 1]].log_softmax(-1)
             self.done[row] += counts[row]
+            self._leave_behind(row)
         return found
+
+    def _leave_behind(self, row: int) -> None:
+        """The blocks that no later token sees become NaN: a backend that reads them gives NaN."""
+        for group, tables in zip(self._model.kv_groups, self._tables, strict=True):
+            behind = tables[row][: KVSpan(self._block_size, group.window).begin(self.done[row])]
+            for layer in group.layers if behind else ():
+                for cache in self.kv[layer]:
+                    cache[behind] = torch.nan
 
 
 def log_probs(model: Model, sequences: Sequence[Sequence[int]], chunks: Sequence[int], block_size: int) -> list[Tensor]:

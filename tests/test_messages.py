@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import msgspec
 
-from rayllm.messages import RowParams, RowStart, StepResult
+from rayllm.messages import RowParams, RowStart, RowTable, StepResult
 from rayllm.request import SamplingParams, StructuredOutputsParams, pack_ids
 
 
@@ -22,7 +22,7 @@ def test_text_of_a_request_does_not_travel_to_workers_but_for_its_grammar() -> N
         stop=("STOP-TEXT",), stop_token_ids=(7,), logit_bias={5: -1.5}, seed=9, skip_special_tokens=False,
         structured_outputs=StructuredOutputsParams(regex="GRAMMAR-TEXT+"), bad_words_token_ids=((1, 2),),
     )  # fmt: skip
-    start = RowStart(3, pack_ids([1, 2]), 2, 0, b"", RowParams.of(params), 9, 0)
+    start = RowStart(3, pack_ids([1, 2]), 2, 0, [RowTable(pack_ids([4]), 1)], RowParams.of(params), 9, 0)
     frame = msgspec.msgpack.encode(start)
     assert b"STOP-TEXT" not in frame
     assert b"GRAMMAR-TEXT+" in frame

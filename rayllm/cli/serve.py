@@ -114,7 +114,8 @@ def _announce(screen: Screen, running: RunningServer) -> None:
 def summary(running: RunningServer, engine: EngineDescription) -> list[tuple[str, str]]:
     """The lines of the box: what is served, where, on what, and how much of it at once."""
     config = ResolvedConfig.model_validate_json(engine.config)
-    num_slots = engine.num_blocks * config.block_size
+    concurrency = engine.num_blocks / config.blocks_per_sequence
+    num_tokens = int(concurrency * config.max_model_len)
     pages = [("chat page", "/"), ("dashboard", "/dashboard")]
     devices = Counter(device for worker in engine.workers for device in worker.devices)
     return [
@@ -128,8 +129,8 @@ def summary(running: RunningServer, engine: EngineDescription) -> list[tuple[str
         ("dtype", config.dtype),
         ("context", f"{config.max_model_len:,} tokens"),
         *([("sampling defaults", described)] if (described := config.generation.described()) else []),
-        ("KV cache", f"{num_slots:,} tokens ({engine.num_blocks:,} blocks of {config.block_size})"),
-        ("concurrency", f"{num_slots / config.max_model_len:,.1f} requests of full length at once"),
+        ("KV cache", f"{num_tokens:,} tokens ({engine.num_blocks:,} blocks of {config.block_size})"),
+        ("concurrency", f"{concurrency:,.1f} requests of full length at once"),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from rayllm.config.base import BaseConfig
 from rayllm.config.engine import Backend, EngineConfig
 from rayllm.config.generation import GenerationDefaults
+from rayllm.kv_layout import KVSpan, kv_groups, kv_spans, num_blocks_for
 from rayllm.spec import DecoderSpec
 
 
@@ -43,3 +44,18 @@ class ResolvedConfig(BaseConfig):
     num_threads: int
     """OpenMP threads of each worker on CPU."""
     generation: GenerationDefaults = GenerationDefaults()
+
+    def kv_spans(self) -> tuple[KVSpan, ...]:
+        """Which blocks a sequence holds in each of the model's KV groups."""
+        return kv_spans(
+            [group.window for group in kv_groups(self.spec)],
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_inflight_steps=self.engine.layout.max_inflight_steps,
+        )
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """KV blocks that a sequence of `max_model_len` tokens holds at most at a time."""
+        return num_blocks_for(self.kv_spans(), self.max_model_len)

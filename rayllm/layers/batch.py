@@ -1,5 +1,5 @@
 """The tensors of one step. Shape letters: T tokens of the step, R rows (sequences) in it, N positions whose logits
-are wanted, B blocks of the longest row's table.
+are wanted, B blocks of the longest row's table, S KV groups (layers that share a block table).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ class Batch:
     """int64."""
     positions_T: Tensor
     """int64, counted from 0 in the sequence."""
-    slots_T: Tensor
-    """int64: where the token's K and V go, block * block_size + offset."""
+    slots_ST: Tensor
+    """int64: where the token's K and V go in the layers of each KV group, block * block_size + offset."""
     query_starts: list[int]
     """R + 1 offsets into T, on the host."""
     kv_lens: list[int]
     """R: tokens a row's last query attends to, itself included, on the host."""
-    block_table_RB: Tensor
-    """int32; entries past a row's own blocks name one that is never written, and must not be read as data."""
+    block_table_SRB: Tensor
+    """int32, by KV group. Entries past a row's own blocks name one that is never written, and must not be read as data;
+    blocks behind the group's window may be another row's, and must not be read at all."""
     logits_indices_N: Tensor
     """int64 indices into T."""
     num_decode_rows: int

@@ -32,14 +32,21 @@ class KVSpec:
 
 
 class KVPool:
-    """The caches of all layers, `num_blocks` blocks each; tensors of one shape are parts of one allocation.
+    """`num_blocks` blocks of as many parts as there are `specs`; tensors of one shape are in one allocation. Layer i
+    uses part `part_of_layer[i]`, or part i: layers of different KV groups share a part, and never have the same block.
 
     What blocks hold at first is not known: a block is cleared when it is first given away. On CPU the operating system
     gives memory only to blocks that are used.
     """
 
     def __init__(
-        self, specs: Sequence[KVSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        specs: Sequence[KVSpec],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        part_of_layer: Sequence[int] | None = None,
     ):
         shapes = [(spec.num_heads, width) for spec in specs for width in spec.widths]
         self._pools = {
@@ -47,11 +54,10 @@ class KVPool:
             for (heads, width), number in Counter(shapes).items()
         }
         unused = {shape: iter(pool.unbind()) for shape, pool in self._pools.items()}
-        self.layers: list[LayerKV] = [
-            tuple(next(unused[spec.num_heads, width]) for width in spec.widths) for spec in specs
-        ]
+        parts = [tuple(next(unused[spec.num_heads, width]) for width in spec.widths) for spec in specs]
+        self.layers: list[LayerKV] = parts if part_of_layer is None else [parts[part] for part in part_of_layer]
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zeroes these blocks in every layer."""
+        """Zeroes these blocks in every part."""
         for pool in self._pools.values():
             pool.index_fill_(1, torch.tensor(blocks, device=pool.device), 0)

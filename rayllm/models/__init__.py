@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from rayllm.distributed.groups import TensorParallel
+    from rayllm.kv_layout import KVGroup
     from rayllm.layers.attention import AttentionBackend
     from rayllm.layers.batch import Batch
     from rayllm.layers.kv_cache import KVPool, KVSpec
@@ -28,14 +29,24 @@ class Model:
     decoder: Decoder | TransformersDecoder
     backend: AttentionBackend
     kv_specs: list[KVSpec]
+    """Of each part of a KV block."""
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """Layers that share a block table."""
+        from rayllm.kv_layout import kv_groups
+
+        return kv_groups(self.decoder.spec)
+
     def allocate_kv(self, num_blocks: int, block_size: int) -> KVPool:
         """A KV cache of this shape; what it holds is not known."""
+        from rayllm.kv_layout import group_and_part
         from rayllm.layers.kv_cache import KVPool
 
-        return KVPool(self.kv_specs, num_blocks, block_size, self.dtype, self.device)
+        part_of_layer = [part for _, part in group_and_part(self.kv_groups)]
+        return KVPool(self.kv_specs, num_blocks, block_size, self.dtype, self.device, part_of_layer)
 
     def forward(self, batch: Batch, pool: KVPool) -> torch.Tensor:
         """Hidden states of the positions that the batch wants, `[N, D]`; see `Decoder.forward`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
+from rayllm.kv_layout import group_and_part, kv_groups, kv_parts
 from rayllm.layers.attention import AttentionBackend, AttentionGroup
 from rayllm.layers.batch import Batch
 from rayllm.layers.embedding import LearnedPositions, OutputHead, VocabEmbedding, vocab_part
@@ -25,14 +26,18 @@ from rayllm.weights.source import Outputs, WeightSource
 
 
 def kv_specs(spec: DecoderSpec, tp_size: int) -> list[KVSpec]:
-    """What each layer keeps of a token on one rank."""
-    return [KVSpec(*attention.kv_shape(tp_size)) for attention in spec.attentions()]
+    """What each part of a KV block keeps of a token on one rank."""
+    return [KVSpec(*spec.layers[layer].attention.kv_shape(tp_size)) for layer in kv_parts(kv_groups(spec))]
 
 
-def attention_groups(spec: DecoderSpec, rank: int, tp_size: int) -> list[AttentionGroup]:
-    """The groups of layers for which a rank's attention backend prepares a step."""
-    attentions = spec.attentions()
-    return list(dict.fromkeys(ATTENTION_LAYERS[type(each)].group(each, rank, tp_size) for each in attentions))
+def attention_groups(spec: DecoderSpec, rank: int, tp_size: int) -> list[list[AttentionGroup]]:
+    """For each KV group, the groups of layers for which a rank's attention backend prepares a step."""
+    groups = []
+    for kv_group in kv_groups(spec):
+        attentions = [spec.layers[layer].attention for layer in kv_group.layers]
+        found = (ATTENTION_LAYERS[type(each)].group(each, rank, tp_size) for each in attentions)
+        groups.append(list(dict.fromkeys(found)))
+    return groups
 
 
 class Decoder:
@@ -63,6 +68,7 @@ class Decoder:
         self._layers = make_in_parallel(
             partial(DecoderLayer, weights, i, layer, width, tp, backend) for i, layer in enumerate(spec.layers)
         )
+        self._kv_group_of = [group for group, _ in group_and_part(kv_groups(spec))]
         self._final_norm = None
         if spec.final_norm is not None:
             self._final_norm = make_norm(weights, "final_norm", spec.final_norm, width)
@@ -79,11 +85,11 @@ class Decoder:
         part = vocab_part(spec.vocab_size, tp)
         return weights.linear([Outputs("lm_head", spec.vocab_size, part)], spec.embedding_size or spec.hidden_size)
 
-    def forward(self, batch: Batch, kv: list[LayerKV], metadata: Any) -> Tensor:
+    def forward(self, batch: Batch, kv: list[LayerKV], metadata: list[Any]) -> Tensor:
         """Hidden states after the final norm, `[N, D]`: for `batch.logits_indices_N` only.
 
         Keys and values of every token of the batch are written to `kv`, one cache a layer; `metadata` is what the
-        attention backend prepared for the batch.
+        attention backend prepared for the batch, for each KV group.
         """
         hidden = self._embedding(batch.token_ids_T)
         if self._embedding_scale != 1.0:
@@ -96,7 +102,7 @@ class Decoder:
         last = len(self._layers) - 1
         for index, (layer, rope_index) in enumerate(zip(self._layers, self._rope_of_layer, strict=True)):
             keep_N = batch.logits_indices_N if index == last else None
-            hidden = layer(hidden, kv[index], metadata, rotations[rope_index], keep_N)
+            hidden = layer(hidden, kv[index], metadata[self._kv_group_of[index]], rotations[rope_index], keep_N)
         return hidden if self._final_norm is None else self._final_norm(hidden)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -32,13 +32,18 @@ class Fit:
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens whose KV there is room for."""
-        return self.kv_bytes // self.needs.kv_per_block * self.config.block_size
+        """Tokens whose KV there is room for, in sequences as long as they may be."""
+        longest = self.max_model_len
+        return self._num_blocks * longest // self.needs.num_blocks(longest) if longest else 0
+
+    @property
+    def _num_blocks(self) -> int:
+        return self.kv_bytes // self.needs.kv_per_block
 
     @property
     def max_model_len(self) -> int:
         """The longest context that fits, of the one that is asked for or the model has; 0 where none does."""
-        return min(self.num_kv_tokens, self.config.max_model_len)
+        return self.needs.max_tokens(self._num_blocks, self.config.max_model_len)
 
     @property
     def is_enough(self) -> bool:

@@ -4,10 +4,11 @@ Python: no torch is imported. `rayllm plan` shows it, and the workers use the sa
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 from rayllm.config import ResolvedConfig
+from rayllm.kv_layout import KVSpan, kv_groups, kv_parts, kv_spans, max_tokens_in, num_blocks_for
 from rayllm.layout import ParallelLayout
 from rayllm.models.parameters import num_parameters
 from rayllm.spec import DecoderSpec
@@ -30,8 +31,10 @@ class MemoryNeeds:
     """A bound for what one step allocates: the widest layer's intermediates and the logits."""
     kv_per_token: int
     """All layers together."""
-    block_size: int
-    """Tokens of a KV block."""
+    kv_per_block: int
+    """Of the tokens of a block in the layers of one KV group."""
+    kv_spans: tuple[KVSpan, ...]
+    """Which blocks a sequence holds in each group."""
 
     @classmethod
     def of(
@@ -45,12 +48,20 @@ class MemoryNeeds:
         max_num_seqs: int,
     ) -> MemoryNeeds:
         itemsize = DTYPE_BYTES[dtype]
+        groups = kv_groups(spec)
         logits = max_num_seqs * spec.vocab_size * 4 * 3
         return cls(
             weights=num_parameters(spec, layout) * itemsize,
             activations=max_num_batched_tokens * spec.max_activation_width(layout.tp) * 4 * itemsize + logits,
             kv_per_token=kv_bytes_per_token(spec, layout.tp, itemsize),
-            block_size=block_size,
+            kv_per_block=block_size * kv_bytes_per_token(spec, layout.tp, itemsize, kv_parts(groups)),
+            kv_spans=kv_spans(
+                [group.window for group in groups],
+                block_size=block_size,
+                max_model_len=spec.max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_inflight_steps=layout.max_inflight_steps,
+            ),
         )
 
     @classmethod
@@ -64,18 +75,19 @@ class MemoryNeeds:
             max_num_seqs=config.max_num_seqs,
         )
 
-    @cached_property
-    def kv_per_block(self) -> int:
-        return self.kv_per_token * self.block_size
-
     def num_blocks(self, num_tokens: int) -> int:
-        """KV blocks of a sequence of so many tokens."""
-        return -(-num_tokens // self.block_size)
+        """KV blocks that a sequence of so many tokens holds at most at a time."""
+        return num_blocks_for(self.kv_spans, num_tokens)
+
+    def max_tokens(self, num_blocks: int, limit: int) -> int:
+        """Tokens of the longest sequence, up to `limit`, that so many blocks hold."""
+        return max_tokens_in(self.kv_spans, num_blocks, limit)
 
 
-def kv_bytes_per_token(spec: DecoderSpec, tp_size: int, itemsize: int) -> int:
-    """What a rank keeps of a token, all layers together."""
-    shapes = (attention.kv_shape(tp_size) for attention in spec.attentions())
+def kv_bytes_per_token(spec: DecoderSpec, tp_size: int, itemsize: int, layers: Iterable[int] | None = None) -> int:
+    """What a rank keeps of a token in these layers, or in all together."""
+    layers = range(spec.num_layers) if layers is None else layers
+    shapes = (spec.layers[layer].attention.kv_shape(tp_size) for layer in layers)
     return itemsize * sum(num_heads * sum(widths) for num_heads, widths in shapes)
 
 
@@ -106,7 +118,7 @@ def least_context(asked: int | None, max_model_len: int) -> int:
 def fit_context(config: ResolvedConfig, num_blocks: int) -> ResolvedConfig:
     """The config of an engine whose workers hold `num_blocks` KV blocks: where no `max_model_len` was asked for, with
     the longest context that fits."""
-    fits = num_blocks * config.block_size
+    fits = max_tokens_in(config.kv_spans(), num_blocks, config.max_model_len)
     if config.engine.max_model_len is not None or config.max_model_len <= fits:
         return config
     log.warning(

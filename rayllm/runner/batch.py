@@ -53,7 +53,7 @@ def build_step(
 
     row_of_token = np.repeat(row_ids, counts)
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - begins, counts)
-    slots = rows.block_table[row_of_token, positions // block_size].astype(np.int64) * block_size
+    slots = rows.block_table[:, row_of_token, positions // block_size].astype(np.int64) * block_size
     slots += positions % block_size
 
     samples = ends == rows.num_tokens[row_ids]
@@ -68,10 +68,10 @@ def build_step(
     batch = Batch(
         token_ids_T=_token_ids(rows, row_ids, begins, ends, starts, device),
         positions_T=torch.from_numpy(positions).to(device),
-        slots_T=torch.from_numpy(slots).to(device),
+        slots_ST=torch.from_numpy(slots).to(device),
         query_starts=starts.tolist(),
         kv_lens=ends.tolist(),
-        block_table_RB=torch.from_numpy(rows.block_table[row_ids, :max_blocks]).to(device),
+        block_table_SRB=torch.from_numpy(rows.block_table[:, row_ids, :max_blocks]).to(device),
         logits_indices_N=torch.from_numpy(logits_indices).to(device),
         num_decode_rows=num_decode,
         block_size=block_size,

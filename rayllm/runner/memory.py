@@ -45,7 +45,7 @@ def plan_num_blocks(config: ResolvedConfig, needs: MemoryNeeds, device: torch.de
         budget = int(available_host_bytes() * CPU_KV_SHARE) // engine.layout.num_ranks
     num_blocks = min(budget // needs.kv_per_block, blocks_per_sequence * config.max_num_seqs)
     if num_blocks < needs.num_blocks(least_context(engine.max_model_len, config.max_model_len)):
-        fits = max(0, num_blocks) * config.block_size
+        fits = needs.max_tokens(num_blocks, config.max_model_len)
         needed = blocks_per_sequence * needs.kv_per_block / 2**20
         raise ConfigError(
             f"max_model_len={config.max_model_len} needs {needed:.0f} MiB of KV cache per worker, but "

@@ -6,6 +6,8 @@ The state is a pure fold of the plans received, the same on every rank. Sampled 
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import numpy as np
 import torch
 
@@ -14,15 +16,19 @@ from rayllm.request import unpack_ids
 
 
 class Rows:
-    """`max_rows` rows of at most `max_blocks` blocks each. Where a row has no block, its table holds `no_block`: the
-    number of one that is never written, because what a masked product reads must at least be finite.
+    """`max_rows` rows, each with a table of at most `max_blocks` blocks in every KV group. Where it has no block, the
+    table holds `no_block`: the number of one that is never written, because what a masked product reads must at least
+    be finite. Blocks behind a window stay in the table; they may be another row's by then, and are not read.
     """
 
-    def __init__(self, max_rows: int, max_blocks: int, device: torch.device, no_block: int = 0):
+    def __init__(
+        self, max_rows: int, max_blocks: int, device: torch.device, no_block: int = 0, *, num_kv_groups: int = 1
+    ):
         self.num_tokens = np.zeros(max_rows, np.int64)
         self.num_computed = np.zeros(max_rows, np.int64)
-        self.num_blocks = np.zeros(max_rows, np.int64)
-        self.block_table = np.full((max_rows, max_blocks), no_block, np.int32)
+        self.num_blocks = np.zeros((num_kv_groups, max_rows), np.int64)
+        """The ends of the tables."""
+        self.block_table = np.full((num_kv_groups, max_rows, max_blocks), no_block, np.int32)
         self._no_block = no_block
         self.last_token_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._tokens: dict[int, np.ndarray] = {}
@@ -33,32 +39,35 @@ class Rows:
         for row in unpack_ids(plan.finished_rows):
             self._tokens.pop(row, None)
             self._prompt_logprobs.pop(row, None)
-            self.num_blocks[row] = 0
+            self.num_blocks[:, row] = 0
         for start in plan.new_rows:
             self._begin(start)
-        for row, block in zip(unpack_ids(plan.grown_rows), unpack_ids(plan.grown_blocks), strict=True):
-            self.block_table[row, self.num_blocks[row]] = block
-            self.num_blocks[row] += 1
+        grown_rows = unpack_ids(plan.grown_rows)
+        grown_groups = unpack_ids(plan.grown_groups) or repeat(0, len(grown_rows))
+        for group, row, block in zip(grown_groups, grown_rows, unpack_ids(plan.grown_blocks), strict=True):
+            self.block_table[group, row, self.num_blocks[group, row]] = block
+            self.num_blocks[group, row] += 1
 
     def _begin(self, start: RowStart) -> None:
         row = start.row
         tokens = np.frombuffer(start.tokens, np.int32)
-        blocks = np.frombuffer(start.blocks, np.int32)
         self._tokens[row] = tokens
         self.num_tokens[row] = len(tokens)
         self.num_computed[row] = start.num_computed_tokens
-        self.num_blocks[row] = len(blocks)
-        self.block_table[row, : len(blocks)] = blocks
-        self.block_table[row, len(blocks) :] = self._no_block
+        self.block_table[:, row] = self._no_block
+        for group, table in enumerate(start.tables):
+            blocks = np.frombuffer(table.blocks, np.int32)
+            end = self.num_blocks[group, row] = table.first + len(blocks)
+            self.block_table[group, row, table.first : end] = blocks
         self.last_token_R[row] = int(tokens[-1])
         self._prompt_logprobs.pop(row, None)
         if start.params.prompt_logprobs is not None:
             self._prompt_logprobs[row] = (start.params.prompt_logprobs, start.num_prompt_tokens)
 
-    def blocks(self, row: int) -> list[int]:
-        """Those that the row has."""
-        found: list[int] = self.block_table[row, : self.num_blocks[row]].tolist()
-        return found
+    def blocks(self, row: int) -> set[int]:
+        """Those that the row has, and had before its windows left them behind."""
+        ends = self.num_blocks[:, row]
+        return {block for table, end in zip(self.block_table[:, row], ends) for block in table[:end].tolist()}
 
     def start_tokens(self, row: int, begin: int, end: int) -> np.ndarray:
         """int32 tokens [begin, end) of those the row began with."""

@@ -17,7 +17,7 @@ from rayllm.config import ResolvedConfig, count_cores
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import NO_TOKEN_LEFT
 from rayllm.layers.kv_cache import KVPool
-from rayllm.messages import Finish, RowParams, RowStart, StepPlan, StepResult
+from rayllm.messages import Finish, RowParams, RowStart, RowTable, StepPlan, StepResult
 from rayllm.models import load_model
 from rayllm.models.memory_plan import MemoryNeeds
 from rayllm.request import pack_ids, unpack_ids
@@ -105,11 +105,13 @@ class Runner:
             num_threads=max(1, min(_MAX_MASK_THREADS, count_cores() // (2 * tp.size))),
         )
         self._kv: KVPool | None = None
+        self._has_windows = any(span.window is not None for span in config.kv_spans())
         self._unclean: set[int] = set()
 
     def _no_rows(self, num_blocks: int) -> Rows:
         max_blocks = -(-self._config.max_model_len // self._config.block_size)
-        return Rows(self._config.max_num_seqs, max_blocks, self._device, no_block=num_blocks)
+        num_kv_groups = len(self._model.kv_groups)
+        return Rows(self._config.max_num_seqs, max_blocks, self._device, num_blocks, num_kv_groups=num_kv_groups)
 
     def num_blocks_available(self) -> int:
         """KV blocks this rank could hold; the engine takes the least of all ranks."""
@@ -132,9 +134,10 @@ class Runner:
         """One short prompt and one decode step, so that the first request does not pay for first uses (allocators,
         library handles, collectives). Leaves no row behind; all ranks must call it."""
         num_tokens = min(_WARM_UP_TOKENS, self._config.max_model_len, self._config.max_num_batched_tokens)
-        blocks = pack_ids(range(-(-self._config.max_model_len // self._config.block_size))[: num_tokens + 1])
+        num_blocks = -(-min(num_tokens + 1, self._config.max_model_len) // self._config.block_size)
+        tables = [RowTable(pack_ids(range(num_blocks)))] * len(self._model.kv_groups)  # what it gives is of no use
         params = RowParams(temperature=0)
-        start = RowStart(0, pack_ids([0] * num_tokens), num_tokens, 0, blocks, params, 0, 0)
+        start = RowStart(0, pack_ids([0] * num_tokens), num_tokens, 0, tables, params, 0, 0)
         self.execute(StepPlan(0, 0, b"", [start], b"", b"", pack_ids([0]), pack_ids([num_tokens]), num_tokens))
         if num_tokens < self._config.max_model_len:
             self.execute(StepPlan(0, 0, b"", [], b"", b"", pack_ids([0]), pack_ids([1]), 1))
@@ -212,12 +215,16 @@ class Runner:
     def _clean(self, plan: StepPlan) -> None:
         """Zeroes those of the plan's new blocks whose contents are unknown: not used since the start, or a row's with
         invalid logits. NaN in a slot that is masked, because its new row has not come to it,
-        would poison the product."""
+        would poison the product. Where windows leave blocks behind, another row has them before the first one's logits
+        are known: all contents are unknown then."""
         given = {*unpack_ids(plan.grown_blocks)}
         for new in plan.new_rows:  # those of a prefix hit hold what they should
-            given.update(unpack_ids(new.blocks)[new.num_computed_tokens // self._config.block_size :])
+            num_hits = new.num_computed_tokens // self._config.block_size
+            for table in new.tables:
+                given.update(unpack_ids(table.blocks)[num_hits - table.first :])
         if blocks := sorted(given & self._unclean):
-            self._unclean.difference_update(blocks)
+            if not self._has_windows:
+                self._unclean.difference_update(blocks)
             self._pool().clear(blocks)
 
     def _pool(self) -> KVPool:

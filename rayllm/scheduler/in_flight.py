@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from rayllm.errors import EngineError
-from rayllm.messages import RowParams, RowStart, StepPlan, StepResult
+from rayllm.messages import RowParams, RowStart, RowTable, StepPlan, StepResult
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.scheduler.sequence import Sequence
 
@@ -21,7 +21,9 @@ class PlanBuilder:
 
     budget: int
     counts: dict[Sequence, int] = field(default_factory=dict)
-    grown: dict[Sequence, list[int]] = field(default_factory=dict)
+    grown_rows: list[int] = field(default_factory=list)
+    grown_groups: list[int] = field(default_factory=list)
+    grown_blocks: list[int] = field(default_factory=list)
     starts: list[RowStart] = field(default_factory=list)
 
     def start(self, sequence: Sequence) -> None:
@@ -33,7 +35,7 @@ class PlanBuilder:
                 tokens=sequence.tokens.tobytes(),
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 num_computed_tokens=sequence.num_computed,
-                blocks=pack_ids(sequence.blocks),
+                tables=[RowTable(pack_ids(table.blocks), table.first) for table in sequence.tables],
                 params=RowParams.of(sequence.request.params),
                 seed=sequence.request.seed,
                 choice=sequence.choice,
@@ -44,10 +46,22 @@ class PlanBuilder:
         self.counts[sequence] = count
         self.budget -= count
 
+    def grow(self, sequence: Sequence, added: list[tuple[int, list[int]]]) -> None:
+        """It was given these blocks, by KV group."""
+        assert sequence.row is not None
+        for group, blocks in added:
+            for block in blocks:
+                self.grown_rows.append(sequence.row)
+                self.grown_groups.append(group)
+                self.grown_blocks.append(block)
+
     def take_back(self, sequence: Sequence) -> None:
         """Removes a preempted sequence; its tokens return to the budget."""
         self.budget += self.counts.pop(sequence, 0)
-        self.grown.pop(sequence, None)
+        if sequence.row in self.grown_rows:
+            kept = [i for i, row in enumerate(self.grown_rows) if row != sequence.row]
+            for grown in (self.grown_rows, self.grown_groups, self.grown_blocks):
+                grown[:] = [grown[i] for i in kept]
 
 
 @dataclass(slots=True)
@@ -102,11 +116,12 @@ class InFlightSteps(deque[InFlightStep]):
             epoch=self.epoch,
             finished_rows=pack_ids(freed_rows),
             new_rows=builder.starts,
-            grown_rows=pack_ids(_row(sequence) for sequence, blocks in builder.grown.items() for _ in blocks),
-            grown_blocks=pack_ids(block for blocks in builder.grown.values() for block in blocks),
+            grown_rows=pack_ids(builder.grown_rows),
+            grown_blocks=pack_ids(builder.grown_blocks),
             rows=pack_ids(rows),
             counts=pack_ids(counts),
             num_tokens=sum(counts),
+            grown_groups=pack_ids(builder.grown_groups) if any(builder.grown_groups) else b"",
         )
 
     def complete(self, result: StepResult) -> tuple[InFlightStep, array[int]]:

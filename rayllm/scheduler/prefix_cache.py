@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from hashlib import sha256
 
+from rayllm.kv_layout import KVSpan
 from rayllm.scheduler.block_pool import BlockPool
-from rayllm.scheduler.sequence import Sequence
+from rayllm.scheduler.sequence import BlockTable, Sequence
 
 
 def _root(cache_salt: str, is_beyond: bool) -> bytes:
@@ -14,55 +17,94 @@ def _root(cache_salt: str, is_beyond: bool) -> bytes:
     return sha256(words + cache_salt.encode("utf-8", "surrogatepass")).digest()
 
 
+@dataclass(slots=True)
+class CachedPrefix:
+    """What a sequence can start with."""
+
+    num_blocks: int
+    """Full blocks of its tokens that need not be computed."""
+    tables: list[BlockTable]
+    """In each KV group, the blocks among them that later tokens see."""
+
+
 class PrefixCache:
     """Knows a full block by a hash over its tokens and the hash of the block before it, so that equal hashes
-    mean equal prefixes; the first block's parent is a hash of the request's salt and of
-    what else the KV depends on. sha256, because a collision
-    would show one user another's text.
+    mean equal prefixes; the first block's parent is a hash of the request's salt and of what else the KV depends
+    on. sha256, because a collision would show one user another's text. Each KV group has its own block for a hash,
+    or none.
 
     A block is *announced* when a sequence that will compute it starts to run, and *published* once a
     committed step did compute it. Sequences that need an announced block wait for it, so that a prefix that
     many share is computed once.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, *, enabled: bool = True):
+    def __init__(self, pool: BlockPool, spans: SequenceOf[KVSpan], *, enabled: bool = True):
         self.enabled = enabled
         self._pool = pool
-        self._block_size = block_size
-        self._published: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
+        self._spans = spans
+        self._block_size = spans[0].block_size
+        self._published: list[dict[bytes, int]] = [{} for _ in spans]
+        self._place_of: dict[int, tuple[dict[bytes, int], bytes]] = {}
+        """By block: the entry of `_published` that names it."""
         self._announced: dict[bytes, Sequence] = {}
         pool.on_evict = self._forget
 
-    def lookup(self, sequence: Sequence) -> list[int] | None:
-        """The published blocks that `sequence` can start with; None while a running sequence, of no lower
-        priority, computes the one that comes next.
+    def lookup(self, sequence: Sequence) -> CachedPrefix | None:
+        """The longest prefix that `sequence` can start with: all its blocks are published in the groups without a
+        window, in the others those that a token after it sees. None while a running sequence, of no lower priority,
+        computes the block that comes next.
 
         Its last token is never covered: there must be logits to sample from. Changes no owner.
         """
         if not self.enabled or sequence.prompt_logprobs is not None:  # those need every position computed
-            return []
+            return CachedPrefix(0, [BlockTable() for _ in self._spans])
         if sequence.awaited is not None and self._is_coming(sequence.awaited, sequence):
             return None
         sequence.awaited = None
         limit = (len(sequence.tokens) - 1) // self._block_size
-        hits: list[int] = []
-        for block_hash in self._hashes(sequence, limit)[:limit]:
-            block = self._published.get(block_hash)
-            if block is None:
-                if self._is_coming(block_hash, sequence):
-                    sequence.awaited = block_hash
-                    return None
-                break
-            hits.append(block)
-        return hits
+        hashes = self._hashes(sequence, limit)
+        num_blocks = self._num_cached(hashes, limit)
+        if num_blocks < limit and self._is_coming(hashes[num_blocks], sequence):
+            sequence.awaited = hashes[num_blocks]
+            return None
+        tables = []
+        for span, published in zip(self._spans, self._published):
+            begin = span.begin(num_blocks * self._block_size)
+            tables.append(BlockTable([published[block_hash] for block_hash in hashes[begin:num_blocks]], num_blocks))
+        return CachedPrefix(num_blocks, tables)
+
+    def _num_cached(self, hashes: list[bytes], limit: int) -> int:
+        """How many of the first `limit` blocks need not be computed."""
+        num_blocks = limit
+        for span, published in zip(self._spans, self._published):
+            if span.window is None:
+                missing = (i for i in range(num_blocks) if hashes[i] not in published)
+                num_blocks = next(missing, num_blocks)
+        longest = limit + 1
+        while num_blocks < longest:  # what one group cuts off, another need not have
+            longest = num_blocks
+            for span, published in zip(self._spans, self._published):
+                if span.window is not None:
+                    num_blocks = self._num_seen(hashes, num_blocks, span, published)
+        return num_blocks
+
+    def _num_seen(self, hashes: list[bytes], limit: int, span: KVSpan, published: dict[bytes, int]) -> int:
+        """The most blocks, up to `limit`, after which a token sees none that is not published."""
+        num_blocks = index = limit
+        while index > span.begin(num_blocks * self._block_size):
+            index -= 1
+            if hashes[index] not in published:
+                num_blocks = index
+        return num_blocks
 
     def announce(self, sequence: Sequence) -> None:
         """`sequence` has begun to run and will compute the blocks of its known tokens that no one has yet."""
         if self.enabled:
-            for block_hash in self._hashes(sequence, len(sequence.tokens) // self._block_size):
-                if block_hash not in self._published:
-                    self._announced.setdefault(block_hash, sequence)
+            hashes = self._hashes(sequence, len(sequence.tokens) // self._block_size)
+            for published in self._published:
+                for block_hash in hashes[sequence.num_published :]:
+                    if block_hash not in published:
+                        self._announced.setdefault(block_hash, sequence)
 
     def publish(self, sequence: Sequence, num_blocks: int) -> None:
         """The KV of the first `num_blocks` blocks of `sequence` is computed, and the step committed.
@@ -70,14 +112,19 @@ class PrefixCache:
         Where an equal block is known already, that one stays and this one remains private to its sequence.
         """
         hashes = self._hashes(sequence, num_blocks)
-        for index in range(sequence.num_published, num_blocks):
-            block_hash, block = hashes[index], sequence.blocks[index]
-            if block_hash not in self._published:
-                self._published[block_hash] = block
-                self._hash_of[block] = block_hash
-                self._pool.keep(block)
-            if self._announced.get(block_hash) is sequence:
-                del self._announced[block_hash]
+        begin = sequence.num_published
+        for table, published in zip(sequence.tables, self._published):
+            for index in range(begin, num_blocks):
+                block_hash = hashes[index]
+                if block_hash not in published:
+                    block = table.blocks[index - table.end]
+                    published[block_hash] = block
+                    self._place_of[block] = published, block_hash
+                    self._pool.keep(block)
+        if self._announced:
+            for block_hash in hashes[begin:num_blocks]:
+                if self._announced.get(block_hash) is sequence:
+                    del self._announced[block_hash]
         sequence.num_published = num_blocks
 
     def withdraw(self, sequence: Sequence) -> None:
@@ -89,12 +136,13 @@ class PrefixCache:
     def invalidate(self, sequence: Sequence) -> None:
         """KV of the prefixes of `sequence` is not to be used again, whoever has it."""
         for block_hash in sequence.block_hashes or ():
-            if block_hash in self._published:
-                self._pool.forget(self._published[block_hash])
+            for published in self._published:
+                if block_hash in published:
+                    self._pool.forget(published[block_hash])
 
     def reset(self) -> None:
         """Nothing that is published so far is found any more; sequences keep the blocks that they hold."""
-        for block in list(self._hash_of):
+        for block in list(self._place_of):
             self._pool.forget(block)
 
     def _is_coming(self, block_hash: bytes, sequence: Sequence) -> bool:
@@ -104,7 +152,8 @@ class PrefixCache:
         return owner is not None and owner.priority <= sequence.priority
 
     def _forget(self, block: int) -> None:
-        del self._published[self._hash_of.pop(block)]
+        published, block_hash = self._place_of.pop(block)
+        del published[block_hash]
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         """At least the first `num_blocks` hashes of `sequence`; each is worked out once."""
@@ -125,8 +174,11 @@ class PrefixCache:
 
     def check(self, running: list[Sequence]) -> None:
         """`AssertionError` unless published blocks are kept ones and announcements are those of `running`."""
-        assert self._hash_of == {block: block_hash for block_hash, block in self._published.items()}
-        assert self._hash_of.keys() == self._pool.kept, "kept blocks and published blocks differ"
+        places = {block: block_hash for published in self._published for block_hash, block in published.items()}
+        assert {block: block_hash for block, (_, block_hash) in self._place_of.items()} == places
+        assert self._place_of.keys() == self._pool.kept, "kept blocks and published blocks differ"
+        for sequence in running if self.enabled else ():
+            assert all(table.first <= sequence.num_published for table in sequence.tables), "let go before published"
         for block_hash, owner in self._announced.items():
             assert any(owner is sequence for sequence in running), f"{owner} announced a block and does not run"
             assert block_hash in (owner.block_hashes or [])[owner.num_published :], "a stale announcement"

@@ -14,14 +14,16 @@ its own commit.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 
-from rayllm.errors import ConfigError
+from rayllm.kv_layout import KVSpan, check_holds
 from rayllm.layout import ParallelLayout
 from rayllm.messages import Finish, StepPlan, StepResult, TokenLogprobs
 from rayllm.request import Request, unpack_ids
 from rayllm.scheduler.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, ServiceCounters
 from rayllm.scheduler.in_flight import InFlightSteps, PlanBuilder
-from rayllm.scheduler.kv_allocator import KVAllocator, num_blocks_to_grow
+from rayllm.scheduler.kv_allocator import KVAllocator
+from rayllm.scheduler.prefix_cache import CachedPrefix
 from rayllm.scheduler.quarantine import Quarantine
 from rayllm.scheduler.queue import ServiceQueue
 from rayllm.scheduler.sequence import Sequence, SequenceUpdate, Status
@@ -44,7 +46,7 @@ class Scheduler:
         self,
         *,
         num_blocks: int,
-        block_size: int,
+        kv_spans: SequenceOf[KVSpan],
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
@@ -53,14 +55,9 @@ class Scheduler:
         max_inflight_steps: int = ParallelLayout().max_inflight_steps,
         rope_boundary: int | None = None,
     ):
-        if num_blocks * block_size < max_model_len:
-            raise ConfigError(
-                f"max_model_len={max_model_len} does not fit the KV cache: {num_blocks} blocks of "
-                f"{block_size} hold {num_blocks * block_size} tokens. Lower max_model_len, or give the KV "
-                "cache more memory"
-            )
+        check_holds(kv_spans, num_blocks, max_model_len)
         self._num_blocks = num_blocks
-        self._block_size = block_size
+        self._kv_spans = kv_spans
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
@@ -85,7 +82,7 @@ class Scheduler:
         return KVAllocator(
             num_rows=self._max_num_seqs,
             num_blocks=self._num_blocks,
-            block_size=self._block_size,
+            spans=self._kv_spans,
             enable_prefix_caching=self._enable_prefix_caching,
         )
 
@@ -109,6 +106,11 @@ class Scheduler:
         return sum(max(0, sequence.max_length - len(sequence.tokens)) for sequence in self._running)
 
     @property
+    def num_computed_tokens(self) -> int:
+        """Tokens of what runs whose KV is computed, or planned to be."""
+        return sum(sequence.num_computed for sequence in self._running)
+
+    @property
     def num_plans(self) -> int:
         """All that were ever made."""
         return self._in_flight.num_plans
@@ -120,8 +122,8 @@ class Scheduler:
 
     @property
     def num_free_slots(self) -> int:
-        """Tokens for which KV could be computed at once."""
-        return self._allocator.num_free_blocks * self._block_size
+        """Tokens for which KV could be computed at once, whatever windows let go of."""
+        return self._allocator.num_free_blocks // len(self._kv_spans) * self._allocator.block_size
 
     @property
     def num_uncommitted(self) -> int:
@@ -143,8 +145,7 @@ class Scheduler:
 
     @property
     def num_slots_filled(self) -> int:
-        """Slots with KV (planned or computed) in the used blocks. Takes time proportional to the running
-        sequences."""
+        """Slots with KV (planned or computed) in the used blocks. Takes time proportional to the running sequences."""
         return self._allocator.num_slots_filled(self._running)
 
     # ----------------------------------------------------------------------------------- requests come and go
@@ -224,7 +225,7 @@ class Scheduler:
         self.totals.num_slack_plans += not len(self.waiting)
         if not builder.counts:
             return None
-        return self._in_flight.launch(builder, self._allocator.take_freed_rows(), self._block_size)
+        return self._in_flight.launch(builder, self._allocator.take_freed_rows(), self._allocator.block_size)
 
     def take_started(self) -> list[Sequence]:
         """Those that came into a plan for the first time, since this was last asked."""
@@ -233,7 +234,7 @@ class Scheduler:
 
     def _plan_running(self, builder: PlanBuilder) -> None:
         """In order of service. However long a prompt, one token is left for each sequence behind it."""
-        counts, budget, block_size = builder.counts, builder.budget, self._block_size
+        counts, budget = builder.counts, builder.budget
         spare = max(0, budget - len(self._running))
         for sequence in self._running:  # the preempted leave from the end, so the walk stays sound
             num_tokens = len(sequence.tokens) + sequence.num_pending
@@ -245,7 +246,7 @@ class Scheduler:
                 count = min(count, 1 + spare)
                 spare -= count - 1
             end = num_computed + count
-            if end > len(sequence.blocks) * block_size and not self._grow(sequence, end, builder):
+            if end > sequence.num_slots and not self._grow(sequence, end, builder):
                 break
             counts[sequence] = count
             budget -= count
@@ -256,10 +257,10 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int, builder: PlanBuilder) -> bool:
         """Gives `sequence` blocks for its first `num_tokens`; the last in order are preempted where none is
         free. False where that came to be `sequence` itself."""
-        while (blocks := self._allocator.grow(sequence, num_tokens)) is None:
+        while (added := self._allocator.grow(sequence, num_tokens)) is None:
             if self._preempt_last(builder) is sequence:
                 return False
-        builder.grown[sequence] = blocks
+        builder.grow(sequence, added)
         return True
 
     def _preempt_last(self, builder: PlanBuilder) -> Sequence:
@@ -293,10 +294,10 @@ class Scheduler:
             if self._rope_boundary is not None:
                 sequence.choose_rope(self._rope_boundary)
             waits = self.quarantine.holds_back(sequence, self._running)
-            hits = None if waits else self._allocator.find_cached(sequence)
-            if hits is None:
+            prefix = None if waits else self._allocator.find_cached(sequence)
+            if prefix is None:
                 num_deferred += 1
-            elif not self._admit(sequence, hits, builder):
+            elif not self._admit(sequence, prefix, builder):
                 return
 
     def _may_run(self, sequence: Sequence) -> bool:
@@ -305,15 +306,16 @@ class Scheduler:
             return False  # its tokens are not all known yet
         if not self._running or self._running[-1].priority > sequence.priority:
             return True
-        return self._allocator.can_allocate(sequence.num_blocks_missing + num_blocks_to_grow(len(self._running)))
+        num_to_grow = self._allocator.num_blocks_to_grow(len(self._running))
+        return self._allocator.can_allocate(sequence.num_blocks_missing + num_to_grow)
 
-    def _admit(self, sequence: Sequence, hits: list[int], builder: PlanBuilder) -> bool:
+    def _admit(self, sequence: Sequence, prefix: CachedPrefix, builder: PlanBuilder) -> bool:
         """Starts it where there is room for all its tokens, so that it is not cut off half-way."""
-        self._allocator.pin(hits)
-        if not self._make_room(sequence, self._allocator.num_blocks_for(len(sequence.tokens)) - len(hits), builder):
-            self._allocator.unpin(hits)
+        self._allocator.pin(prefix)
+        if not self._make_room(sequence, self._allocator.num_blocks_beside(prefix, sequence), builder):
+            self._allocator.unpin(prefix)
             return False
-        self._allocator.allocate(sequence, hits)
+        self._allocator.allocate(sequence, prefix)
         self._note_start(sequence)
         self.waiting.remove(sequence)
         self._running.add(sequence)
@@ -324,9 +326,8 @@ class Scheduler:
         """Whether there is a row for it, and `num_blocks` besides those the running ones will soon grow into.
         Sequences of lower priority are preempted for it, but only if that is enough."""
         lower = self._running.lower_than(sequence.priority)
-        num_staying = len(self._running) - len(lower)
         sequence.num_blocks_missing = num_blocks
-        wanted = num_blocks + num_blocks_to_grow(num_staying)
+        wanted = num_blocks + self._allocator.num_blocks_to_grow(len(self._running) - len(lower))
         if not self._allocator.can_allocate_without(wanted, without=lower):
             return False
         while not self._allocator.can_allocate(wanted):

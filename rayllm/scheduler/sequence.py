@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from rayllm.messages import Finish, TokenLogprobs
@@ -15,6 +15,20 @@ class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """A sequence's blocks in one KV group, in the order of its tokens."""
+
+    blocks: list[int] = field(default_factory=list)
+    end: int = 0
+    """The number in the sequence of the block after the last of `blocks`."""
+
+    @property
+    def first(self) -> int:
+        """The number in the sequence of the first of `blocks`: those before it were let go of."""
+        return self.end - len(self.blocks)
 
 
 class Sequence:
@@ -28,7 +42,6 @@ class Sequence:
         "answered",
         "awaited",
         "block_hashes",
-        "blocks",
         "charged",
         "choice",
         "client",
@@ -43,6 +56,7 @@ class Sequence:
         "num_pending",
         "num_prompt_tokens",
         "num_published",
+        "num_slots",
         "order",
         "priority",
         "prompt_hashes",
@@ -52,6 +66,7 @@ class Sequence:
         "row",
         "status",
         "stop_ids",
+        "tables",
         "tokens",
     )
 
@@ -86,7 +101,8 @@ class Sequence:
         self.status = Status.WAITING
         self.finish: Finish | None = None
         self.row: int | None = None
-        self.blocks: list[int] = []
+        self.tables: list[BlockTable] = []  # one for each KV group
+        self.num_slots = 0  # tokens that have a block in each table, or had one before their window passed
         self.num_computed = 0
         self.num_pending = 0
         self.charged = False
@@ -173,8 +189,8 @@ class Sequence:
         """Drops its row and KV: it waits, and will be computed again from its tokens."""
         self.status = Status.WAITING
         self.row = None
-        self.blocks = []
-        self.num_computed = self.num_published = 0
+        self.tables = []
+        self.num_slots = self.num_computed = self.num_published = 0
 
     def check(self, num_steps_in_flight: int) -> None:
         """`AssertionError` if an invariant of a queued sequence is broken. Slow: for tests."""
@@ -184,7 +200,7 @@ class Sequence:
         assert self.num_computed <= self.num_tokens, f"{self} has KV for unknown tokens"
         if self.status is Status.WAITING:
             assert self.row is None, f"{self} waits and has a row"
-            assert not self.blocks, f"{self} waits and has blocks"
+            assert not self.tables, f"{self} waits and has blocks"
 
     def __repr__(self) -> str:
         return (

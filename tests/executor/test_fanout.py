@@ -40,7 +40,7 @@ def workers() -> Iterator[_Workers]:
 
 
 def _plan(step: int, num_tokens: int = 0) -> StepPlan:
-    new = RowStart(0, pack_ids([7] * num_tokens), 0, 0, b"", RowParams(), 0, 0)
+    new = RowStart(0, pack_ids([7] * num_tokens), 0, 0, [], RowParams(), 0, 0)
     return StepPlan(step, 0, b"", [new] if num_tokens else [], b"", b"", b"", b"", 0)
 
 

@@ -57,10 +57,10 @@ class Step:
         return Batch(
             token_ids_T=torch.zeros(starts[-1], dtype=torch.int64),
             positions_T=torch.tensor([position for row in positions for position in row]),
-            slots_T=torch.tensor(slots),
+            slots_ST=torch.tensor([slots]),
             query_starts=starts,
             kv_lens=[done + new for done, new in ROWS],
-            block_table_RB=torch.tensor(table, dtype=torch.int32),
+            block_table_SRB=torch.tensor([table], dtype=torch.int32),
             logits_indices_N=torch.tensor([], dtype=torch.int64),
             num_decode_rows=sum(new == 1 for _, new in ROWS),
             block_size=BLOCK_SIZE,
@@ -103,8 +103,8 @@ def test_attention_equals_float64(
     group = AttentionGroup(NUM_KV_HEADS, HEAD_DIM, window, SLOPES if has_alibi else ())
     sinks_H = torch.linspace(-1, 2, NUM_HEADS) if has_sinks else None
     layer = LayerAttention(group, SCALE, soft_cap, sinks_H)
-    backend = choose_backend([group], dtype, CPU)
-    metadata, kv = backend.prepare(step.batch()), step.pool.layers[0]
+    backend = choose_backend([[group]], dtype, CPU)
+    [metadata], kv = backend.prepare(step.batch()), step.pool.layers[0]
     k_TKD, v_TKD = step.new(step.keys), step.new(step.values)
     backend.write(k_TKD, v_TKD, kv, metadata, layer)
     found_THD = backend.forward(step.q_THD, k_TKD, v_TKD, kv, metadata, layer)

@@ -30,7 +30,7 @@ def _plan(
     run.done = list(done)
     batch, _ = run.batch(counts)
     group = AttentionGroup(num_kv_heads=2, head_dim=16, window=window)
-    return GatheredBackend([group], torch.float32, CPU).prepare(batch)[group], run
+    return GatheredBackend([[group]], torch.float32, CPU).prepare(batch)[0][group], run
 
 
 def test_rows_of_equal_length_are_one_group(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_step_touches_no_slot_but_its_own(folder: Path) -> None:
     run.step({0: 1, 1: 2})
     for old, (k_cache, _) in zip(before, run.kv, strict=True):
         changed = (old != k_cache).any(-1).any(1).nonzero().tolist()
-        assert sorted(block * BLOCK_SIZE + offset for block, offset in changed) == sorted(batch.slots_T.tolist())
+        assert sorted(block * BLOCK_SIZE + offset for block, offset in changed) == sorted(batch.slots_ST[0].tolist())
 
 
 def test_only_wanted_positions_come_back(folder: Path) -> None:

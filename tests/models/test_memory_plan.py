@@ -13,7 +13,9 @@ from rayllm.spec import GroupedAttentionSpec
 
 
 def _needs(**changes: int) -> MemoryNeeds:
-    return replace(MemoryNeeds(weights=1000, activations=200, kv_per_token=10, block_size=4), **changes)
+    spans = fake_config().kv_spans()
+    needs = MemoryNeeds(weights=1000, activations=200, kv_per_token=10, kv_per_block=40, kv_spans=spans)
+    return replace(needs, **changes)
 
 
 def test_kv_bytes_count_keys_and_values_of_all_layers_and_heads_that_ranks_share() -> None:

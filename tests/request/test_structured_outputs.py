@@ -56,7 +56,7 @@ def test_structured_outputs_travel_with_a_request_and_a_row(structured: Structur
     request = Request(request_id="a", prompt=pack_ids([1]), params=params, seed=1, max_tokens=4)
     frame = msgspec.msgpack.encode(Submit(0, request))
     assert msgspec.msgpack.decode(frame, type=ClientMessage).request.params.structured_outputs == structured
-    start = RowStart(0, pack_ids([1]), 1, 0, b"", RowParams.of(params), 1, 0)
+    start = RowStart(0, pack_ids([1]), 1, 0, [], RowParams.of(params), 1, 0)
     found = msgspec.msgpack.decode(msgspec.msgpack.encode(start), type=RowStart)
     assert found.params.structured_outputs == structured
     assert found.params.structured_outputs.kind == structured.kind

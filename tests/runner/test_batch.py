@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayllm.messages import RowParams, RowStart, StepPlan
+from rayllm.messages import RowParams, RowStart, RowTable, StepPlan
 from rayllm.request import pack_ids
 from rayllm.runner.batch import StepInput, build_step
 from rayllm.runner.rows import Rows
@@ -22,7 +22,7 @@ def rows() -> Rows:
         (1, [200, 201, 202], 0, [1], RowParams()),
         (2, [300, 301, 302, 303, 304], 0, [2, 6], RowParams(prompt_logprobs=1)),
     ]
-    new = [RowStart(r, pack_ids(t), len(t), c, pack_ids(b), p, 0, 0) for r, t, c, b, p in starts]
+    new = [RowStart(r, pack_ids(t), len(t), c, [RowTable(pack_ids(b))], p, 0, 0) for r, t, c, b, p in starts]
     rows.apply(StepPlan(0, 0, b"", new, b"", b"", b"", b"", 0))
     rows.advance(np.array([1]), np.array([3]), np.array([1]))
     rows.last_token_R[1] = 999
@@ -37,11 +37,11 @@ def test_tokens_positions_and_slots_follow_the_rows(rows: Rows) -> None:
     batch = _build(rows, {1: 1, 0: 4, 2: 3}).batch
     assert batch.token_ids_T.tolist() == [999, 106, 107, 108, 109, 300, 301, 302]
     assert batch.positions_T.tolist() == [3, 6, 7, 8, 9, 0, 1, 2]
-    assert batch.slots_T.tolist() == [1 * 4 + 3, 3 * 4 + 2, 3 * 4 + 3, 5 * 4, 5 * 4 + 1, 8, 9, 10]
+    assert batch.slots_ST[0].tolist() == [1 * 4 + 3, 3 * 4 + 2, 3 * 4 + 3, 5 * 4, 5 * 4 + 1, 8, 9, 10]
     assert batch.query_starts == [0, 1, 5, 8]
     assert batch.kv_lens == [4, 10, 3]
     assert batch.num_decode_rows == 1
-    assert batch.block_table_RB.tolist() == [[1, 0, 0], [7, 3, 5], [2, 6, 0]]
+    assert batch.block_table_SRB[0].tolist() == [[1, 0, 0], [7, 3, 5], [2, 6, 0]]
 
 
 def test_tokens_of_rows_longer_than_the_rope_boundary_are_told_apart(rows: Rows) -> None:

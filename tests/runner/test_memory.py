@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from fakes import fake_config
+from fakes import fake_config, fake_spec
 
 from rayllm.errors import ConfigError
 from rayllm.models.memory_plan import MemoryNeeds
@@ -13,12 +15,15 @@ CPU = torch.device("cpu")
 
 
 def needs(kv_per_token: int) -> MemoryNeeds:
-    return MemoryNeeds(weights=0, activations=0, kv_per_token=kv_per_token, block_size=4)
+    spans = fake_config().kv_spans()
+    return MemoryNeeds(
+        weights=0, activations=0, kv_per_token=kv_per_token, kv_per_block=4 * kv_per_token, kv_spans=spans
+    )
 
 
 def test_weights_that_no_memory_holds_are_refused_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_host_bytes", lambda: 2**30)
-    large = MemoryNeeds(weights=3 * 2**30, activations=0, kv_per_token=1, block_size=4)
+    large = replace(needs(1), weights=3 * 2**30)
     with pytest.raises(ConfigError, match=r"3\.0 GiB per worker, and 1\.0 GiB .* 'rayllm plan'"):
         check_weights_fit(fake_config(), large, CPU)
     check_weights_fit(fake_config(), needs(1), CPU)
@@ -58,3 +63,16 @@ def test_a_context_that_nobody_asked_for_may_become_shorter_down_to_a_limit() ->
     assert plan_num_blocks(config, needs(250), CPU) == 80
     with pytest.raises(ConfigError, match=r"max_model_len=512 .* lower max_model_len to 80, or raise"):
         plan_num_blocks(config, needs(1000), CPU)
+
+
+def test_a_window_needs_blocks_for_what_it_keeps_alone() -> None:
+    config = fake_config(
+        spec=fake_spec(windows=(9, 9)), max_num_batched_tokens=8, engine={"kv_cache_memory_bytes": 20_000}
+    )
+    windowed = MemoryNeeds.of_config(config)
+    per_sequence = (8 + 8) // 4 + 1  # the window's tokens before a step, the step's, and a block for odd ends
+    assert [windowed.num_blocks(num_tokens) for num_tokens in (1, 8, 100, 4096)] == [1, 2, per_sequence, per_sequence]
+    few = replace(windowed, kv_per_block=1000)
+    assert plan_num_blocks(config, few, CPU) == 20, "128 tokens need 32 blocks without the window"
+    assert plan_num_blocks(config.model_copy(update={"max_num_seqs": 2}), few, CPU) == 2 * per_sequence
+    assert [windowed.max_tokens(num_blocks, 4096) for num_blocks in (0, 3, 4, 5)] == [0, 12, 16, 4096]

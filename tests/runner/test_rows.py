@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rayllm.messages import RowParams, RowStart, StepPlan
+from rayllm.messages import RowParams, RowStart, RowTable, StepPlan
 from rayllm.request import pack_ids
 from rayllm.runner.rows import Rows
 
 
 def _start(row: int, tokens: list[int], blocks: list[int], num_computed: int = 0, **params: int) -> RowStart:
     sampling = RowParams(**params)  # type: ignore[arg-type]
-    return RowStart(row, pack_ids(tokens), len(tokens), num_computed, pack_ids(blocks), sampling, 0, 0)
+    return RowStart(row, pack_ids(tokens), len(tokens), num_computed, [RowTable(pack_ids(blocks))], sampling, 0, 0)
 
 
 def _plan(
@@ -29,8 +29,8 @@ def _rows() -> Rows:
 def test_a_row_begins_with_its_tokens_blocks_and_what_is_computed() -> None:
     rows = _rows()
     rows.apply(_plan(new=[_start(2, [7, 8, 9], [5, 1], num_computed=2)]))
-    assert (rows.num_tokens[2], rows.num_computed[2], rows.num_blocks[2]) == (3, 2, 2)
-    assert rows.block_table[2, :2].tolist() == [5, 1]
+    assert (rows.num_tokens[2], rows.num_computed[2], rows.num_blocks[0, 2]) == (3, 2, 2)
+    assert rows.block_table[0, 2, :2].tolist() == [5, 1]
     assert rows.start_tokens(2, 1, 3).tolist() == [8, 9]
     assert rows.last_token_R[2] == 9
 
@@ -39,8 +39,8 @@ def test_blocks_are_appended_in_order() -> None:
     rows = _rows()
     rows.apply(_plan(new=[_start(0, [1], [3]), _start(1, [1], [4])]))
     rows.apply(_plan(grown=[(1, 9), (0, 6), (1, 8)]))
-    assert rows.block_table[0, :2].tolist() == [3, 6]
-    assert rows.block_table[1, :3].tolist() == [4, 9, 8]
+    assert rows.block_table[0, 0, :2].tolist() == [3, 6]
+    assert rows.block_table[0, 1, :3].tolist() == [4, 9, 8]
 
 
 def test_a_row_can_end_and_begin_anew_in_one_plan() -> None:
@@ -49,7 +49,7 @@ def test_a_row_can_end_and_begin_anew_in_one_plan() -> None:
     assert rows.prompt_logprobs_wanted(0) == (2, 4)
     rows.apply(_plan(finished=[0], new=[_start(0, [9], [7])], grown=[(0, 5)]))
     assert rows.num_tokens[0] == 1
-    assert rows.block_table[0, :2].tolist() == [7, 5]
+    assert rows.block_table[0, 0, :2].tolist() == [7, 5]
     assert rows.prompt_logprobs_wanted(0) is None
 
 

@@ -12,7 +12,7 @@ import torch
 from rayllm.config import EngineConfig
 from rayllm.distributed.groups import TensorParallel
 from rayllm.engine.owner.resolve import resolve
-from rayllm.messages import RowParams, RowStart, StepPlan, StepResult
+from rayllm.messages import RowParams, RowStart, RowTable, StepPlan, StepResult
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.runner.runner import Runner
 
@@ -45,7 +45,7 @@ def reference(llama_path: Path) -> list[torch.Tensor]:
 
 def _start(row: int, blocks: list[int], **params: object) -> RowStart:
     sampling = RowParams(temperature=0, **params)  # type: ignore[arg-type]
-    return RowStart(row, pack_ids(PROMPT), len(PROMPT), 0, pack_ids(blocks), sampling, 0, 0)
+    return RowStart(row, pack_ids(PROMPT), len(PROMPT), 0, [RowTable(pack_ids(blocks))], sampling, 0, 0)
 
 
 def _plan(
@@ -116,7 +116,7 @@ def test_a_rows_nan_harms_no_row_beside_it_and_none_that_gets_its_blocks(
     runner: Runner, reference: list[torch.Tensor]
 ) -> None:
     runner._model.decoder._embedding.weight_VD[200] = torch.nan
-    broken = RowStart(0, pack_ids([200] * 9), 9, 0, pack_ids([0, 1, 2]), RowParams(temperature=0), 0, 0)
+    broken = RowStart(0, pack_ids([200] * 9), 9, 0, [RowTable(pack_ids([0, 1, 2]))], RowParams(temperature=0), 0, 0)
     first = runner.execute(_plan(0, {0: 9, 1: 7}, [broken, _start(1, [8, 3])]))
     second = runner.execute(_plan(1, {0: 1, 1: 1}))  # the shorter row reads a page beyond its own
     third = runner.execute(_plan(2, {2: 7}, [_start(2, [2, 1])], finished=(0, 1)))

@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import msgspec
 
+from rayllm.kv_layout import KVSpan, kv_spans
 from rayllm.messages import Finish, RowStart, StepPlan, StepResult, TokenLogprobs
 from rayllm.request import Request, SamplingParams, pack_ids, unpack_ids
 from rayllm.scheduler.scheduler import Scheduler
@@ -104,7 +105,8 @@ class Row:
     start: RowStart
     tokens: list[int]
     digests: list[int]
-    blocks: list[int]
+    tables: list[list[int | None]]
+    """By KV group; None where the row began behind a window."""
     num_computed: int
     text: BoundText | None
     written: list[int] = field(default_factory=list)
@@ -117,9 +119,11 @@ class SimulatedWorker:
     num_blocks: int
     block_size: int
     max_num_batched_tokens: int
+    windows: tuple[int | None, ...] = (None,)
+    """Of each KV group."""
     rows: dict[int, Row] = field(default_factory=dict)
-    slots: dict[int, int] = field(default_factory=dict)
-    """By slot: the digest of the prefix whose KV was written there last."""
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By slot: the group and the digest of the prefix whose KV was written there last."""
     num_tokens_computed: int = 0
     rope_boundary: int | None = None
 
@@ -131,7 +135,7 @@ class SimulatedWorker:
         assert sum(counts) <= self.max_num_batched_tokens
         assert sorted(counts, key=lambda count: count > 1) == list(counts), "single tokens come first"
         self._write(rows, counts)
-        self._attend(rows)
+        self._attend(rows, counts)
         self.num_tokens_computed += sum(counts)
         return self._sample(plan, rows, counts)
 
@@ -142,20 +146,34 @@ class SimulatedWorker:
             assert start.row not in self.rows, f"row {start.row} is taken"
             tokens = list(unpack_ids(start.tokens))
             assert start.num_computed_tokens < len(tokens)
-            blocks = list(unpack_ids(start.blocks))
+            assert len(start.tables) == len(self.windows)
+            tables = [[None] * table.first + list(unpack_ids(table.blocks)) for table in start.tables]
             text = BoundText.of(start.params, tokens[start.num_prompt_tokens :])
-            self.rows[start.row] = Row(start, tokens, self._digests(tokens), blocks, start.num_computed_tokens, text)
-        for row, block in zip(unpack_ids(plan.grown_rows), unpack_ids(plan.grown_blocks), strict=True):
-            self.rows[row].blocks.append(block)
+            self.rows[start.row] = Row(start, tokens, self._digests(tokens), tables, start.num_computed_tokens, text)
+        grown_rows = unpack_ids(plan.grown_rows)
+        grown_groups = unpack_ids(plan.grown_groups) or [0] * len(grown_rows)
+        for row, group, block in zip(grown_rows, grown_groups, unpack_ids(plan.grown_blocks), strict=True):
+            self.rows[row].tables[group].append(block)
         for row in self.rows.values():
-            assert len(set(row.blocks)) == len(row.blocks)
-            assert all(0 <= block < self.num_blocks for block in row.blocks)
+            seen = [
+                block
+                for window, table in zip(self.windows, row.tables)
+                for block in table[self._first_seen(window, row.num_computed) // self.block_size :]
+            ]
+            assert len(set(seen)) == len(seen), "a row has a block twice"
+            assert all(0 <= block < self.num_blocks for block in seen)
 
     def _digests(self, tokens: list[int]) -> list[int]:
         return prefix_digests(tokens, self.rope_boundary)
 
-    def _slot(self, row: Row, position: int) -> int:
-        return row.blocks[position // self.block_size] * self.block_size + position % self.block_size
+    def _first_seen(self, window: int | None, position: int) -> int:
+        """The first position that the token at `position` sees."""
+        return 0 if window is None else max(0, position - window + 1)
+
+    def _slot(self, table: list[int | None], position: int) -> int:
+        block = table[position // self.block_size]
+        assert block is not None, f"position {position} has no block"
+        return block * self.block_size + position % self.block_size
 
     def _write(self, rows, counts) -> None:
         written = set()
@@ -166,26 +184,32 @@ class SimulatedWorker:
             if self.rope_boundary is not None and not row.spoiled:
                 assert row.digests == self._digests(row.tokens), "a row has crossed the rope boundary"
             for position in range(row.num_computed, row.num_computed + count):
-                slot = self._slot(row, position)
-                assert slot not in written, "two rows write one slot"
-                written.add(slot)
-                row.written.append(slot)
-                self.slots[slot] = row.digests[position]
+                for group, table in enumerate(row.tables):
+                    slot = self._slot(table, position)
+                    assert slot not in written, "two rows write one slot"
+                    written.add(slot)
+                    row.written.append(slot)
+                    self.slots[slot] = group, row.digests[position]
             row.num_computed += count
 
-    def _attend(self, rows) -> None:
-        for row_id in rows:
+    def _attend(self, rows, counts) -> None:
+        """Reads all that a token of the step sees, in each group."""
+        for row_id, count in zip(rows, counts):
             row = self.rows[row_id]
-            for position in range(0 if row.spoiled else row.num_computed):
-                found = self.slots.get(self._slot(row, position))
-                assert found == row.digests[position], f"row {row_id} reads foreign KV at position {position}"
+            if row.spoiled:
+                continue
+            for group, (window, table) in enumerate(zip(self.windows, row.tables)):
+                for position in range(self._first_seen(window, row.num_computed - count), row.num_computed):
+                    found = self.slots.get(self._slot(table, position))
+                    expected = group, row.digests[position]
+                    assert found == expected, f"row {row_id} reads foreign KV at position {position} of group {group}"
 
     def spoil(self, result: StepResult, row_id: int) -> StepResult:
         """As if the step had given the row NaN: what it wrote last is junk, its token means nothing, and it is said."""
         row = self.rows[row_id]
         row.spoiled = True
         row.tokens[-1], row.digests[-1] = (row.tokens[-1] + 1) % VOCAB_SIZE, -1
-        self.slots |= dict.fromkeys(row.written, -1)
+        self.slots |= dict.fromkeys(row.written, (-1, -1))
         return msgspec.structs.replace(result, invalid_rows=result.invalid_rows + pack_ids([row_id]))
 
     def _sample(self, plan: StepPlan, rows, counts) -> StepResult:
@@ -229,6 +253,7 @@ def say(position: int, token: int) -> TokenLogprobs:
 SETTINGS = {
     "num_blocks": 64,
     "block_size": 4,
+    "windows": (None,),
     "max_num_seqs": 8,
     "max_num_batched_tokens": 64,
     "max_model_len": 128,
@@ -237,8 +262,16 @@ SETTINGS = {
 }
 
 
+def make_spans(**changes) -> tuple[KVSpan, ...]:
+    settings = {"max_inflight_steps": 2} | SETTINGS | changes
+    names = ("windows", "block_size", "max_model_len", "max_num_batched_tokens", "max_inflight_steps")
+    return kv_spans(**{name: settings[name] for name in names})
+
+
 def make_scheduler(**changes) -> Scheduler:
-    return Scheduler(**(SETTINGS | changes))
+    settings = SETTINGS | changes
+    for_spans = {name: settings.pop(name) for name in ("windows", "block_size")}
+    return Scheduler(kv_spans=make_spans(**for_spans, **settings), **settings)
 
 
 def make_request(
@@ -277,16 +310,16 @@ class Engine:
 
     def __init__(self, **changes):
         self.settings = SETTINGS | changes
-        self.scheduler = Scheduler(**self.settings)
+        self.scheduler = make_scheduler(**changes)
         self.delivered: dict[Sequence, list[SequenceUpdate]] = {}
         self.results: list[StepResult] = []
         self.epoch = 0
         self._start_worker()
 
     def _start_worker(self) -> None:
-        names = ("num_blocks", "block_size", "max_num_batched_tokens")
-        sizes = {name: self.settings[name] for name in names}
-        self.worker = SimulatedWorker(**sizes, rope_boundary=self.settings.get("rope_boundary"))
+        names = ("num_blocks", "block_size", "max_num_batched_tokens", "windows")
+        settings = {name: self.settings[name] for name in names}
+        self.worker = SimulatedWorker(**settings, rope_boundary=self.settings.get("rope_boundary"))
         self.results.clear()
 
     def add(self, request: Request) -> list[Sequence]:

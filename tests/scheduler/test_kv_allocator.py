@@ -1,5 +1,5 @@
 import pytest
-from scheduler.simulated_worker import make_sequence
+from scheduler.simulated_worker import make_sequence, make_spans
 
 from rayllm.scheduler.kv_allocator import KVAllocator
 from rayllm.scheduler.sequence import Sequence, Status
@@ -8,8 +8,18 @@ PROMPT = list(range(1, 11))  # two blocks and a half
 
 
 def make_allocator(*, num_rows: int = 2, num_blocks: int = 6, **changes) -> KVAllocator:
-    settings = {"block_size": 4, "enable_prefix_caching": True} | changes
+    settings = {"spans": make_spans(windows=(None,)), "enable_prefix_caching": True} | changes
     return KVAllocator(num_rows=num_rows, num_blocks=num_blocks, **settings)
+
+
+def blocks_of(sequence: Sequence) -> list[int]:
+    [table] = sequence.tables
+    return table.blocks
+
+
+def found_blocks(allocator: KVAllocator, sequence: Sequence) -> list[int]:
+    [table] = allocator.find_cached(sequence).tables
+    return table.blocks
 
 
 def allocate(allocator: KVAllocator, sequence: Sequence) -> None:
@@ -21,12 +31,12 @@ def allocate(allocator: KVAllocator, sequence: Sequence) -> None:
 def test_a_sequence_is_given_a_row_and_blocks_for_all_its_tokens_and_frees_them():
     allocator, sequence = make_allocator(), make_sequence(PROMPT)
     allocate(allocator, sequence)
-    assert (sequence.status, len(sequence.blocks), sequence.num_computed) == (Status.RUNNING, 3, 0)
+    assert (sequence.status, len(blocks_of(sequence)), sequence.num_computed) == (Status.RUNNING, 3, 0)
     assert (allocator.num_free_rows, allocator.num_free_blocks, allocator.num_used_blocks) == (1, 3, 3)
     allocator.check([sequence])
     row = sequence.row
     allocator.free(sequence)
-    assert (sequence.status, sequence.row, sequence.blocks) == (Status.WAITING, None, [])
+    assert (sequence.status, sequence.row, sequence.tables) == (Status.WAITING, None, [])
     assert (allocator.num_free_rows, allocator.num_free_blocks) == (2, 6)
     assert allocator.take_freed_rows() == [row]
     assert allocator.take_freed_rows() == [], "said once"
@@ -44,11 +54,11 @@ def test_room_is_a_row_and_blocks():
 def test_growing_gives_what_is_missing_or_changes_nothing():
     allocator, sequence = make_allocator(num_blocks=5), make_sequence(PROMPT)
     allocate(allocator, sequence)
-    assert allocator.grow(sequence, 12) == []
-    added = allocator.grow(sequence, 13)
-    assert (len(added), sequence.blocks[3:]) == (1, added)
+    assert allocator.grow(sequence, 12) == [(0, [])]
+    [(_, added)] = allocator.grow(sequence, 13)
+    assert (len(added), blocks_of(sequence)[3:], sequence.num_slots) == (1, added, 16)
     assert allocator.grow(sequence, 21) is None
-    assert len(sequence.blocks) == 4
+    assert (len(blocks_of(sequence)), sequence.num_slots) == (4, 16)
     allocator.check([sequence])
 
 
@@ -58,12 +68,12 @@ def test_what_was_published_is_found_after_its_owner_has_left():
     assert allocator.find_cached(make_sequence([*PROMPT, 50], arrival=1)) is None, "it is being computed"
     first.num_computed = 10
     allocator.publish(first, 10)
-    blocks = first.blocks[:2]
+    blocks = blocks_of(first)[:2]
     allocator.free(first)
     second = make_sequence([*PROMPT, 50], arrival=1)
-    assert allocator.find_cached(second) == blocks
+    assert found_blocks(allocator, second) == blocks
     allocate(allocator, second)
-    assert (second.blocks[:2], second.num_published, second.num_computed) == (blocks, 2, 8)
+    assert (blocks_of(second)[:2], second.num_published, second.num_computed) == (blocks, 2, 8)
     assert allocator.num_slots_filled([second]) == 8
     allocator.check([second])
 
@@ -102,7 +112,7 @@ def test_invalidated_blocks_are_not_found(freed_before):
     allocator.invalidate(first)
     if not freed_before:
         allocator.free(first)
-    assert allocator.find_cached(make_sequence(PROMPT, arrival=1)) == []
+    assert found_blocks(allocator, make_sequence(PROMPT, arrival=1)) == []
     allocator.check([])
 
 

@@ -1,8 +1,8 @@
-from scheduler.simulated_worker import make_sequence
+from scheduler.simulated_worker import make_sequence, make_spans
 
 from rayllm.scheduler.block_pool import BlockPool
-from rayllm.scheduler.prefix_cache import PrefixCache
-from rayllm.scheduler.sequence import Sequence, Status
+from rayllm.scheduler.prefix_cache import CachedPrefix, PrefixCache
+from rayllm.scheduler.sequence import BlockTable, Sequence, Status
 
 BLOCK_SIZE = 4
 PROMPT = list(range(1, 13))  # three blocks
@@ -11,9 +11,9 @@ PROMPT = list(range(1, 13))  # three blocks
 class Cache:
     """A prefix cache over a small pool, and sequences for it."""
 
-    def __init__(self, num_blocks: int = 8, *, enabled: bool = True):
+    def __init__(self, num_blocks: int = 8, *, enabled: bool = True, windows=(None,)):
         self.pool = BlockPool(num_blocks)
-        self.cache = PrefixCache(self.pool, BLOCK_SIZE, enabled=enabled)
+        self.cache = PrefixCache(self.pool, make_spans(windows=windows, block_size=BLOCK_SIZE), enabled=enabled)
         self.num_arrivals = 0
 
     def sequence(self, tokens: list[int], **request) -> Sequence:
@@ -23,7 +23,8 @@ class Cache:
     def start(self, tokens: list[int], **request) -> Sequence:
         sequence = self.sequence(tokens, **request)
         sequence.status = Status.RUNNING
-        sequence.blocks = self.pool.allocate(-(-len(tokens) // BLOCK_SIZE))
+        end = -(-len(tokens) // BLOCK_SIZE)
+        sequence.tables = [BlockTable(self.pool.allocate(end), end) for _ in self.cache._spans]
         self.cache.announce(sequence)
         return sequence
 
@@ -33,14 +34,22 @@ class Cache:
         return sequence
 
     def lookup(self, tokens: list[int], **request) -> list[int] | None:
-        return self.cache.lookup(self.sequence(tokens, **request))
+        """The blocks found in the only group."""
+        return blocks_of(self.cache.lookup(self.sequence(tokens, **request)))
+
+
+def blocks_of(found: Sequence | CachedPrefix | None) -> list[int] | None:
+    if found is None:
+        return None
+    [table] = found.tables
+    return table.blocks
 
 
 def test_published_blocks_are_found_up_to_the_first_difference():
     cache = Cache()
     owner = cache.computed(PROMPT)
-    assert cache.lookup([*PROMPT, 99]) == owner.blocks
-    assert cache.lookup([*PROMPT[:8], 50, 51, 52, 53, 54]) == owner.blocks[:2]
+    assert cache.lookup([*PROMPT, 99]) == blocks_of(owner)
+    assert cache.lookup([*PROMPT[:8], 50, 51, 52, 53, 54]) == blocks_of(owner)[:2]
     assert cache.lookup([99, *PROMPT]) == []
     cache.cache.check([owner])
 
@@ -48,9 +57,9 @@ def test_published_blocks_are_found_up_to_the_first_difference():
 def test_the_last_token_is_never_served_from_the_cache():
     cache = Cache()
     owner = cache.computed(PROMPT)
-    assert cache.lookup(PROMPT) == owner.blocks[:2]
+    assert cache.lookup(PROMPT) == blocks_of(owner)[:2]
     assert cache.lookup(PROMPT[:4]) == []
-    assert cache.lookup(PROMPT[:5]) == owner.blocks[:1]
+    assert cache.lookup(PROMPT[:5]) == blocks_of(owner)[:1]
 
 
 def test_a_block_is_known_by_its_whole_prefix_and_not_by_its_own_tokens():
@@ -63,7 +72,7 @@ def test_a_block_is_known_by_its_whole_prefix_and_not_by_its_own_tokens():
 def test_salts_do_not_share():
     cache = Cache()
     owner = cache.computed(PROMPT, cache_salt="a")
-    assert cache.lookup([*PROMPT, 99], cache_salt="a") == owner.blocks
+    assert cache.lookup([*PROMPT, 99], cache_salt="a") == blocks_of(owner)
     assert cache.lookup([*PROMPT, 99], cache_salt="b") == []
     assert cache.lookup([*PROMPT, 99]) == []
 
@@ -74,17 +83,17 @@ def test_blocks_on_either_side_of_the_rope_boundary_do_not_share():
     beyond = cache.sequence([*PROMPT, 99])
     beyond.choose_rope(rope_boundary=12)
     assert beyond.is_beyond
-    assert cache.cache.lookup(beyond) == []
+    assert blocks_of(cache.cache.lookup(beyond)) == []
     assert cache.lookup([*PROMPT, 99]) != []
 
 
 def test_an_evicted_block_is_forgotten():
     cache = Cache(num_blocks=3)
     owner = cache.computed(PROMPT)
-    cache.pool.release(owner.blocks)
-    assert cache.lookup([*PROMPT, 99]) == owner.blocks
+    cache.pool.release(blocks_of(owner))
+    assert cache.lookup([*PROMPT, 99]) == blocks_of(owner)
     cache.pool.allocate(1)
-    assert cache.lookup([*PROMPT, 99]) == owner.blocks[:2]
+    assert cache.lookup([*PROMPT, 99]) == blocks_of(owner)[:2]
     cache.cache.check([])
 
 
@@ -93,13 +102,13 @@ def test_the_second_of_two_equal_blocks_stays_private():
     first, second = cache.start(PROMPT), cache.start(PROMPT)
     cache.cache.publish(second, 1)
     cache.cache.publish(first, 3)
-    assert cache.lookup([*PROMPT, 99]) == [second.blocks[0], *first.blocks[1:]]
+    assert cache.lookup([*PROMPT, 99]) == [blocks_of(second)[0], *blocks_of(first)[1:]]
     cache.cache.publish(second, 3)
     assert second.num_published == 3
     cache.cache.check([first, second])
-    cache.pool.release(first.blocks)
-    cache.pool.release(second.blocks)
-    assert cache.lookup([*PROMPT, 99]) == [second.blocks[0], *first.blocks[1:]]
+    cache.pool.release(blocks_of(first))
+    cache.pool.release(blocks_of(second))
+    assert cache.lookup([*PROMPT, 99]) == [blocks_of(second)[0], *blocks_of(first)[1:]]
 
 
 def test_a_block_that_a_running_sequence_computes_is_waited_for():
@@ -110,7 +119,7 @@ def test_a_block_that_a_running_sequence_computes_is_waited_for():
     cache.cache.publish(owner, 1)
     assert cache.cache.lookup(waiting) is None
     cache.cache.publish(owner, 3)
-    assert cache.cache.lookup(waiting) == owner.blocks
+    assert blocks_of(cache.cache.lookup(waiting)) == blocks_of(owner)
 
 
 def test_only_the_next_block_is_waited_for():
@@ -127,7 +136,7 @@ def test_nothing_is_waited_for_once_its_owner_stops():
     waiting = cache.sequence([*PROMPT, 99])
     assert cache.cache.lookup(waiting) is None
     cache.cache.withdraw(owner)
-    assert cache.cache.lookup(waiting) == owner.blocks[:1]
+    assert blocks_of(cache.cache.lookup(waiting)) == blocks_of(owner)[:1]
     cache.cache.check([])
 
 
@@ -146,7 +155,7 @@ def test_prompt_logprobs_use_no_hits_and_wait_for_nothing_but_serve_others():
     cache.cache.publish(first, 3)
     assert cache.lookup([*PROMPT, 99], prompt_logprobs=0) == []
     other = cache.computed([50, 51, 52, 53], prompt_logprobs=0)
-    assert cache.lookup([50, 51, 52, 53, 99]) == other.blocks
+    assert cache.lookup([50, 51, 52, 53, 99]) == blocks_of(other)
 
 
 def test_a_disabled_cache_finds_and_defers_nothing():

@@ -3,7 +3,7 @@ import pytest
 from scheduler.simulated_worker import EOS, Engine, expected_answer, make_request, make_scheduler
 
 from rayllm.errors import ConfigError, EngineError
-from rayllm.messages import Finish, RowParams, StepPlan, StepResult
+from rayllm.messages import Finish, RowParams, RowTable, StepPlan, StepResult
 from rayllm.request import pack_ids, unpack_ids
 from rayllm.scheduler.sequence import Status
 
@@ -19,7 +19,7 @@ def counts(plan: StepPlan) -> list[int]:
 
 def test_a_pool_too_small_for_one_sequence_is_a_config_error():
     make_scheduler(num_blocks=32, block_size=4, max_model_len=128)
-    with pytest.raises(ConfigError, match=r"max_model_len=128 does not fit .* 31 blocks of 4 hold 124 tokens"):
+    with pytest.raises(ConfigError, match=r"max_model_len=128 does not fit .* needs 32 blocks, and there are 31"):
         make_scheduler(num_blocks=31, block_size=4, max_model_len=128)
 
 
@@ -544,7 +544,7 @@ def test_a_row_start_carries_all_that_a_worker_needs():
     [start] = scheduler.plan().new_rows
     assert start.tokens == pack_ids([*PROMPT, 7, 7])
     assert (start.num_prompt_tokens, start.num_computed_tokens, start.choice) == (10, 0, 0)
-    assert (start.row, start.blocks) == (sequence.row, pack_ids(sequence.blocks))
+    assert (start.row, start.tables) == (sequence.row, [RowTable(pack_ids(sequence.tables[0].blocks))])
     assert (start.params, start.seed) == (RowParams.of(request.params), request.seed)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduler.simulated_worker import Engine, expected_answer, make_request
+from scheduler.simulated_worker import Engine, expected_answer, make_request, make_spans
+
+from rayllm.kv_layout import num_blocks_for
 
 STEMS = ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9], [2, 2, 2])
 
@@ -38,13 +40,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.sampled_from([1, 2, 3, 6]),
         max_num_batched_tokens=st.sampled_from([1, 2, 3, 5, 8, 32]),
         enable_prefix_caching=st.sampled_from([True, True, False]),
+        windows=st.sampled_from([(None,), (3,), (1,), (None, 5), (None, 4, 4), (9, 2)]),
         rope_boundary=st.sampled_from([None, None, 4, 8, 11]),
     )
-    def start(self, block_size, num_spare_blocks, rope_boundary, **config):
+    def start(self, num_spare_blocks, rope_boundary, **config):
         self.max_model_len, self.rope_boundary = 20, rope_boundary
-        config["rope_boundary"] = rope_boundary
-        num_blocks = -(-self.max_model_len // block_size) + num_spare_blocks
-        self.engine = Engine(block_size=block_size, num_blocks=num_blocks, max_model_len=self.max_model_len, **config)
+        settings = config | {"max_model_len": self.max_model_len}
+        num_blocks = num_blocks_for(make_spans(**settings), self.max_model_len) + num_spare_blocks
+        self.engine = Engine(num_blocks=num_blocks, rope_boundary=rope_boundary, **settings)
         self.num_requests = 0
         self.open = {}
 
@@ -141,7 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=250,
+    max_examples=300,
     stateful_step_count=50,
     deadline=None,
     derandomize=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from scheduler.simulated_worker import SimulatedWorker
 
@@ -51,7 +52,7 @@ class FaultyExecutor:
 
     ranks: Sequence[int] = (0, 1)
 
-    def __init__(self, faults: Faults, max_inflight_steps: int, **worker_settings: int):
+    def __init__(self, faults: Faults, max_inflight_steps: int, **worker_settings: Any):
         self.max_inflight_steps = max_inflight_steps
         self.num_blocks = worker_settings["num_blocks"]
         self.epoch = 0

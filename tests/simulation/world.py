@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from fakes import fake_config
+from fakes import fake_config, fake_spec
 from scheduler.simulated_worker import EOS, VOCAB_SIZE, expected_answer
 from simulation.faults import DriverKilled, Faults, FaultyExecutor
 
@@ -178,9 +178,11 @@ class World:
             max_driver=rng.randint(1, 2),
         )
         self.block_size = rng.choice([1, 2, 4])
-        self.num_blocks = -(-MAX_MODEL_LEN // self.block_size) + rng.choice([0, 1, 3, 40])
+        num_spare_blocks = rng.choice([0, 1, 3, 40])
         self.max_inflight_steps = rng.choice([1, 2])
+        self.windows = random.Random(f"windows of {seed}").choice([(None,), (None,), (3,), (None, 5), (7, 2)])
         self.config = self._config()
+        self.num_blocks = self.config.blocks_per_sequence + num_spare_blocks
         self.engines = [JournaledClient() for _ in range(rng.choice([1, 1, 2]))]
         self.lost_ingresses: set[int] = set()
         self.deadline_share = rng.choice([0.0, 0.0, 0.3])
@@ -209,6 +211,7 @@ class World:
             block_size=self.block_size,
             max_num_seqs=rng.choice([1, 2, 4, 6]),
             max_num_batched_tokens=rng.choice([1, 3, 8, 32]),
+            spec=fake_spec(windows=self.windows),
             shape=ModelShape(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), num_layers=1),
         )
 
@@ -331,7 +334,7 @@ class World:
         self.now += 2 * HOLD_S
         driver.loop.step()
         assert not driver.loop._retained._by_name, "a request is kept for ever"
-        assert scheduler.num_free_slots == self.num_blocks * self.block_size
+        assert scheduler.num_free_slots == self.num_blocks // len(self.windows) * self.block_size
 
     # ----------------------------------------------------------------------------------------------- drivers
 
@@ -342,6 +345,7 @@ class World:
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            windows=self.windows,
         )
         scheduler = build_scheduler(self.config, self.num_blocks)
         clock = self._clock

@@ -68,7 +68,7 @@ class EngineCounters:
     def note_rewind(self) -> None:
         """All that runs is about to lose its KV."""
         self._num_replays += self._scheduler.num_running
-        self._num_recomputed_tokens += self._scheduler.num_slots_filled
+        self._num_recomputed_tokens += self._scheduler.num_computed_tokens
         self.progress_at = self._clock()
 
     # ---------------------------------------------------------------------------------------------- how things stand

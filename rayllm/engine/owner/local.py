@@ -17,7 +17,7 @@ def build_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
     """The scheduler of an engine whose workers hold `num_blocks` KV blocks each."""
     return Scheduler(
         num_blocks=num_blocks,
-        block_size=config.block_size,
+        kv_spans=config.kv_spans(),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,

@@ -12,6 +12,7 @@ from rayllm.config import Backend, EngineConfig, ModelShape, ResolvedConfig, cou
 from rayllm.demo import DEMO_MODEL_NAME, model_path
 from rayllm.engine.owner.generation_config import FILE_NAME, generation_config_file, generation_defaults
 from rayllm.errors import ConfigError
+from rayllm.kv_layout import num_blocks_for
 from rayllm.models.config_fields import text_config
 from rayllm.models.memory_plan import least_context
 from rayllm.models.registry import outside_module, read_spec
@@ -53,12 +54,11 @@ def resolve(
         raise ConfigError(f"tensor_parallel_size={size} needs worker processes: distributed_executor_backend='ray'")
     block_size = config.block_size or (_GPU_BLOCK_SIZE if device == "cuda" else _CPU_BLOCK_SIZE)
     max_model_len = _max_model_len(config, spec.max_model_len)
-    _check_num_kv_blocks(config, block_size, max_model_len)
     tokenizer = Path(config.tokenizer).expanduser() if config.tokenizer else path
     if not tokenizer.is_dir():
         raise ConfigError(f"tokenizer folder {config.tokenizer!r} does not exist")
     names = config.served_model_names or (served_name(config.model),)
-    return ResolvedConfig(
+    resolved = ResolvedConfig(
         engine=config,
         model_path=str(path),
         tokenizer_path=str(tokenizer),
@@ -81,6 +81,18 @@ def resolve(
         num_threads=max(1, num_cores // size),
         generation=generation_defaults(config, path),
     )
+    _check_num_kv_blocks(resolved)
+    return resolved
+
+
+def _check_num_kv_blocks(config: ResolvedConfig) -> None:
+    asked, num_blocks = config.engine.max_model_len, config.engine.num_kv_blocks
+    least = least_context(asked, config.max_model_len)
+    if num_blocks is not None and num_blocks < num_blocks_for(config.kv_spans(), least):
+        raise ConfigError(
+            f"num_kv_blocks={num_blocks} of {config.block_size} tokens cannot hold one sequence of "
+            f"{'max_model_len=' if asked else ''}{least} tokens: raise num_kv_blocks, or lower max_model_len"
+        )
 
 
 def served_name(model: str) -> str:
@@ -122,16 +134,6 @@ def _max_model_len(config: EngineConfig, model_max: int) -> int:
     if asked is not None and asked > model_max:
         raise ConfigError(f"max_model_len={asked} is more than the model's context of {model_max} tokens: lower it")
     return asked or model_max
-
-
-def _check_num_kv_blocks(config: EngineConfig, block_size: int, max_model_len: int) -> None:
-    least = least_context(config.max_model_len, max_model_len)
-    if config.num_kv_blocks is not None and config.num_kv_blocks * block_size < least:
-        raise ConfigError(
-            f"num_kv_blocks={config.num_kv_blocks} of {block_size} tokens cannot hold one sequence of "
-            f"{'max_model_len=' if config.max_model_len else ''}{least} tokens: raise num_kv_blocks, or lower "
-            "max_model_len"
-        )
 
 
 def _read_spec(config: EngineConfig, path: Path) -> DecoderSpec:

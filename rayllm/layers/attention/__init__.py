@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
-def choose_backend(groups: Sequence[AttentionGroup], dtype: torch.dtype, device: torch.device) -> AttentionBackend:
-    """The backend for all layers of a model whose queries, keys and values have `dtype`, chosen once at start."""
+def choose_backend(
+    groups: Sequence[Iterable[AttentionGroup]], dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    """The backend for all layers of a model whose queries, keys and values have `dtype`, chosen once at start. `groups`
+    are those of each KV group."""
     return GatheredBackend(groups, dtype, device)

@@ -77,9 +77,9 @@ class AttentionBackend(ABC):
     """What users and the log call it."""
 
     @abstractmethod
-    def prepare(self, batch: Batch) -> Any:
-        """The metadata of a step, given to every layer's `write` and `forward`; the only call that may wait for the
-        host."""
+    def prepare(self, batch: Batch) -> list[Any]:
+        """The metadata of a step for each KV group, given to the `write` and `forward` of the group's layers; the only
+        call that may wait for the host."""
 
     @abstractmethod
     def write(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, metadata: Any, layer: LayerAttention) -> None:

@@ -6,8 +6,9 @@ that share one, P block size, L key length, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -121,27 +122,31 @@ class GatheredBackend(AttentionBackend):
 
     name = "gathered"
 
-    def __init__(self, groups: Iterable[AttentionGroup], dtype: torch.dtype, device: torch.device):
+    def __init__(self, groups: Sequence[Iterable[AttentionGroup]], dtype: torch.dtype, device: torch.device):
         """`dtype` is that of queries, keys and values."""
         self._dtype = dtype
-        self._workspaces = {group: Workspace(group.num_caches, dtype, device) for group in groups}
+        self._groups = [list(dict.fromkeys(of_kv_group)) for of_kv_group in groups]
+        self._workspaces = {group: Workspace(group.num_caches, dtype, device) for group in chain(*self._groups)}
 
-    def prepare(self, batch: Batch) -> dict[AttentionGroup, GroupPlan]:
-        return {group: self.plan(batch, group) for group in self._workspaces}
+    def prepare(self, batch: Batch) -> list[dict[AttentionGroup, GroupPlan]]:
+        return [
+            {group: self.plan(batch, group, number) for group in groups} for number, groups in enumerate(self._groups)
+        ]
 
-    def plan(self, batch: Batch, group: AttentionGroup) -> GroupPlan:
-        """The part of a step's metadata that layers of `group` use."""
-        builder = _Builder(batch, group, self._dtype)
+    def plan(self, batch: Batch, group: AttentionGroup, kv_group: int = 0) -> GroupPlan:
+        """The part of a step's metadata that layers of `group` in a KV group use."""
+        builder = _Builder(batch, group, kv_group, self._dtype)
         decode = list(builder.decode_groups())
         chunks, prompts = builder.chunks_and_prompts()
         pages = [part.pages for part in decode] + [part.pages for part in chunks]
         num_pages = max(map(torch.Tensor.numel, pages), default=0)
+        slots_T = batch.slots_ST[kv_group]
         return GroupPlan(
             decode=decode,
             chunks=chunks,
             prompts=prompts,
-            slots_T=batch.slots_T,
-            write_rows=page_rows(batch.slots_T, group.num_kv_heads, batch.block_size),
+            slots_T=slots_T,
+            write_rows=page_rows(slots_T, group.num_kv_heads, batch.block_size),
             workspace=self._workspaces[group].of_size(num_pages * batch.block_size * group.head_dim),
         )
 
@@ -203,9 +208,10 @@ def _joined(plan: GroupPlan, parts: Iterator[tuple[slice | Tensor, Tensor]], q_T
 class _Builder:
     """Builds the parts of a `GroupPlan`."""
 
-    def __init__(self, batch: Batch, group: AttentionGroup, dtype: torch.dtype):
+    def __init__(self, batch: Batch, group: AttentionGroup, kv_group: int, dtype: torch.dtype):
         self._batch = batch
-        self._device = batch.slots_T.device
+        self._table_RB = batch.block_table_SRB[kv_group]
+        self._device = self._table_RB.device
         self._dtype = dtype
         self._window = group.window
         self._heads_K = torch.arange(group.num_kv_heads, device=self._device)
@@ -311,7 +317,7 @@ class _Builder:
 
     def _pages(self, rows: slice | Tensor, first_pages: list[int], num_pages: int) -> Tensor:
         """block * K + head of each row's pages from its first on, `[rows * K * num_pages]`."""
-        table_RB = self._batch.block_table_RB[rows]
+        table_RB = self._table_RB[rows]
         if any(first_pages):
             columns = torch.tensor(first_pages, device=self._device).unsqueeze(1)
             columns = columns + torch.arange(num_pages, device=self._device)

@@ -69,15 +69,15 @@ class ModelAttention:
         self._layers: list[LayerAttention | None] = [None] * len(specs)
         self._called: list[bool] = []
         self._kv: Sequence[LayerKV] = ()
-        self._metadata: Any = None
+        self._metadata: Sequence[Any] = ()
 
     def bind(self, model: nn.Module) -> None:
         """Makes every module of the model find this object."""
         for module in model.modules():
             module.__dict__[_STATE] = self
 
-    def begin(self, kv: Sequence[LayerKV], metadata: Any) -> None:
-        """`kv` and `metadata`: as for `Decoder.forward`."""
+    def begin(self, kv: Sequence[LayerKV], metadata: Sequence[Any]) -> None:
+        """`kv` and `metadata`: of each layer."""
         self._kv, self._metadata = kv, metadata
         self._called = [False] * len(self._specs)
 
@@ -109,9 +109,9 @@ class ModelAttention:
             layer = self._layers[index] = LayerAttention(self._groups[index], scale, soft_cap, sinks)
         elif (layer.scale, layer.soft_cap) != (scale, soft_cap):
             raise self.fault(f"layer {index} changes the scale or the soft cap of its scores from call to call")
-        kv = self._kv[index]
-        self._backend.write(k_TKD, v_TKV, kv, self._metadata, layer)
-        out_THV = self._backend.forward(q_THD, k_TKD, v_TKV, kv, self._metadata, layer)[..., :width]
+        kv, metadata = self._kv[index], self._metadata[index]
+        self._backend.write(k_TKD, v_TKV, kv, metadata, layer)
+        out_THV = self._backend.forward(q_THD, k_TKD, v_TKV, kv, metadata, layer)[..., :width]
         if whole:
             out_THV = self.tp.all_gather_last(out_THV.flatten(1)).view(len(out_THV), -1, width)
         return out_THV.unsqueeze(0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayllm.kv_layout import group_and_part, kv_groups
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import LayerKV
 from rayllm.models.fallback import attention
@@ -53,6 +54,7 @@ class TransformersDecoder:
         """Takes the base model out of `causal_model`."""
         self.spec = spec
         self._attention = calls
+        self._kv_group_of = [group for group, _ in group_and_part(kv_groups(spec))]
         self._base = getattr(causal_model, causal_model.base_model_prefix)
         self._given = _GivenHidden()
         setattr(causal_model, causal_model.base_model_prefix, self._given)
@@ -75,10 +77,10 @@ class TransformersDecoder:
         logits_TV: Tensor = output.logits[0]
         return logits_TV.float()
 
-    def forward(self, batch: Batch, kv: list[LayerKV], metadata: Any) -> Tensor:
+    def forward(self, batch: Batch, kv: list[LayerKV], metadata: list[Any]) -> Tensor:
         """As `Decoder.forward`: hidden states before the head, `[N, D]`, for `batch.logits_indices_N` only."""
         ids_1T = batch.token_ids_T.unsqueeze(0)
-        self._attention.begin(kv, metadata)
+        self._attention.begin(kv, [metadata[group] for group in self._kv_group_of])
         output = self._base(
             input_ids=ids_1T,
             position_ids=batch.positions_T.unsqueeze(0),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
+from rayllm.kv_layout import group_and_part, kv_groups
 from rayllm.layers.attention import AttentionBackend
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import KVPool
@@ -79,8 +80,11 @@ def _paged(
     dtype: torch.dtype,
 ) -> Tensor:
     """Hidden states of one sequence, `[T, D]`, computed in chunks of these `sizes`."""
-    pool = KVPool(kv_specs(decoder.spec, tp.size), 1, _BLOCK_SIZE, dtype, ids_T.device)
-    pool.clear([0])
+    groups = kv_groups(decoder.spec)
+    part_of_layer = [part for _, part in group_and_part(groups)]
+    pool = KVPool(kv_specs(decoder.spec, tp.size), len(groups), _BLOCK_SIZE, dtype, ids_T.device, part_of_layer)
+    blocks_S = torch.arange(len(groups), device=ids_T.device)  # one for each group
+    pool.clear(range(len(groups)))
     parts, begin = [], 0
     for size in sizes:
         end = min(begin + size, len(ids_T))
@@ -90,10 +94,10 @@ def _paged(
         batch = Batch(
             token_ids_T=ids_T[begin:end],
             positions_T=places,
-            slots_T=places,
+            slots_ST=blocks_S.unsqueeze(1) * _BLOCK_SIZE + places,
             query_starts=[0, end - begin],
             kv_lens=[end],
-            block_table_RB=torch.zeros(1, 1, dtype=torch.int32, device=ids_T.device),
+            block_table_SRB=blocks_S.int().view(-1, 1, 1),
             logits_indices_N=places - begin,
             num_decode_rows=int(end - begin == 1),
             block_size=_BLOCK_SIZE,

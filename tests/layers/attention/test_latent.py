@@ -64,10 +64,10 @@ class Step:
         return Batch(
             token_ids_T=torch.zeros(starts[-1], dtype=torch.int64),
             positions_T=torch.zeros(starts[-1], dtype=torch.int64),
-            slots_T=torch.tensor(slots),
+            slots_ST=torch.tensor([slots]),
             query_starts=starts,
             kv_lens=[done + new for done, new in ROWS],
-            block_table_RB=torch.tensor(table, dtype=torch.int32),
+            block_table_SRB=torch.tensor([table], dtype=torch.int32),
             logits_indices_N=torch.tensor([], dtype=torch.int64),
             num_decode_rows=sum(new == 1 for _, new in ROWS),
             block_size=BLOCK_SIZE,
@@ -101,8 +101,8 @@ def test_attention_equals_float64_absorbed_or_expanded(
         monkeypatch.setattr(gathered_latent, "expanding_is_cheaper", lambda *_: expands)
     step = Step(dtype, replace(SPEC, value_dim=value_dim))
     layer = step.layer
-    backend = choose_backend([layer.group], dtype, CPU)
-    metadata, kv = backend.prepare(step.batch()), step.pool.layers[0]
+    backend = choose_backend([[layer.group]], dtype, CPU)
+    [metadata], kv = backend.prepare(step.batch()), step.pool.layers[0]
     backend.write_latent(step.new_latents(), kv, metadata, layer)
     found_THV = backend.forward_latent(step.q_THD, step.new_latents(), kv, metadata, layer)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2

@@ -53,10 +53,10 @@ class Layer(nn.Module):
 def calls(**fields: Any) -> tuple[ModelAttention, Layer]:
     spec = GroupedAttentionSpec(num_heads=2, num_kv_heads=1, head_dim=4, scale=0.5, **fields)
     group = AttentionGroup(1, 4, spec.window)
-    backend = GatheredBackend([group], torch.float32, torch.device("cpu"))
+    backend = GatheredBackend([[group]], torch.float32, torch.device("cpu"))
     attention, layer = ModelAttention("XForCausalLM", [spec], [group], TensorParallel(), backend), Layer()
     attention.bind(layer)
-    attention.begin([], None)
+    attention.begin([], [])
     return attention, layer
 
 
