@@ -84,6 +84,7 @@ class FamilyPipeline(Pipeline):
     def __init__(self, made: FamilyTokenizer):
         super().__init__(made.pipeline)
         self._prefix, self._suffix = list(made.prefix), list(made.suffix)
+        # A plain prompt that begins otherwise is a text in which no special token counts.
         self._chat_start = "" if made.family.turns is None else "".join(made.family.prefix)
         self._counted_ids = made.counted
         longest_first = sorted(made.counted, key=len, reverse=True)
