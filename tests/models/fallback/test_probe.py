@@ -14,6 +14,7 @@ from transformers.models.granite import modeling_granite
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
 from rayllm.models import Model, load_model
+from rayllm.models.fallback.build import load_decoder
 from rayllm.models.registry import read_spec
 
 
@@ -59,3 +60,11 @@ def test_a_forward_pass_that_fails_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(modeling_granite.GraniteMLP, "forward", failing)
     with pytest.raises(ConfigError, match="a forward pass fails with RuntimeError: no kernel"):
         load(foreign_checkpoint(tmp_path, "granite"))
+
+
+@pytest.mark.parametrize("model_type", ["granite", "olmo2"])  # the second gathers heads
+def test_each_rank_is_tried_without_the_others(model_type: str, tmp_path: Path) -> None:
+    path = foreign_checkpoint(tmp_path, model_type, vocab_size=288)
+    for rank in (0, 1):  # the second rank's part of the vocabulary is not empty of tokens
+        tp = TensorParallel(rank, 2)
+        load_decoder(str(path), read_spec(path), tp, torch.float32, torch.device("cpu"), "auto", 0)
