@@ -66,9 +66,10 @@ def dequantized(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     magnitudes = torch.tensor(_NUMBERS, dtype=torch.bfloat16)
     numbers = torch.cat((magnitudes, -magnitudes))
-    both = torch.arange(256)
-    pairs = torch.stack((numbers[both & 15], numbers[both >> 4]), dim=1)
-    powers = torch.exp2(torch.arange(256, dtype=torch.float64) - _EXPONENT_BIAS).to(torch.bfloat16)
+    byte = torch.arange(256)
+    # Both numbers of a byte are looked up at once, as 32 bits.
+    pairs = torch.stack((numbers[byte & 15], numbers[byte >> 4]), dim=1).view(torch.int32).squeeze(1)
+    powers = torch.exp2(byte.double() - _EXPONENT_BIAS).to(torch.bfloat16)
     powers[255] = torch.nan
-    wide = pairs[blocks.long()].flatten(-2)
-    return (wide * powers[scales.long()].unsqueeze(-1)).flatten(-2)
+    wide = pairs.index_select(0, blocks.flatten().int()).view(torch.bfloat16).view(*scales.shape, BLOCK_SIZE)
+    return wide.mul_(powers.index_select(0, scales.flatten().int()).view(*scales.shape, 1)).flatten(-2)
