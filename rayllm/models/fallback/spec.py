@@ -44,6 +44,7 @@ _INSTEAD = (
 def fallback_spec(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> DecoderSpec | None:
     """The spec of a config.json whose `architectures` is a list with a name; None where neither `transformers` nor the
     checkpoint has such a model. `ConfigError` says what cannot be served, and what would do instead."""
+    config = _decoded(config)
     name = config["architectures"][0]
     code_files = _code_files(config)
     known = _read_known(config, name)
@@ -247,6 +248,15 @@ def _code_files(config: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     classes = [names.get("AutoConfig"), names["AutoModelForCausalLM"]]
     return tuple(dict.fromkeys(f"{each.rpartition('.')[0]}.py" for each in classes if isinstance(each, str)))
+
+
+def _decoded(value: Any) -> Any:
+    """Infinity and NaN are no JSON: transformers writes them as `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _decoded(each) for name, each in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else value
 
 
 def _dtypes(config: Mapping[str, Any]) -> dict[str, Any]:

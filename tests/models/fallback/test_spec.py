@@ -72,6 +72,7 @@ def test_a_context_ends_where_frequencies_would_depend_on_other_sequences() -> N
     ("model_type", "architecture", "fields", "message"),
     [
         ("mamba", "MambaForCausalLM", {}, "keep a state"),
+        ("bamba", "BambaForCausalLM", {"time_step_limit": [0.0, {"__float__": "Infinity"}]}, "keep a state"),
         ("rwkv", "RwkvForCausalLM", {}, "keep a state"),
         ("qwen3_next", "Qwen3NextForCausalLM", {}, "keep a state"),
         ("t5", "T5ForConditionalGeneration", {}, "encoder-decoder"),
