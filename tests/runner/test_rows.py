@@ -59,3 +59,25 @@ def test_a_step_advances_what_is_computed_and_what_is_known() -> None:
     rows.advance(np.array([0, 1]), np.array([3, 2]), np.array([0]))
     assert rows.num_computed.tolist() == [3, 2, 0]
     assert rows.num_tokens.tolist() == [4, 3, 0]
+
+
+def test_each_kv_group_has_a_table_which_may_begin_late():
+    rows = Rows(max_rows=3, max_blocks=4, device=torch.device("cpu"), no_block=99, num_kv_groups=2)
+    tables = [RowTable(pack_ids([5, 6, 7])), RowTable(pack_ids([8]), first=1)]
+    start = RowStart(1, pack_ids([1] * 9), 9, 8, tables, RowParams(), 0, 0)
+    grown = [(1, 1, 3), (1, 0, 4), (1, 1, 2)]
+    plan = StepPlan(
+        0,
+        0,
+        b"",
+        [start],
+        *(pack_ids(row for row, _, _ in grown), pack_ids(b for _, _, b in grown)),
+        b"",
+        b"",
+        0,
+        grown_groups=pack_ids(group for _, group, _ in grown),
+    )
+    rows.apply(plan)
+    assert rows.block_table[:, 1].tolist() == [[5, 6, 7, 4], [99, 8, 3, 2]]
+    assert rows.num_blocks[:, 1].tolist() == [4, 4]
+    assert rows.blocks(1) == {5, 6, 7, 4, 99, 8, 3, 2}

@@ -121,3 +121,67 @@ def test_check_sees_a_lost_row():
     allocator._free_rows.pop()
     with pytest.raises(AssertionError, match="a row is lost"):
         allocator.check([])
+
+
+def make_windowed(*windows: int | None, num_blocks: int = 40, **changes) -> KVAllocator:
+    """Steps of at most 4 tokens."""
+    spans = make_spans(windows=windows, max_num_batched_tokens=4)
+    return make_allocator(num_blocks=num_blocks, spans=spans, **changes)
+
+
+def compute(allocator: KVAllocator, sequence: Sequence, num_tokens: int, *, publish: bool = True) -> None:
+    """Grows it, and computes up to `num_tokens`."""
+    assert allocator.grow(sequence, num_tokens) is not None
+    sequence.num_computed = num_tokens
+    if publish:
+        allocator.publish(sequence, num_tokens)
+    allocator.check([sequence])
+
+
+def test_blocks_that_no_later_token_sees_are_freed_as_the_sequence_grows():
+    allocator, sequence = make_windowed(None, 5), make_sequence(list(range(1, 65)))
+    allocate(allocator, sequence)
+    full, windowed = sequence.tables
+    assert (len(full.blocks), len(windowed.blocks)) == (16, 3), "windows are not given what they would give back"
+    for end in range(4, 65, 4):
+        compute(allocator, sequence, end)
+    assert (full.first, full.end) == (0, 16)
+    assert (windowed.first, windowed.end) == (14, 16), "token 60 sees tokens 56 to 60"
+    assert allocator.num_used_blocks == 16 + 2
+    assert allocator.num_slots_filled([sequence]) == 18 * 4
+    allocator.free(sequence)
+    assert allocator.num_used_blocks == 0
+    allocator.check([])
+
+
+def test_what_a_window_has_passed_is_kept_until_it_is_published():
+    allocator, sequence = make_windowed(2), make_sequence(list(range(1, 21)))
+    allocate(allocator, sequence)
+    compute(allocator, sequence, 4, publish=False)
+    compute(allocator, sequence, 8, publish=False)
+    [table] = sequence.tables
+    assert table.first == 0, "its step is not committed"
+    allocator.publish(sequence, 8)
+    assert allocator.grow(sequence, 12) is not None
+    assert table.first == 1
+    without_cache, sequence = make_windowed(2, enable_prefix_caching=False), make_sequence(list(range(1, 21)))
+    allocate(without_cache, sequence)
+    compute(without_cache, sequence, 8, publish=False)
+    assert without_cache.grow(sequence, 12) is not None
+    assert sequence.tables[0].first == 1
+
+
+def test_a_sequence_longer_than_the_pool_runs_in_the_blocks_of_its_window():
+    allocator, sequence = make_windowed(5, num_blocks=3), make_sequence([1])
+    allocate(allocator, sequence)
+    for end in range(1, 100):
+        compute(allocator, sequence, end)
+
+
+def test_check_sees_a_block_that_was_freed_too_early():
+    allocator, sequence = make_windowed(5), make_sequence(list(range(1, 21)))
+    allocate(allocator, sequence)
+    compute(allocator, sequence, 10)
+    allocator._pool.release([sequence.tables[0].blocks.pop(0), sequence.tables[0].blocks.pop(0)])
+    with pytest.raises(AssertionError, match="lacks a block that it sees"):
+        allocator.check([sequence])

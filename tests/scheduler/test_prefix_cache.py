@@ -164,3 +164,56 @@ def test_a_disabled_cache_finds_and_defers_nothing():
     assert cache.lookup([*PROMPT, 99]) == []
     cache.cache.withdraw(owner)
     cache.cache.check([])
+
+
+def test_a_window_needs_only_the_blocks_that_the_next_token_sees():
+    cache = Cache(num_blocks=20, windows=(5,))
+    owner = cache.computed([*PROMPT, *PROMPT])
+    [table] = owner.tables
+    cache.cache._pool.forget(table.blocks[1])
+    found = cache.cache.lookup(cache.sequence([*PROMPT, *PROMPT, 99]))
+    assert (found.num_blocks, found.tables[0].first, found.tables[0].blocks) == (6, 5, table.blocks[5:])
+    found = cache.cache.lookup(cache.sequence([*PROMPT, 50]))
+    assert (found.num_blocks, found.tables[0].blocks) == (3, table.blocks[2:3])
+    found = cache.cache.lookup(cache.sequence(PROMPT[:9]))
+    assert (found.num_blocks, found.tables[0].blocks) == (1, table.blocks[:1]), "token 8 sees token 4, which is gone"
+    cache.cache.check([owner])
+
+
+def test_a_prefix_ends_where_one_group_lacks_what_is_seen():
+    cache = Cache(num_blocks=40, windows=(None, 9, 5))
+    owner = cache.computed([*PROMPT, *PROMPT])
+    full, wide, narrow = owner.tables
+    ask = [*PROMPT, *PROMPT, 99]
+
+    def num_found() -> int:
+        return cache.cache.lookup(cache.sequence(ask)).num_blocks
+
+    assert num_found() == 6
+    cache.pool.forget(narrow.blocks[5])
+    assert num_found() == 5
+    cache.pool.forget(wide.blocks[4])
+    assert num_found() == 4
+    cache.pool.forget(full.blocks[2])
+    assert num_found() == 2, "all before is seen without a window"
+    found = cache.cache.lookup(cache.sequence(ask))
+    assert [table.blocks for table in found.tables] == [full.blocks[:2], wide.blocks[:2], narrow.blocks[1:2]]
+    cache.pool.forget(narrow.blocks[1])
+    assert num_found() == 1
+
+
+def test_what_is_computed_again_is_announced_though_one_group_has_it():
+    cache = Cache(num_blocks=40, windows=(None, 5))
+    owner = cache.computed(PROMPT)
+    cache.pool.forget(owner.tables[1].blocks[2])
+    second = cache.start([*PROMPT, 99])
+    second.num_published = 2
+    assert cache.cache.lookup(cache.sequence([*PROMPT, 50])) is None
+
+
+def test_an_invalid_sequence_is_forgotten_in_every_group():
+    cache = Cache(num_blocks=20, windows=(None, 5))
+    owner = cache.computed(PROMPT)
+    cache.cache.invalidate(owner)
+    assert cache.cache.lookup(cache.sequence([*PROMPT, 99])).num_blocks == 0
+    cache.cache.check([owner])
