@@ -1,7 +1,7 @@
 """Latent attention by torch, for the gathered backend: absorbed, or expanded to keys and values.
 
 Per head, T queries and L keys, in multiplications: absorbing the projections costs T * C * (N + V) and the attention
-then T * L * (2 * C + R); expanding costs L * C * (N + V) and the attention T * L * (D + V). With DeepSeek's widths
+then T * L * (2 * C + R); expanding costs L * C * (N + V) and the attention T * L * (D + V). With DeepSeek-V2's widths
 (512 latent, 128 + 64 key, 128 value) a decode row is cheaper absorbed, a whole prompt expanded, and a chunk expanded
 from about 170 * (1 - T / L) tokens on.
 
@@ -19,7 +19,7 @@ from rayllm.layers.attention.backend import LatentLayerAttention
 from rayllm.spec import LatentAttentionSpec
 from rayllm_kernels.latent_attention import latent_attention, paged_latent_decode
 
-_EXPANDED_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+_EXPANDED_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Keys and values that are expanded at once: heads are taken in slices of as many as fit."""
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from kernel_accuracy import TOLERANCES, random_tensor, relative_error
+from torch import Tensor
 
 from rayllm_kernels.kv_cache.reference import write_latent
-from rayllm_kernels.latent_attention.reference import latent_attention, paged_latent_decode
+from rayllm_kernels.latent_attention.reference import (
+    latent_attention,
+    paged_latent_decode,
+    plain_latent_attention,
+)
 
 BLOCK_SIZE = 4
 
@@ -38,9 +44,18 @@ def test_decode_of_two_rows_equals_float64(num_heads: int, latent_dim: int, widt
     assert relative_error(found, expected) < TOLERANCES[dtype]
 
 
-def test_many_queries_may_share_the_latents_of_one_row() -> None:
-    q_BHW, latents = random_tensor(3, 4, 10), random_tensor(7, 10, seed=1)
-    mask_B1L = torch.zeros(3, 1, 7)
-    shared = latent_attention(q_BHW, latents.expand(3, -1, -1), mask_B1L, 0.3, 8)
-    apart = latent_attention(q_BHW, latents.repeat(3, 1, 1), mask_B1L, 0.3, 8)
-    torch.testing.assert_close(shared, apart)
+@pytest.mark.parametrize("attend", [latent_attention, plain_latent_attention])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_queries_may_share_the_latents_of_one_row(attend: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """As the tokens of a chunk, each with a mask of its own; fused and by plain products."""
+    q_BHW, latents = random_tensor(3, 4, 10, dtype=dtype), random_tensor(7, 10, dtype=dtype, seed=1)
+    positions = torch.tensor([4, 5, 6]).view(3, 1, 1)
+    mask_B1L = torch.zeros(3, 1, 7, dtype=dtype).masked_fill(torch.arange(7) > positions, -math.inf)
+    found = attend(q_BHW, latents.expand(3, -1, -1), mask_B1L, 0.3, 8)
+    expected = torch.stack(
+        [
+            (q.double() @ latents[:end].double().T * 0.3).softmax(-1) @ latents[:end, :8].double()
+            for q, end in zip(q_BHW, (5, 6, 7), strict=True)
+        ]
+    )
+    assert relative_error(found, expected) < TOLERANCES[dtype]

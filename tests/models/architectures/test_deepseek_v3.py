@@ -71,6 +71,22 @@ def test_the_config_of_v3_is_read() -> None:
     assert kv_bytes_per_token(spec, 8, itemsize=2) == 61 * 576 * 2
 
 
+def test_kimi_k2_is_read_by_its_own_model_type() -> None:
+    fields = {
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 384,
+        "num_attention_heads": 64,
+    }
+    spec = spec_of({**V3, **fields, "num_key_value_heads": 64, "first_k_dense_replace": 1})
+    assert spec.architecture == "DeepseekV3ForCausalLM"
+    assert spec.layers[0].attention.num_heads == 64
+    sparse = spec.layers[1].feed_forward
+    assert isinstance(sparse, SparseMlpSpec)
+    assert (sparse.router.num_experts, sparse.router.num_groups) == (384, 1)
+
+
 def test_fp8_checkpoints_are_refused_with_the_reason() -> None:
     config = {**V3, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     with pytest.raises(ConfigError, match="quantization_config"):
