@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.errors import ConfigError
+from rayllm.vocabulary.cuts import cut_inside
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s*")
 WORDS = (
@@ -59,12 +60,10 @@ def ranks_pipeline(ranks: dict[bytes, int], special_ids: dict[str, int]) -> Any:
     ]
     vocab = {written[token]: rank for token, rank in ranks.items()}
     pipeline = Tokenizer(models.BPE({**vocab, **special_ids}, merges, ignore_merges=True))
-    pipeline.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    whole_words = [text for text in special_ids if len(words.pre_tokenize_str(text)) == 1]
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence([words, *cut_inside(whole_words), as_bytes])
     pipeline.decoder = decoders.ByteLevel()
     return pipeline
 

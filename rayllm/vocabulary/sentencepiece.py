@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.errors import ConfigError
+from rayllm.vocabulary.cuts import cut_inside
 
 SPACE = "▁"
 _ALL = 2**20
@@ -71,9 +72,16 @@ def sentencepiece_pipeline(proto: Any, special_ids: Mapping[str, int]) -> Any:
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(rf"{space}+\z"), ""))
     pipeline.normalizer = normalizers.Sequence(steps)
-    if user_defined:
+    is_unigram = proto.trainer_spec.model_type == _UNIGRAM
+    cuts = []
+    if user_defined and not is_unigram:
         longest_first = sorted(user_defined, key=len, reverse=True)
-        pipeline.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
+        cuts.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated"))
+    if user_defined or is_unigram:  # then the model takes what it finds whole in its vocabulary
+        never = [piece.piece for piece in proto.pieces if piece.type not in (_NORMAL, _USER_DEFINED)]
+        cuts += cut_inside([*special_ids, *never])
+    if cuts:
+        pipeline.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", _ALL if spec.remove_extra_whitespaces else 1, 0))
@@ -89,8 +97,7 @@ def _model(proto: Any, pieces: list[str], special_ids: Mapping[str, int], *, has
         behind = sorted(token_id for token_id in special_ids.values() if token_id >= len(pieces))
         if behind != list(range(len(pieces), len(pieces) + len(behind))):
             raise ConfigError(f"added tokens have the ids {behind}: they must follow the {len(pieces)} of the model")
-        scores = [piece.score for piece in proto.pieces]
-        return models.Unigram(list(zip(pieces, scores)), spec.unk_id, spec.byte_fallback)
+        return models.Unigram(list(zip(pieces, _scores(proto))), spec.unk_id, spec.byte_fallback)
     return models.BPE(
         {**{piece: i for i, piece in enumerate(pieces)}, **special_ids},
         _merges(proto, set(special_ids.values())),
@@ -99,6 +106,12 @@ def _model(proto: Any, pieces: list[str], special_ids: Mapping[str, int], *, has
         byte_fallback=spec.byte_fallback,
         ignore_merges=has_user_defined,
     )
+
+
+def _scores(proto: Any) -> list[float]:
+    """Of a unigram model; a user-defined piece has one that wins against any normal pieces in its place."""
+    best = max((piece.score for piece in proto.pieces if piece.type == _NORMAL), default=0.0)
+    return [len(piece.piece) * best - 0.1 if piece.type == _USER_DEFINED else piece.score for piece in proto.pieces]
 
 
 def _merges(proto: Any, special: Container[int]) -> list[tuple[str, str]]:

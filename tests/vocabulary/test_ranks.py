@@ -47,6 +47,17 @@ def test_ids_are_those_of_merging_by_rank(model: Path) -> None:
         assert pipeline.decode(expected) == text
 
 
+def test_no_text_is_a_special_token(model: Path) -> None:
+    ranks = read_ranks(model)
+    special = {"hello": 400, "END": 401, "<|end|>": 402}
+    pipeline = ranks_pipeline({token: rank for token, rank in ranks.items() if token != b"hello"}, special)
+    for text in special:
+        for around in ("", " ", "a", "\n"):
+            ids = pipeline.encode(around + text + around, add_special_tokens=False).ids
+            assert not {*ids} & {*special.values()}, (text, around)
+            assert pipeline.decode(ids) == around + text + around
+
+
 def test_the_form_is_told_by_the_first_line(model: Path, tmp_path: Path) -> None:
     assert holds_ranks(model)
     assert not holds_ranks(make_sentencepiece_model(tmp_path) / "tokenizer.model")

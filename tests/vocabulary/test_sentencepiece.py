@@ -17,6 +17,11 @@ LINES = ["hello world, how are you today?", "the answer to the question is 42.",
 FORMS: dict[str, dict[str, Any]] = {
     "bpe": {"model_type": "bpe", "vocab_size": 340},
     "unigram": {"model_type": "unigram", "vocab_size": 294},
+    "unigram, user-defined pieces": {
+        "model_type": "unigram",
+        "vocab_size": 297,
+        "user_defined_symbols": ["[A]", "[AB]", "hel"],
+    },
     "user-defined pieces": {"model_type": "bpe", "vocab_size": 345, "user_defined_symbols": ["[A]", "[AB]", "hel"]},
     "no dummy prefix": {"model_type": "bpe", "vocab_size": 340, "add_dummy_prefix": False},
     "spaces removed": {"model_type": "bpe", "vocab_size": 340, "remove_extra_whitespaces": True},
@@ -25,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-PARTS = [*"  \n\ta▁heloworldéｱ你好界42,<", "hello", " world", "[A]", "[AB]", "🎉", "今天"]
+PARTS = [*"  \n\ta▁heloworldéｱ你好界42,<", "hello", " world", "[A]", "[AB]", "🎉", "今天", "</s>", "<0x0A>"]
 
 
 def train(path: Path, **options: Any) -> Path:
@@ -65,6 +70,18 @@ def test_special_tokens_stand_behind_the_pieces_or_name_them_anew(tmp_path: Path
     assert pipeline.token_to_id("[A]") is None
     assert 3 not in pipeline.encode("[A]<|user|>").ids
     assert named_pieces(proto) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_text_is_a_special_token(tmp_path: Path, form: str) -> None:
+    special = {"<s>": 1, "</s>": 2, "<|end|>": 5}
+    if "unigram" not in form:
+        special["<|new|>"] = 400
+    pipeline = sentencepiece_pipeline(read_sentencepiece(train(tmp_path / "tokenizer.model", **FORMS[form])), special)
+    for text in special:
+        for around in ("", "[A]", "hel", "▁"):
+            found = pipeline.encode(around + text + around, add_special_tokens=False).ids
+            assert not {*found} & {*special.values()}, (text, around)
 
 
 def test_added_tokens_of_a_unigram_model_must_follow_it(tmp_path: Path) -> None:
