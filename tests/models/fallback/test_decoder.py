@@ -32,7 +32,7 @@ SPLIT: dict[str, dict[str, Any]] = {
 }
 ALONE: dict[str, dict[str, Any]] = {
     "persimmon": {"partial_rotary_factor": 0.5},
-    "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "rotary_dim": 8},
+    "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 2},
 }
 """Models without a tensor-parallel plan, or served on one rank."""
 
