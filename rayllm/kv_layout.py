@@ -97,6 +97,11 @@ class KVSpan:
         end = -(-num_tokens // self.block_size)
         return end if self.window is None else min(end, begin + self.max_blocks)
 
+    def kept(self, num_tokens: int) -> int:
+        """Blocks that a sequence of so many tokens holds while one token at a time is computed."""
+        end = -(-num_tokens // self.block_size)
+        return end if self.window is None else min(end, -(-(self.window - 1) // self.block_size) + 1)
+
 
 def kv_spans(
     windows: Sequence[int | None],
@@ -125,6 +130,13 @@ def kv_spans(
 def num_blocks_for(spans: Sequence[KVSpan], num_tokens: int) -> int:
     """Blocks that a sequence of so many tokens holds at most at a time."""
     return sum(span.end(0, num_tokens) for span in spans)
+
+
+def num_sequences_in(spans: Sequence[KVSpan], num_blocks: int, num_tokens: int) -> float:
+    """Sequences of so many tokens that run at once: each with what it keeps, and one of them with what a step needs,
+    since the sequences of a step share its tokens."""
+    largest, kept = num_blocks_for(spans, num_tokens), sum(span.kept(num_tokens) for span in spans)
+    return max(num_blocks / largest, 1 + (num_blocks - largest) / kept)
 
 
 def check_holds(spans: Sequence[KVSpan], num_blocks: int, max_model_len: int) -> None:

@@ -15,6 +15,7 @@ from rayllm.kv_layout import (
     kv_spans,
     max_tokens_in,
     num_blocks_for,
+    num_sequences_in,
 )
 from rayllm.spec import DecoderSpec
 
@@ -115,3 +116,12 @@ def test_too_few_blocks_are_a_config_error() -> None:
     check_holds(_spans(5), 9, 1000)
     with pytest.raises(ConfigError, match=r"max_model_len=1000 does not fit .* needs 9 blocks, and there are 8"):
         check_holds(_spans(5), 8, 1000)
+
+
+def test_sequences_at_once_keep_their_windows_and_share_a_steps_tokens() -> None:
+    assert num_sequences_in(_spans(None), 100, 40) == 10
+    windowed = _spans(5)
+    assert windowed[0].kept(1000) == 2
+    assert windowed[0].kept(3) == 1
+    assert [num_sequences_in(windowed, num_blocks, 1000) for num_blocks in (9, 11, 109)] == [1, 2, 51]
+    assert num_sequences_in(windowed, 3, 1000) == 3 / 9

@@ -114,7 +114,7 @@ def _announce(screen: Screen, running: RunningServer) -> None:
 def summary(running: RunningServer, engine: EngineDescription) -> list[tuple[str, str]]:
     """The lines of the box: what is served, where, on what, and how much of it at once."""
     config = ResolvedConfig.model_validate_json(engine.config)
-    concurrency = engine.num_blocks / config.blocks_per_sequence
+    concurrency = config.num_full_sequences(engine.num_blocks)
     num_tokens = int(concurrency * config.max_model_len)
     pages = [("chat page", "/"), ("dashboard", "/dashboard")]
     devices = Counter(device for worker in engine.workers for device in worker.devices)

@@ -7,7 +7,7 @@ from typing import Literal
 from rayllm.config.base import BaseConfig
 from rayllm.config.engine import Backend, EngineConfig
 from rayllm.config.generation import GenerationDefaults
-from rayllm.kv_layout import KVSpan, kv_groups, kv_spans, num_blocks_for
+from rayllm.kv_layout import KVSpan, kv_groups, kv_spans, num_blocks_for, num_sequences_in
 from rayllm.spec import DecoderSpec
 
 
@@ -59,3 +59,7 @@ class ResolvedConfig(BaseConfig):
     def blocks_per_sequence(self) -> int:
         """KV blocks that a sequence of `max_model_len` tokens holds at most at a time."""
         return num_blocks_for(self.kv_spans(), self.max_model_len)
+
+    def num_full_sequences(self, num_blocks: int) -> float:
+        """Sequences of `max_model_len` tokens that so many KV blocks hold at once."""
+        return num_sequences_in(self.kv_spans(), num_blocks, self.max_model_len)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rayllm.config import ResolvedConfig
 from rayllm.errors import ConfigError
+from rayllm.kv_layout import num_sequences_in
 from rayllm.models.memory_plan import MemoryNeeds, kv_budget, least_context
 from rayllm.models.split import check_split
 
@@ -34,7 +35,7 @@ class Fit:
     def num_kv_tokens(self) -> int:
         """Tokens whose KV there is room for, in sequences as long as they may be."""
         longest = self.max_model_len
-        return self._num_blocks * longest // self.needs.num_blocks(longest) if longest else 0
+        return int(num_sequences_in(self.needs.kv_spans, self._num_blocks, longest) * longest) if longest else 0
 
     @property
     def _num_blocks(self) -> int:
@@ -51,8 +52,7 @@ class Fit:
 
     def num_requests(self, num_tokens: int) -> float:
         """Requests of so many tokens that are held at once, no more than `max_num_seqs`."""
-        per_request = self.needs.num_blocks(num_tokens) * self.needs.kv_per_block
-        return min(self.kv_bytes / per_request, self.config.max_num_seqs)
+        return min(num_sequences_in(self.needs.kv_spans, self._num_blocks, num_tokens), self.config.max_num_seqs)
 
 
 def remedies(config: ResolvedConfig, device_bytes: int) -> Iterator[dict[str, Any]]:

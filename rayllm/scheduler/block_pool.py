@@ -41,6 +41,10 @@ class BlockPool:
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """Blocks for one new owner, or None (and nothing changed) where fewer are free."""
+        if num_blocks == 1 and self._free:  # the most frequent call
+            block = self._free.pop()
+            self._num_owners[block] = 1
+            return [block]
         if num_blocks > self.num_free:
             return None
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(num_blocks)]

@@ -44,8 +44,9 @@ class PrefixCache:
         self._spans = spans
         self._block_size = spans[0].block_size
         self._published: list[dict[bytes, int]] = [{} for _ in spans]
-        self._place_of: dict[int, tuple[dict[bytes, int], bytes]] = {}
-        """By block: the entry of `_published` that names it."""
+        self._hash_of: dict[int, bytes] = {}
+        self._group_of = [0] * pool.num_blocks
+        """Of each block in `_hash_of`."""
         self._announced: dict[bytes, Sequence] = {}
         pool.on_evict = self._forget
 
@@ -113,13 +114,15 @@ class PrefixCache:
         """
         hashes = self._hashes(sequence, num_blocks)
         begin = sequence.num_published
-        for table, published in zip(sequence.tables, self._published):
+        for group, published in enumerate(self._published):
+            table = sequence.tables[group]
             for index in range(begin, num_blocks):
                 block_hash = hashes[index]
                 if block_hash not in published:
                     block = table.blocks[index - table.end]
                     published[block_hash] = block
-                    self._place_of[block] = published, block_hash
+                    self._hash_of[block] = block_hash
+                    self._group_of[block] = group
                     self._pool.keep(block)
         if self._announced:
             for block_hash in hashes[begin:num_blocks]:
@@ -142,7 +145,7 @@ class PrefixCache:
 
     def reset(self) -> None:
         """Nothing that is published so far is found any more; sequences keep the blocks that they hold."""
-        for block in list(self._place_of):
+        for block in list(self._hash_of):
             self._pool.forget(block)
 
     def _is_coming(self, block_hash: bytes, sequence: Sequence) -> bool:
@@ -152,8 +155,7 @@ class PrefixCache:
         return owner is not None and owner.priority <= sequence.priority
 
     def _forget(self, block: int) -> None:
-        published, block_hash = self._place_of.pop(block)
-        del published[block_hash]
+        del self._published[self._group_of[block]][self._hash_of.pop(block)]
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         """At least the first `num_blocks` hashes of `sequence`; each is worked out once."""
@@ -174,9 +176,9 @@ class PrefixCache:
 
     def check(self, running: list[Sequence]) -> None:
         """`AssertionError` unless published blocks are kept ones and announcements are those of `running`."""
-        places = {block: block_hash for published in self._published for block_hash, block in published.items()}
-        assert {block: block_hash for block, (_, block_hash) in self._place_of.items()} == places
-        assert self._place_of.keys() == self._pool.kept, "kept blocks and published blocks differ"
+        places = [(g, *entry) for g, published in enumerate(self._published) for entry in published.items()]
+        assert sorted(places) == sorted((self._group_of[block], h, block) for block, h in self._hash_of.items())
+        assert self._hash_of.keys() == self._pool.kept, "kept blocks and published blocks differ"
         for sequence in running if self.enabled else ():
             assert all(table.first <= sequence.num_published for table in sequence.tables), "let go before published"
         for block_hash, owner in self._announced.items():
