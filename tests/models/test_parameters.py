@@ -40,6 +40,7 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "GLM-4": ("Glm4Config", "Glm4ForCausalLM", {"attention_bias": True}),
     "Gemma 3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {}),
+    "Llama 4": ("Llama4TextConfig", "Llama4ForCausalLM", {**EXPERTS, "num_hidden_layers": 4, "moe_layers": [1, 3]}),
     "Mixtral": ("MixtralConfig", "MixtralForCausalLM", EXPERTS),
     "Qwen2-MoE": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 48}),
     "DeepSeek-V2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**EXPERTS, **LATENT, "q_lora_rank": None}),
