@@ -16,7 +16,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("rayllm", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("rayllm")
 
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling

@@ -412,7 +412,7 @@ _PIECES = [
 _FORMATS = [None, *TOOL_FORMATS]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_events_do_not_depend_on_how_the_text_was_cut(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(_FORMATS))

@@ -59,7 +59,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=_JSON, size=st.integers(1, 9))
 def test_what_python_writes_of_a_value_becomes_its_json(value: Any, size: int) -> None:
     text = f"{value!r})"

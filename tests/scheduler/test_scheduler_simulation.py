@@ -146,7 +146,6 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     max_examples=300,
     stateful_step_count=50,
-    deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -133,7 +133,7 @@ async def test_each_of_n_choices_has_its_own_stream(service: ModelService) -> No
         assert [choice["finish_reason"] for choice in own[-2:]] == [None, "stop"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(
     stop=st.lists(st.sampled_from(["wör", "d 🎉 a", "🎉", "m", "nothing", "lo w", "e"]), min_size=1, max_size=3),
     tokens_a_step=st.integers(1, 7),

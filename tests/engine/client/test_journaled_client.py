@@ -140,7 +140,7 @@ async def _read(
     return seen
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     cuts=st.lists(st.integers(0, 9), max_size=MAX_FAULTS - 1),
     n=st.integers(1, 3),
