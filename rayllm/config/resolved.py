@@ -7,7 +7,7 @@ from typing import Literal
 from rayllm.config.base import BaseConfig
 from rayllm.config.engine import Backend, EngineConfig
 from rayllm.config.generation import GenerationDefaults
-from rayllm.kv_layout import KVSpan, kv_groups, kv_spans, num_blocks_for, num_sequences_in
+from rayllm.kv_layout import KVSpan, kv_groups, kv_spans, num_sequences_in
 from rayllm.spec import DecoderSpec
 
 
@@ -54,11 +54,6 @@ class ResolvedConfig(BaseConfig):
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_inflight_steps=self.engine.layout.max_inflight_steps,
         )
-
-    @property
-    def blocks_per_sequence(self) -> int:
-        """KV blocks that a sequence of `max_model_len` tokens holds at most at a time."""
-        return num_blocks_for(self.kv_spans(), self.max_model_len)
 
     def num_full_sequences(self, num_blocks: int) -> float:
         """Sequences of `max_model_len` tokens that so many KV blocks hold at once."""

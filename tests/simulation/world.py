@@ -25,6 +25,7 @@ from rayllm.engine.driver.retained_requests import HOLD_S
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import EngineError
 from rayllm.executor.channel import FrameReader, FrameWriter
+from rayllm.kv_layout import num_blocks_for
 from rayllm.messages import Abort, Adopted, ClientMessage, Deltas, DriverMessage, TokenDelta
 from rayllm.request import Request, Retention, SamplingParams, StructuredOutputsParams, pack_ids, unpack_ids
 
@@ -182,7 +183,7 @@ class World:
         self.max_inflight_steps = rng.choice([1, 2])
         self.windows = random.Random(f"windows of {seed}").choice([(None,), (None,), (3,), (None, 5), (7, 2)])
         self.config = self._config()
-        self.num_blocks = self.config.blocks_per_sequence + num_spare_blocks
+        self.num_blocks = num_blocks_for(self.config.kv_spans(), MAX_MODEL_LEN) + num_spare_blocks
         self.engines = [JournaledClient() for _ in range(rng.choice([1, 1, 2]))]
         self.lost_ingresses: set[int] = set()
         self.deadline_share = rng.choice([0.0, 0.0, 0.3])
