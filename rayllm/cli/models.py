@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     print(table(("architecture", "model type", "examples"), rows))
     print("\nOther causal language models of transformers run through their own class there (--model-impl).")
     print("Weight files: " + "; ".join(f"{whole}, or shards with {index}" for whole, index in files))
-    print(f"--load-format: {', '.join(load_formats)}")
+    print(f"--load-format: {', '.join(load_formats)} (bin is pt)")
     for entry in entries:
         if entry.fault:
             print(f"rayllm models: {entry.fault}", file=sys.stderr)

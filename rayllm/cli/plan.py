@@ -29,8 +29,8 @@ _FLAGS = (
     "download_dir",
     "trust_remote_code",
 )
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT])i?B?", re.IGNORECASE)
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _MEDIUM_REQUEST = 2048
 OUT_OF_MEMORY = 4
 
@@ -69,8 +69,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parse_size(name: str, text: str) -> int:
-    """Bytes of `24GiB`, `24G` (the same: memory is counted in powers of 1024), `512 MiB`, `1000000`. `UsageError` for
-    anything else."""
+    """Bytes of `24GiB`, `24G` (the same: memory is counted in powers of 1024) or `512 MiB`. `UsageError` for anything
+    else, a number without a unit included."""
     found = _SIZE.fullmatch(text.strip())
     num_bytes = 0 if found is None else int(float(found[1]) * 1024 ** _POWERS[found[2].upper()])
     if num_bytes < 1:

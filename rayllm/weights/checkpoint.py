@@ -46,7 +46,7 @@ class Checkpoint:
         if is_pickled and PICKLED.is_in(self.folder):
             return PICKLED
         if load_format == "pt":
-            raise ConfigError(f"{self.folder} contains no {PICKLED.whole}, which load_format='pt' requires")
+            raise ConfigError(f"{self.folder} contains no {PICKLED.whole}, which load_format='pt' (or 'bin') requires")
         return SAFETENSORS
 
     def __contains__(self, name: str) -> bool:
@@ -124,6 +124,11 @@ class Checkpoint:
     def _read_all(self) -> None:
         paths = PICKLED.files(self.folder) if self._form is PICKLED else safetensors_files(self.folder)
         if not paths:
+            if self._form is SAFETENSORS and PICKLED.is_in(self.folder):
+                raise ConfigError(
+                    f"{self.folder} contains no safetensors files, which load_format='safetensors' requires: with "
+                    f"load_format='auto' its {PICKLED.whole} is read"
+                )
             others = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]
             why = f"; {min(others)} is not a file name that is read" if others else ""
             raise ConfigError(f"{self.folder} contains neither model.safetensors nor pytorch_model.bin{why}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rayllm.errors import ConfigError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 _MAX_JSON_BYTES = 64 * 2**20
 _IN_ROPE_PARAMETERS = ("rope_theta", "partial_rotary_factor", "rope_scaling")
@@ -42,6 +45,8 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A config with other values: objects are merged field by field, everything else is replaced."""
+    if added := [name for name in overrides if name not in config and name not in _IN_ROPE_PARAMETERS]:
+        log.warning("hf_overrides adds fields that config.json does not have: %s", ", ".join(added))
     merged = _merged(config, overrides)
     rope, moved = config.get("rope_parameters"), [name for name in _IN_ROPE_PARAMETERS if name in overrides]
     if moved and isinstance(rope, dict):

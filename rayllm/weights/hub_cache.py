@@ -4,11 +4,14 @@ links into `blobs`. Plain Python. The layout: https://huggingface.co/docs/huggin
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from rayllm.errors import ConfigError
 
 _PREFIX = "models--"
+log = logging.getLogger(__name__)
+
 _MAIN = "main"
 
 
@@ -17,6 +20,8 @@ def snapshot_of(folder: Path, revision: str | None = None) -> Path:
     main by default). `ConfigError` where there is none."""
     snapshots = folder / "snapshots"
     if (folder / "config.json").exists() or not snapshots.is_dir():
+        if revision is not None and folder.parent.name != "snapshots":
+            log.warning("revision=%r has no effect: %s is a folder, not a model of a hub", revision, folder)
         return folder
     reference = folder / "refs" / (revision or _MAIN)
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision

@@ -45,7 +45,8 @@ class PickledFile:
         except pickle.UnpicklingError as error:
             raise ConfigError(_refusal(path, str(error))) from None
         except Exception as error:  # the library raises errors of many kinds for damaged files
-            raise ConfigError(f"{path} is not a readable PyTorch file: {_one_line(error)}") from None
+            size = f"{path.stat().st_size} bytes; it may have been cut short: download it again"
+            raise ConfigError(f"{path} is not a readable PyTorch file ({_one_line(error)}; {size})") from None
         tensors = loaded if isinstance(loaded, dict) else {}
         self._tensors = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
         if not self._tensors:

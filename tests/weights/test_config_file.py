@@ -86,3 +86,11 @@ def test_overrides_that_say_too_little_are_refused() -> None:
         with_overrides(by_type, {"rope_theta": 5.0})
     with pytest.raises(ConfigError, match=r"hf_overrides\.rope_scaling='yarn' must be an object"):
         with_overrides(ROPE, {"rope_scaling": "yarn"})
+
+
+def test_an_override_of_a_field_that_is_not_there_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        assert with_overrides({"a": 1}, {"a": 2, "rope_theta": 1e6}) == {"a": 2, "rope_theta": 1e6}
+        assert not caplog.text
+        assert with_overrides({"a": 1}, {"nonsense": 3})["nonsense"] == 3
+    assert "does not have: nonsense" in caplog.text

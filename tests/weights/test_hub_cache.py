@@ -80,3 +80,12 @@ def test_other_folders_are_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert snapshot_of(tmp_path) == tmp_path
     assert cached_name(tmp_path) is None
+
+
+def test_a_revision_of_a_plain_folder_is_told_to_have_no_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with caplog.at_level("WARNING"):
+        assert snapshot_of(tmp_path, "abc") == tmp_path
+    assert "revision='abc' has no effect" in caplog.text

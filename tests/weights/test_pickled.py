@@ -49,7 +49,7 @@ def test_a_folder_with_only_pytorch_model_bin_is_read(folder: Path, is_zip: bool
     name = max(tensors, key=lambda name: tensors[name].dim())
     rows = range(len(tensors[name]))
     assert torch.equal(Checkpoint(folder).read(name, (rows, range(2, 5))), tensors[name][:, 2:5])
-    with pytest.raises(ConfigError, match=r"contains neither model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"contains no safetensors files, which load_format='safetensors' requires"):
         Checkpoint(folder, "safetensors")
 
 

@@ -88,10 +88,14 @@ def resolve(
 def _check_num_kv_blocks(config: ResolvedConfig) -> None:
     asked, num_blocks = config.engine.max_model_len, config.engine.num_kv_blocks
     least = least_context(asked, config.max_model_len)
-    if num_blocks is not None and num_blocks < num_blocks_for(config.kv_spans(), least):
+    spans = config.kv_spans()
+    needed = num_blocks_for(spans, least)
+    if num_blocks is not None and num_blocks < needed:
+        groups = f" in each of {len(spans)} groups of layers" if len(spans) > 1 else ""
         raise ConfigError(
             f"num_kv_blocks={num_blocks} of {config.block_size} tokens cannot hold one sequence of "
-            f"{'max_model_len=' if asked else ''}{least} tokens: raise num_kv_blocks, or lower max_model_len"
+            f"{'max_model_len=' if asked else ''}{least} tokens{groups}: raise num_kv_blocks to {needed}, or lower "
+            "max_model_len"
         )
 
 

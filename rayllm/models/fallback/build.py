@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -177,6 +178,15 @@ def _owner(model: Any, module: nn.Module) -> Any:
     return found
 
 
+def _choose_experts(model: Any, tp: TensorParallel) -> None:
+    """Mixtures of experts go expert by expert where a row of their weights is no multiple of 16 bytes: the grouped
+    product that `transformers` prefers, torch's, does not take it."""
+    stacked = (parameter for parameter in model.parameters() if parameter.dim() == 3)
+    if any(size * each.itemsize % (16 * tp.size) for each in stacked for size in each.shape[1:]):
+        with contextlib.suppress(ValueError):  # a model that has its own way alone
+            model.set_experts_implementation("eager")
+
+
 class _Words:
     """A tensor-parallel plan: the word for a module or a parameter, by patterns in which `*` is a layer's number."""
 
@@ -204,6 +214,7 @@ def load_decoder(
         for line in spec.notes():
             log.info("%s", line)
     model = empty_model(spec, model_path, dtype)
+    _choose_experts(model, tp)
     backend = choose_backend(attention_groups(spec, tp.rank, tp.size), dtype, device)
     weights: WeightSource = DummyWeights(seed, dtype, device)
     if load_format != "dummy":

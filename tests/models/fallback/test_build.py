@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from foreign import EXPERTS, VOCAB_SIZE, foreign_checkpoint
-from golden import largest_difference, make_sequences, transformers_log_probs
+from golden import check_log_probs, largest_difference, make_sequences, transformers_log_probs
 from safetensors.torch import load_file, save_file
 from teacher import log_probs
+from transformers import AutoModelForCausalLM
 from transformers.models.granite import modeling_granite
 
 from rayllm.distributed.groups import TensorParallel
@@ -42,6 +43,16 @@ def test_nothing_is_left_empty_and_every_tensor_is_used(tmp_path: Path) -> None:
     model, checkpoint = fill(foreign_checkpoint(tmp_path, "dots1", **EXPERTS), TensorParallel())
     assert {each.device.type for each in (*model.parameters(), *model.buffers())} == {"cpu"}
     assert checkpoint.unused() == []
+
+
+@torch.no_grad()
+def test_experts_whose_rows_are_no_multiple_of_16_bytes_are_served(tmp_path: Path) -> None:
+    path = foreign_checkpoint(tmp_path, "dots1", **{**EXPERTS, "moe_intermediate_size": 26})
+    sequences = make_sequences(VOCAB_SIZE, (13, 4))
+    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    reference.set_experts_implementation("eager")
+    expected = [reference(torch.tensor([tokens])).logits[0].log_softmax(-1).numpy() for tokens in sequences]
+    check_log_probs(path, sequences, expected, None)
 
 
 def test_a_rank_reads_its_own_bytes_only(tmp_path: Path) -> None:
