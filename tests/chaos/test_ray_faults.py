@@ -287,7 +287,7 @@ def test_a_program_that_is_interrupted_while_it_starts_leaves_nothing(
     after_s: float, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     others = _folders()
-    running = start(LLM, "")
+    running = start(LLM, "time.sleep(60)")  # a machine that starts it sooner interrupts the program itself
     time.sleep(after_s)
     family = descendants(running.pid)
     running.send_signal(signal.SIGINT)
