@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.live, pytest.mark.timeout(300)]
 TOLD_S, ENDED_S = 3.0, 10.0
 SLACK_S = 2.0
 """Of a machine that has other work."""
+CLEANUP_S = 5.0
+"""What the cleanup process may take after a program that ended without a word."""
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 16_000, "ignore_eos": True}
 
 
@@ -119,7 +121,12 @@ def test_a_server_whose_ray_dies_tells_its_clients_and_ends(
         print(f"{sign.name} of {victim}: clients told after {told_s:.2f} s, ended after {ended_s:.2f} s")
         assert told_s < TOLD_S + SLACK_S
         assert ended_s < ENDED_S + SLACK_S
-        assert _until(lambda: not _left(family) and not folder.exists(), SLACK_S), _left(family)
+        # A call that is on its way to the raylet when that dies makes Ray's own library end the process at once, with
+        # code 1 and without a word ("Exiting because the Raylet IPC connection failed"); the cleanup process does the
+        # rest, which takes it some seconds more.
+        is_ended_by_ray = victim == "raylet" and code == 1 and not served.errors.read_text()
+        cleanup_s = CLEANUP_S if is_ended_by_ray else 0
+        assert _until(lambda: not _left(family) and not folder.exists(), cleanup_s + SLACK_S), _left(family)
         assert served.process.pid not in [entry.pid for entry in running()]
         if not terminates:
             assert [client.status for client in clients] == [200, 200, 503]
@@ -127,6 +134,8 @@ def test_a_server_whose_ray_dies_tells_its_clients_and_ends(
                 assert (client.error["code"], victim in client.error["message"]) == ("ray_died", True), client.error
             assert [status for status in health if status != 200] == [503], "it says so before it is gone"
             assert code == 1
+            if is_ended_by_ray:
+                return
             [line] = served.errors.read_text().splitlines()
             assert line.startswith(f"rayllm serve: Ray's {victim} (pid "), line
 
