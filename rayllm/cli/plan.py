@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayllm.cli.flags import Parser, UsageError, add_config_flags, flag_name
+from rayllm.cli.main import OUT_OF_MEMORY
 from rayllm.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ _FLAGS = (
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT])i?B?", re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _MEDIUM_REQUEST = 2048
-OUT_OF_MEMORY = 4
 
 
 def parser() -> Parser:

@@ -13,8 +13,7 @@ from rayllm.models.memory_plan import CPU_KV_SHARE, MemoryNeeds, least_context
 def check_weights_fit(config: ResolvedConfig, needs: MemoryNeeds, device: torch.device) -> None:
     """Raises `ConfigError`, before anything is loaded, where this worker's weights alone are too large."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        room, what = int(total * config.engine.gpu_memory_utilization) - (total - free), "GPU's"
+        room, what = _gpu_room(config, device), "GPU's"
     else:
         room, what = available_host_bytes(), "machine's"
     if needs.weights > room:
@@ -39,8 +38,7 @@ def plan_num_blocks(config: ResolvedConfig, needs: MemoryNeeds, device: torch.de
     if engine.kv_cache_memory_bytes is not None:
         budget = engine.kv_cache_memory_bytes
     elif device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        budget = int(total * engine.gpu_memory_utilization) - (total - free) - needs.activations
+        budget = _gpu_room(config, device) - needs.activations
     else:
         budget = int(available_host_bytes() * CPU_KV_SHARE) // engine.layout.num_ranks
     num_blocks = min(budget // needs.kv_per_block, blocks_per_sequence * config.max_num_seqs)
@@ -53,3 +51,9 @@ def plan_num_blocks(config: ResolvedConfig, needs: MemoryNeeds, device: torch.de
             f"{fits}, or raise " + ("gpu_memory_utilization" if device.type == "cuda" else "kv_cache_memory_bytes")
         )
     return num_blocks
+
+
+def _gpu_room(config: ResolvedConfig, device: torch.device) -> int:
+    """Bytes of its GPU that this worker may still take; negative where others have taken them."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * config.engine.gpu_memory_utilization) - (total - free)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rayllm.errors import ConfigError
 
-_PREFIX = "models--"
 log = logging.getLogger(__name__)
 
+_PREFIX = "models--"
 _MAIN = "main"
 
 
