@@ -10,6 +10,7 @@ from rayllm.config import ResolvedConfig
 from rayllm.errors import WorkerDiedError
 from rayllm.executor.executor import Selectable
 from rayllm.messages import StepPlan, StepResult
+from rayllm.weights.progress import LoadProgress
 
 
 class StepRunner(Protocol):
@@ -39,12 +40,13 @@ class InprocExecutor:
         self._failure: WorkerDiedError | None = None
 
     @classmethod
-    def load(cls, config: ResolvedConfig) -> InprocExecutor:
-        """Loads the model on this process's device."""
+    def load(cls, config: ResolvedConfig, progress: LoadProgress | None = None) -> InprocExecutor:
+        """Loads the model on this process's device. The thread that calls this should also be the one that computes:
+        see `engine_thread`."""
         from rayllm.distributed.groups import TensorParallel
         from rayllm.runner.runner import Runner
 
-        return cls(Runner(config, TensorParallel()))
+        return cls(Runner(config, TensorParallel(), progress=progress))
 
     def send(self, plan: StepPlan) -> None:
         self._plans.append(plan)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from rayllm.errors import EngineError
+
 
 class LoadProgress:
     """Written by the threads that read a checkpoint, asked by any other."""
@@ -14,6 +16,11 @@ class LoadProgress:
         self._num_unseen = 0
         self._num_bytes = 0
         self.bytes_read = 0
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody wants the weights any more: what is loading ends at the next tensor."""
+        self._is_cancelled = True
 
     def begin(self, num_bytes: int) -> None:
         """A checkpoint of that size was opened."""
@@ -27,7 +34,9 @@ class LoadProgress:
             self._num_unseen -= num_bytes
 
     def read(self, num_bytes: int) -> None:
-        """The rank has read so many bytes."""
+        """The rank has read so many bytes. Raises `EngineError` after `cancel`."""
+        if self._is_cancelled:
+            raise EngineError("loading was cancelled")
         with self._lock:
             self.bytes_read += num_bytes
 

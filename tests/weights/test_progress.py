@@ -9,6 +9,7 @@ import torch
 from tiny import make_checkpoint
 
 from rayllm.distributed.groups import TensorParallel
+from rayllm.errors import EngineError
 from rayllm.models import load_model
 from rayllm.models.registry import read_spec
 from rayllm.weights.progress import LoadProgress, progress_text
@@ -44,3 +45,11 @@ def test_loading_a_model_ends_with_all_bytes_read(tp: TensorParallel, tmp_path: 
     bytes_read, num_bytes = progress.numbers()
     assert bytes_read == num_bytes
     assert whole // tp.size <= bytes_read < whole // tp.size + 5000
+
+
+def test_loading_that_nobody_wants_any_more_ends_at_the_next_tensor(tmp_path: Path) -> None:
+    folder, progress = make_checkpoint(tmp_path, tokenizer=False), LoadProgress()
+    spec, cpu = read_spec(folder), torch.device("cpu")
+    progress.cancel()
+    with pytest.raises(EngineError, match="loading was cancelled"):
+        load_model(str(folder), spec, TensorParallel(), dtype=torch.float32, device=cpu, progress=progress)

@@ -126,7 +126,7 @@ def run_rayllm(engine: EngineConfig, workload: Workload, repeat: int) -> Stats:
 def _slots_filled(llm: Any, run: Callable[[], None], block_size: int) -> float | None:
     """The share of token slots that hold a token, in the blocks in use, on average while most sequences run."""
     samples: list[tuple[int, int, int]] = []
-    engine = llm._client.engine.engine
+    engine = llm._client.engine.wait_until_made()
     receive, last = engine.receive, time.perf_counter()
 
     def observed(wake: Any) -> Any:

@@ -1,7 +1,9 @@
 """One engine for any number of threads: a thread of its own computes and waits, callers get their own tokens.
 
 The engine belongs to that thread alone: no signal (Ctrl-C in the main thread) interrupts a step, and a caller that
-stops listening costs the others nothing.
+stops listening costs the others nothing. It is also made there: OpenMP keeps a team of computing threads for every
+thread that ever computed, and where the teams together have more threads than the machine has cores, all of them sleep
+between two products and are several times slower. A model that one thread loads and another runs pays for that.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from rayllm.engine.client.protocols import BlockingEngineClient
 from rayllm.errors import EngineError
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 30.0
 _T = TypeVar("_T")
+_Engine = TypeVar("_Engine", bound=BlockingEngineClient)
 _Arrived = queue.SimpleQueue[TokenDelta | EngineError | None]
 """Deltas, then an error where the engine is lost, or None where the caller closed its call."""
 
@@ -74,7 +77,7 @@ class Wake:
 class Call:
     """Requests that a caller submitted together. Every method may be called from any thread; garbage is closed."""
 
-    def __init__(self, engine: EngineThread, streams: range, arrived: _Arrived):
+    def __init__(self, engine: EngineThread[Any], streams: range, arrived: _Arrived):
         self._engine = engine
         self.streams = streams
         """The numbers of the choices of all its requests, in order."""
@@ -114,12 +117,13 @@ class Call:
         self.close()
 
 
-class EngineThread:
-    """Runs `engine` on a thread of its own, from the constructor until `close`, which also closes the engine."""
+class EngineThread(Generic[_Engine]):
+    """Makes an engine on a thread of its own and runs it there, from the constructor until `close`, which also closes
+    the engine."""
 
-    def __init__(self, engine: BlockingEngineClient):
-        self.engine = engine
-        """For that thread alone."""
+    def __init__(self, make: Callable[[], _Engine]):
+        self._make = make
+        self._made: Future[_Engine] = Future()
         self._pid = os.getpid()
         self._wake = Wake()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -131,6 +135,10 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="rayllm-engine", daemon=True)
         self._thread.start()
 
+    def wait_until_made(self) -> _Engine:
+        """Waits for the engine, which belongs to its thread alone. Raises what `make` raised."""
+        return self._made.result()
+
     def open(self, requests: Sequence[Request]) -> Call:
         """Submits requests. Raises `EngineError` when the engine is lost or closed, or in a forked child."""
         arrived: _Arrived = queue.SimpleQueue()
@@ -141,7 +149,7 @@ class EngineThread:
             self._post(functools.partial(self._submit, first, requests, arrived))
         return Call(self, range(first, self._next_stream), arrived)
 
-    def ask(self, question: Callable[[BlockingEngineClient], _T]) -> _T:
+    def ask(self, question: Callable[[_Engine], _T]) -> _T:
         """What `question` returns for the engine, on its thread. Raises what it raises, and as `open` does."""
         answer: Future[_T] = Future()
         self._check()
@@ -176,6 +184,13 @@ class EngineThread:
     # ---------------------------------------------------------------------------------------- on the engine's thread
 
     def _run(self) -> None:
+        try:
+            engine = self._make()
+        except BaseException as failure:
+            self._end(failure if isinstance(failure, EngineError) else _failed(failure))
+            self._made.set_exception(failure)
+            return
+        self._made.set_result(engine)
         error = closed_error()
         try:
             while True:
@@ -183,14 +198,16 @@ class EngineThread:
                 if self._closing:
                     break
                 self._take_inbox()
-                for delta in self.engine.receive(self._wake):
+                for delta in engine.receive(self._wake):
                     self._deliver(delta)
         except EngineError as failure:
             error = failure
         except BaseException as failure:
             log.exception("the engine's thread failed")
-            error = EngineError(f"the engine's thread failed: {type(failure).__name__}: {failure}")
+            error = _failed(failure)
         self._end(closed_error() if self._closing else error)
+        with contextlib.suppress(Exception):  # it may be lost already
+            engine.close()
 
     def _end(self, error: EngineError) -> None:
         with self._lock:
@@ -199,8 +216,6 @@ class EngineThread:
             arrived.put(error)
         self._open.clear()
         self._take_inbox()
-        with contextlib.suppress(Exception):  # it may be lost already
-            self.engine.close()
         self._wake.close()
 
     def _take_inbox(self) -> None:
@@ -213,19 +228,19 @@ class EngineThread:
             return
         for request in requests:
             self._open.update(dict.fromkeys(range(first, first + request.params.n), arrived))
-            self.engine.submit(first, request)
+            self._made.result().submit(first, request)
             first += request.params.n
 
     def _abort(self, streams: range) -> None:
         for stream in streams:
             if self._open.pop(stream, None) is not None:
-                self.engine.abort(stream)
+                self._made.result().abort(stream)
 
-    def _answer(self, question: Callable[[BlockingEngineClient], _T], answer: Future[_T]) -> None:
+    def _answer(self, question: Callable[[_Engine], _T], answer: Future[_T]) -> None:
         try:
             if self._ended is not None:
                 raise self._ended
-            answer.set_result(question(self.engine))
+            answer.set_result(question(self._made.result()))
         except BaseException as error:
             answer.set_exception(error)
 
@@ -254,3 +269,7 @@ class EngineThread:
             raise EngineError(str(self._ended), code=self._ended.code)
         self._inbox.append(command)
         self._wake.set()
+
+
+def _failed(failure: BaseException) -> EngineError:
+    return EngineError(f"the engine's thread failed: {type(failure).__name__}: {failure}")

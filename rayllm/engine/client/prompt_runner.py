@@ -26,7 +26,7 @@ ShowsProgress = bool | Callable[..., Any]
 class PromptRunner:
     """Submits requests to an engine that other threads use too, each call as if it were alone."""
 
-    def __init__(self, engine: EngineThread, config: ResolvedConfig, tokenizer: Tokenizer):
+    def __init__(self, engine: EngineThread[Any], config: ResolvedConfig, tokenizer: Tokenizer):
         self.engine = engine
         self._config = config
         self._tokenizer = tokenizer

@@ -23,6 +23,7 @@ from rayllm.executor.placement import cluster_devices
 from rayllm.executor.ray_cluster import connected_ray
 from rayllm.executor.ray_connection import ray_is_initialized
 from rayllm.weights.hub import ensure_downloaded
+from rayllm.weights.progress import LoadProgress
 
 log = logging.getLogger(__name__)
 
@@ -52,22 +53,24 @@ def resolve_for_program(config: EngineConfig) -> ResolvedConfig:
     return resolved
 
 
-def open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> tuple[EngineThread, ResolvedConfig]:
+def open_engine(config: ResolvedConfig, cleanup: contextlib.ExitStack) -> tuple[EngineThread[Any], ResolvedConfig]:
     """The engine for all threads of this program, and its config with the context that fits; `cleanup` gets what ends
     it."""
     if config.backend == "inproc":
-        local = LocalEngine(config, InprocExecutor.load(config))
-        config, thread = local.config, EngineThread(local)
-        cleanup.callback(thread.join)
-    else:
-        cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.layout.num_ranks))
-        joined = cleanup.enter_context(contextlib.ExitStack())
-        watched = start_watched(config, cleanup)
-        config = watched.owned.config
-        thread = EngineThread(BlockingJournaledClient(watched.connect(), watched.reconnect))
-        joined.callback(thread.join)  # after `watched.close`, by which a replacement fails, and before Ray ends
+        progress = LoadProgress()
+        local = EngineThread(lambda: LocalEngine(config, InprocExecutor.load(config, progress)))
+        cleanup.callback(local.join)
+        cleanup.callback(local.close)
+        cleanup.callback(progress.cancel)
+        return local, local.wait_until_made().config
+    cleanup.enter_context(connected_ray(num_cpus=1 + config.engine.layout.num_ranks))
+    joined = cleanup.enter_context(contextlib.ExitStack())
+    watched = start_watched(config, cleanup)
+    thread = EngineThread(lambda: BlockingJournaledClient(watched.connect(), watched.reconnect))
+    joined.callback(thread.join)  # after `watched.close`, by which a replacement fails, and before Ray ends
     cleanup.callback(thread.close)
-    return thread, config
+    thread.wait_until_made()
+    return thread, watched.owned.config
 
 
 def finalizer(owner: Any, cleanup: contextlib.ExitStack) -> weakref.finalize[..., Any]:

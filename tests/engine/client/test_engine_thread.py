@@ -31,7 +31,7 @@ def _local(**executor: Any) -> LocalEngine:
 
 @pytest.fixture
 def engine() -> Iterator[EngineThread]:
-    thread = EngineThread(_local())
+    thread = EngineThread(_local)
     yield thread
     thread.close()
     thread.join()
@@ -107,7 +107,7 @@ def test_closing_a_call_wakes_the_thread_that_waits_for_it() -> None:
             time.sleep(0.01)
             return []
 
-    engine = EngineThread(Silent(fake_config(), FakeExecutor()))
+    engine = EngineThread(lambda: Silent(fake_config(), FakeExecutor()))
     call = engine.open([_endless()])
     received: list[object] = []
     waiting = threading.Thread(target=lambda: received.append(call.receive()))
@@ -134,7 +134,7 @@ def test_an_aborted_choice_brings_nothing_more_and_its_siblings_go_on(engine: En
 
 def test_close_ends_open_calls_and_later_ones_with_one_clear_error() -> None:
     executor = SlowExecutor()
-    engine = EngineThread(LocalEngine(fake_config(), executor))
+    engine = EngineThread(lambda: LocalEngine(fake_config(), executor))
     call = engine.open([_endless()])
     engine.close()
     engine.join()
@@ -149,7 +149,7 @@ def test_close_ends_open_calls_and_later_ones_with_one_clear_error() -> None:
 
 
 def test_a_lost_engine_tells_every_caller() -> None:
-    engine = EngineThread(_local(dies=[3], recovers=False))
+    engine = EngineThread(lambda: _local(dies=[3], recovers=False))
     calls = [engine.open([_endless(number)]) for number in range(3)]
     for call in calls:
         with pytest.raises(EngineError, match="killed by the test"):
@@ -190,3 +190,30 @@ def test_what_is_asked_of_the_engine_is_answered_while_it_computes(engine: Engin
     with pytest.raises(ZeroDivisionError):
         engine.ask(lambda engine: 1 // 0)
     assert _tokens(call, 1) == [expected_tokens(_endless())]
+
+
+def test_the_engine_is_made_on_the_thread_that_runs_it() -> None:
+    made_on: list[str] = []
+
+    def make() -> LocalEngine:
+        made_on.append(threading.current_thread().name)
+        return _local()
+
+    engine = EngineThread(make)
+    assert engine.ask(lambda made: made.stats().num_running) == 0
+    assert made_on == ["rayllm-engine"] == [engine.ask(lambda _: threading.current_thread().name)]
+    engine.close()
+    engine.join()
+
+
+def test_an_engine_that_cannot_be_made_says_why_to_who_waits_for_it_and_to_who_uses_it() -> None:
+    def make() -> LocalEngine:
+        raise ValueError("no such model")
+
+    engine = EngineThread(make)
+    with pytest.raises(ValueError, match="no such model"):
+        engine.wait_until_made()
+    with pytest.raises(EngineError, match="ValueError: no such model"):
+        engine.open([_endless()])
+    engine.close()
+    engine.join()

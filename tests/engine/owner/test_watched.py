@@ -71,7 +71,7 @@ def engine(raylet: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> 
 def test_callers_of_an_engine_whose_ray_dies_are_told_and_it_closes(
     engine: WatchedEngine, raylet: subprocess.Popen[bytes]
 ) -> None:
-    thread = EngineThread(BlockingJournaledClient(engine.connect(), engine.reconnect))
+    thread = EngineThread(lambda: BlockingJournaledClient(engine.connect(), engine.reconnect))
     call = thread.open([_request("r")])
     threading.Timer(0.2, raylet.kill).start()
     with pytest.raises(EngineError, match="raylet") as raised:
