@@ -10,6 +10,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """A step's rows for kernels that read lengths and tables on the device, with shapes that may be padded: M rows that
+    the worker has, R rows (or more lines, for a CUDA graph of a fixed size) in the step. A padding line has
+    `kv_lens_R` 0 and no tokens."""
+
+    rows_R: Tensor
+    """int32: each line's row in `block_table_SMB`."""
+    query_starts_R1: Tensor
+    """int32, R + 1 offsets into T."""
+    kv_lens_R: Tensor
+    """int32: tokens a line's last query attends to, itself included."""
+    block_table_SMB: Tensor
+    """int32, by KV group: the tables of all rows of the worker. Entries past a row's own blocks mean nothing."""
+    num_decode_lines: int
+    """The first lines, with one token each (or padding)."""
+    max_query_len: int
+    """Tokens of the longest line."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's input, the same on every rank. Rows with one token come first (`num_decode_rows` of them), then rows
     with more; a row's tokens stand together, in order of position. KV of a row's earlier positions is in its blocks.
@@ -35,6 +55,8 @@ class Batch:
     beyond_T: Tensor | None = None
     """bool: whether the token's sequence, as far as it is known, is longer than `DecoderSpec.rope_boundary`; None for a
     model without one."""
+    device_rows: DeviceRows | None = None
+    """For attention backends that need no host (`AttentionBackend.uses_device_rows`)."""
 
     @property
     def num_rows(self) -> int:

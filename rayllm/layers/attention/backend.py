@@ -75,6 +75,10 @@ class AttentionBackend(ABC):
 
     name: str
     """What users and the log call it."""
+    uses_device_rows = False
+    """Whether it reads `Batch.device_rows`, and so never waits for the host."""
+    reads_unwritten_slots = True
+    """Whether slots that no token was written to must hold finite numbers, because they are multiplied by zero."""
 
     @abstractmethod
     def prepare(self, batch: Batch) -> list[Any]:
