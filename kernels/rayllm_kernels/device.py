@@ -17,8 +17,8 @@ def uses_triton(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """While this lasts, tensors on a CPU too are computed by Triton kernels, in Triton's interpreter: thousands of times
-    slower, for tests and for a debugger. `TRITON_INTERPRET=1` must be set before a kernel is imported."""
+    """While this lasts, tensors on a CPU too are computed by Triton kernels, in Triton's interpreter: thousands of
+    times slower, for tests and for a debugger. `TRITON_INTERPRET=1` must be set before a kernel is imported."""
     global _interpreted
     before, _interpreted = _interpreted, True
     try:

@@ -30,8 +30,8 @@ class Uploaded:
 
 
 class Upload:
-    """Collects a step's arrays and sends them together: on a GPU in one asynchronous copy out of pinned memory, on a CPU
-    by no copy at all.
+    """Collects a step's arrays and sends them together: on a GPU in one asynchronous copy out of pinned memory, on a
+    CPU by no copy at all.
 
     The device holds them in one buffer that serves every step: work on one stream comes in order, so what step n + 1
     sends cannot overtake what step n reads. Arrays of the same sizes added in the same order are at the same addresses,

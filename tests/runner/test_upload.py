@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rayllm.runner.download import Download
 from rayllm.runner.upload import Upload
 
 
@@ -21,12 +20,3 @@ def test_arrays_come_with_their_shapes_and_types_and_without_a_copy_on_a_cpu() -
     assert tensors[0].tolist() == ids.tolist()
     assert tensors[0].data_ptr() == ids.ctypes.data
     assert [each.offset for each in sent] == [0, 32, 48], "aligned to 16 bytes"
-
-
-def test_results_are_read_in_their_shapes_and_types() -> None:
-    download = Download(torch.device("cpu"))
-    ids, values = torch.tensor([3, 4]), torch.tensor([[0.5], [1.5]])
-    read = [download.add(ids), download.add(values)]
-    download.start()
-    assert read[0].array.tolist() == [3, 4]
-    assert read[1].array.tolist() == [[0.5], [1.5]]
