@@ -50,11 +50,12 @@ def _share(file: Path) -> str:
 
 
 _OPTIONAL_MARKERS = {
+    "kernels": "Triton kernels in the interpreter or compiled ahead of time, more than two seconds a file",
     "catalogue": "bad requests against a running server, two minutes",
     "live": "starts real servers and disturbs them, tens of seconds each",
     "slow": "takes a minute or much memory",
 }
-"""Tests with one of these markers run only where `-m` names it. CI runs `catalogue` and `live` as own steps."""
+"""Tests with one of these markers run only where `-m` names it. CI runs `kernels`, `catalogue` and `live` as own steps."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,6 +115,18 @@ def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("llama"), architecture="llama")
+
+
+@pytest.fixture
+def interpreted_kernels() -> Iterator[None]:
+    """Tensors on the CPU are computed by Triton's kernels, in an interpreter that is right, where a GPU would be asked.
+    In `tests/kernels` the interpreter is corrected for every test."""
+    from triton_interpreter import corrected
+
+    from rayllm_kernels.device import interpreted
+
+    with corrected(), interpreted():
+        yield
 
 
 @pytest.fixture(scope="session")
