@@ -55,7 +55,7 @@ _OPTIONAL_MARKERS = {
     "live": "starts real servers and disturbs them, tens of seconds each",
     "slow": "takes a minute or much memory",
 }
-"""Tests with one of these markers run only where `-m` names it. CI runs `kernels`, `catalogue` and `live` as own steps."""
+"""Tests with one of these markers run only where `-m` names it. CI runs the first three as own steps."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""What tests compare kernels by: seeded inputs, errors in float64, buffers whose surroundings nobody may read or write."""
+"""What tests compare kernels by: seeded inputs, errors in float64, and guarded buffers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Makes Triton's interpreter right for bfloat16 and float8, and strict about arithmetic in types of less than 32 bits.
+"""Makes Triton's interpreter right for bfloat16 and float8, and strict about arithmetic in types below 32 bits.
 
-As it is, the interpreter keeps bfloat16 and float8 as bit patterns: it adds and multiplies the patterns, truncates where
-a GPU rounds to nearest even, and lets float8 overflow where a GPU saturates. It also multiplies float32 exactly where a
-GPU takes TensorFloat-32 unless it is told not to. `corrected` replaces its conversions by torch's, widens what `tl.dot`
-multiplies, and raises where a kernel does something else in a narrow type: kernels load, convert to float32, compute,
-and convert on the store.
+As it is, the interpreter keeps bfloat16 and float8 as bit patterns: it adds and multiplies the patterns, truncates
+where a GPU rounds to nearest even, and lets float8 overflow where a GPU saturates. It also multiplies float32 exactly
+where a GPU takes TensorFloat-32 unless it is told not to. `corrected` replaces its conversions by torch's, widens what
+`tl.dot` multiplies, and raises where a kernel does something else in a narrow type: kernels load, convert to float32,
+compute, and convert on the store.
 
 The names that it replaces are private: it checks that they exist, and `test_triton_interpreter.py` what they do.
 """
