@@ -4,8 +4,10 @@ are wanted, B blocks of the longest row's table, S KV groups (layers that share 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -61,3 +63,17 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.kv_lens)
+
+    def with_device_rows(self) -> Batch:
+        """The same step with `device_rows` made of what the host knows: copies, for a step by itself. Line r is row r
+        of `block_table_SRB`."""
+        starts, device = self.query_starts, self.positions_T.device
+        rows = DeviceRows(
+            rows_R=torch.arange(self.num_rows, dtype=torch.int32, device=device),
+            query_starts_R1=torch.tensor(starts, dtype=torch.int32, device=device),
+            kv_lens_R=torch.tensor(self.kv_lens, dtype=torch.int32, device=device),
+            block_table_SMB=self.block_table_SRB,
+            num_decode_lines=self.num_decode_rows,
+            max_query_len=max((end - begin for begin, end in pairwise(starts)), default=0),
+        )
+        return replace(self, device_rows=rows)

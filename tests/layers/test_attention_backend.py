@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayllm.layers.attention import AttentionGroup, LayerAttention, choose_backend
+from rayllm.layers.attention import AttentionGroup, GatheredBackend, LayerAttention, TritonBackend, choose_backend
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import KVPool, KVSpec
+from rayllm_kernels.device import interpreted
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, SCALE = 4, 6, 2, 16, 0.3
@@ -66,6 +67,14 @@ class Step:
             block_size=BLOCK_SIZE,
         )
 
+    def spoil_unwritten_slots(self) -> None:
+        written = torch.zeros(len(self.pool.layers[0][0]), BLOCK_SIZE, dtype=torch.bool)
+        for (done, _), table in zip(ROWS, self.tables):
+            for position in range(done):
+                written[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = True
+        for cache in self.pool.layers[0]:
+            cache.transpose(1, 2)[~written] = torch.nan
+
     def new(self, rows: list[Tensor]) -> Tensor:
         return torch.cat([row[done:] for (done, _), row in zip(ROWS, rows)])
 
@@ -91,20 +100,36 @@ def _expected(step: Step, layer: LayerAttention) -> Tensor:
     return torch.stack(outputs)
 
 
+def test_the_cpu_gathers_and_kernels_read_pages() -> None:
+    groups = [[AttentionGroup(NUM_KV_HEADS, HEAD_DIM)]]
+    assert isinstance(choose_backend(groups, torch.float32, CPU), GatheredBackend)
+    with interpreted():
+        assert isinstance(choose_backend(groups, torch.float32, CPU), TritonBackend)
+
+
+@pytest.mark.parametrize("backend_class", [GatheredBackend, TritonBackend])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("window", "soft_cap", "has_sinks", "has_alibi"),
     list(product([None, 3, 12], [None, 0.7], [False, True], [False, True])),
 )
 def test_attention_equals_float64(
-    window: int | None, soft_cap: float | None, has_sinks: bool, has_alibi: bool, dtype: torch.dtype
+    window: int | None,
+    soft_cap: float | None,
+    has_sinks: bool,
+    has_alibi: bool,
+    dtype: torch.dtype,
+    backend_class: type[GatheredBackend] | type[TritonBackend],
 ) -> None:
+    """The kernels' backend by their references here."""
     step = Step(dtype)
     group = AttentionGroup(NUM_KV_HEADS, HEAD_DIM, window, SLOPES if has_alibi else ())
     sinks_H = torch.linspace(-1, 2, NUM_HEADS) if has_sinks else None
     layer = LayerAttention(group, SCALE, soft_cap, sinks_H)
-    backend = choose_backend([[group]], dtype, CPU)
-    [metadata], kv = backend.prepare(step.batch()), step.pool.layers[0]
+    backend = backend_class([[group]], dtype, CPU)
+    [metadata], kv = backend.prepare(step.batch().with_device_rows()), step.pool.layers[0]
+    if not backend.reads_unwritten_slots:
+        step.spoil_unwritten_slots()
     k_TKD, v_TKD = step.new(step.keys), step.new(step.values)
     backend.write(k_TKD, v_TKD, kv, metadata, layer)
     found_THD = backend.forward(step.q_THD, k_TKD, v_TKD, kv, metadata, layer)

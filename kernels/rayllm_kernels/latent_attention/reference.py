@@ -1,47 +1,32 @@
-"""Latent attention in its absorbed form (DeepSeek-V2, 2024): queries were brought into the latent space, so all heads
-attend to one vector a token, whose first channels are the value.
+"""Latent attention in its absorbed form (DeepSeek-V2, 2024), over pages, one line after another: queries were brought
+into the latent space, so all heads attend to one vector a token, whose first channels are the value.
 
-Shape letters: B query tokens, H query heads, P page size, L key length, W width of what is kept of a token, C width of
-its latent part (C <= W; channels past C are the rotated key that all heads share).
+Shape letters: N lines (sequences), T query tokens, H query heads, P page size, W width of what is kept of a token, C
+width of its latent part (C <= W; channels past C are the rotated key that all heads share).
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rayllm_kernels.attention import gather_pages
+from rayllm_kernels.attention import reference
+from rayllm_kernels.attention.paged import PagedLines, Scoring
 
 
 def paged_latent_decode(
-    q_BHW: Tensor, cache: Tensor, pages: Tensor, mask_B1L: Tensor, scale: float, latent_dim: int, workspace: Tensor
-) -> Tensor:
-    """One query token for each of B rows; returns `[B, H, C]`, weighted sums of latents.
-
-    `cache` is `[blocks, 1, P, W]`; `pages` (`B * pages of a row`, block numbers) are gathered into `workspace`, a flat
-    buffer. `mask_B1L` is added to the scores: -inf where there is no key.
-    """
-    num_rows, _, length = mask_B1L.shape
-    kv_BLW = gather_pages(cache, pages, workspace).view(num_rows, length, -1)
-    return latent_attention(q_BHW, kv_BLW, mask_B1L, scale, latent_dim)
+    q_NHW: Tensor, cache: Tensor, lines: PagedLines, scale: float, arrivals: Tensor, out_NHC: Tensor
+) -> None:
+    """Attention of one query a line, the last of its tokens, to the latents in a `[blocks, 1, P, W]` cache; weighted
+    sums of latents are written to `out_NHC`, zeros for lines without keys. `arrivals`: see `attention.reference`."""
+    out_NHW = q_NHW.new_empty(q_NHW.shape)
+    reference.paged_decode(q_NHW, cache, cache, lines, Scoring(scale), arrivals, out_NHW)
+    out_NHC.copy_(out_NHW[..., : out_NHC.shape[2]])
 
 
-def latent_attention(q_BHW: Tensor, kv_BLW: Tensor, mask_B1L: Tensor, scale: float, latent_dim: int) -> Tensor:
-    """softmax(q @ kv.T * scale + mask) @ kv, cut to the latent channels: `[B, H, C]`. Rows may share the same latents
-    (a stride of 0); they are not copied.
-
-    A CPU has a fused kernel, in bfloat16 3 times as fast as plain products, where the heads are given as query rows of
-    one head and the whole vectors as values, as wide as keys. A GPU's fused kernels do not reach this width.
-    """
-    if not q_BHW.is_cpu:
-        return plain_latent_attention(q_BHW, kv_BLW, mask_B1L, scale, latent_dim)
-    kv = kv_BLW.unsqueeze(1)
-    out = F.scaled_dot_product_attention(q_BHW.unsqueeze(1), kv, kv, attn_mask=mask_B1L.unsqueeze(1), scale=scale)
-    return out.squeeze(1)[..., :latent_dim]
-
-
-def plain_latent_attention(q_BHW: Tensor, kv_BLW: Tensor, mask_B1L: Tensor, scale: float, latent_dim: int) -> Tensor:
-    """`latent_attention` by plain products."""
-    scores_BHL = torch.baddbmm(mask_B1L, q_BHW, kv_BLW.transpose(1, 2), alpha=scale)
-    return torch.bmm(scores_BHL.softmax(-1), kv_BLW[..., :latent_dim])
+def paged_latent_prefill(q_THW: Tensor, cache: Tensor, lines: PagedLines, scale: float, out_THC: Tensor) -> None:
+    """Causal attention of several queries a line, the last of its tokens, whose latents are in the cache; written to
+    `out_THC`. Places that are no line's query stay as they are."""
+    out_THW = q_THW.new_empty(q_THW.shape)
+    out_THW[..., : out_THC.shape[2]] = out_THC
+    reference.paged_prefill(q_THW, cache, cache, lines, Scoring(scale), out_THW)
+    out_THC.copy_(out_THW[..., : out_THC.shape[2]])

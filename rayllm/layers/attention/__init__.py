@@ -11,6 +11,8 @@ from rayllm.layers.attention.gathered import GatheredBackend
 from rayllm.layers.attention.grouped import GroupedAttention, kv_heads_of
 from rayllm.layers.attention.latent import LatentAttention
 from rayllm.layers.attention.layer import AttentionLayer
+from rayllm.layers.attention.triton import TritonBackend
+from rayllm_kernels.device import uses_triton
 
 __all__ = [
     "AttentionBackend",
@@ -21,6 +23,7 @@ __all__ = [
     "LatentAttention",
     "LatentLayerAttention",
     "LayerAttention",
+    "TritonBackend",
     "choose_backend",
     "kv_heads_of",
 ]
@@ -31,4 +34,6 @@ def choose_backend(
 ) -> AttentionBackend:
     """The backend for all layers of a model whose queries, keys and values have `dtype`, chosen once at start. `groups`
     are those of each KV group."""
+    if uses_triton(torch.empty(0, device=device)):
+        return TritonBackend(groups, dtype, device)
     return GatheredBackend(groups, dtype, device)

@@ -17,7 +17,7 @@ from rayllm.layers.attention import gathered_latent
 from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LatentLayerAttention, LayerAttention
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import LayerKV
-from rayllm_kernels.attention import gather_pages, paged_decode, paged_prefill, prompt_attention
+from rayllm_kernels.attention import gather_pages, gathered_chunk, gathered_decode, prompt_attention
 from rayllm_kernels.kv_cache import page_rows, write_kv, write_latent
 
 _GROUP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -89,11 +89,11 @@ class GroupPlan:
         scale, extras = layer.scale, (layer.soft_cap, layer.sinks_H)
         for group in self.decode:
             q = q_THD[group.tokens]
-            out = paged_decode(q, k_cache, v_cache, group.pages, group.mask_NGL, scale, self.workspace, *extras)
+            out = gathered_decode(q, k_cache, v_cache, group.pages, group.mask_NGL, scale, self.workspace, *extras)
             yield group.tokens, out
         for chunk in self.chunks:
             q = q_THD[chunk.tokens]
-            out = paged_prefill(
+            out = gathered_chunk(
                 q, k_cache, v_cache, chunk.pages, chunk.kv_len, chunk.mask_TL, scale, self.workspace, *extras
             )
             yield chunk.tokens, out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayllm.layers.attention.backend import LatentLayerAttention
 from rayllm.spec import LatentAttentionSpec
-from rayllm_kernels.latent_attention import latent_attention, paged_latent_decode
+from rayllm_kernels.latent_attention import gathered_latent_decode, latent_attention
 
 _EXPANDED_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Keys and values that are expanded at once: heads are taken in slices of as many as fit."""
@@ -28,7 +28,7 @@ def decode(
 ) -> Tensor:
     """One query token for each row whose latents stand in `pages` of the cache; `[B, H, V]`."""
     q_BHW, spec = _absorbed_queries(q_BHD, layer), layer.spec
-    out_BHC = paged_latent_decode(q_BHW, cache, pages, mask_B1L, spec.scale, spec.latent_dim, workspace)
+    out_BHC = gathered_latent_decode(q_BHW, cache, pages, mask_B1L, spec.scale, spec.latent_dim, workspace)
     return layer.v_up(out_BHC)
 
 

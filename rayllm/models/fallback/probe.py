@@ -104,6 +104,8 @@ def _paged(
             num_decode_rows=int(end - begin == 1),
             block_size=_BLOCK_SIZE,
         )
+        if backend.uses_device_rows:
+            batch = batch.with_device_rows()
         parts.append(decoder.forward(batch, pool.layers, backend.prepare(batch)))
         begin = end
     return torch.cat(parts)

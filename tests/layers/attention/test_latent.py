@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayllm.layers.attention import LatentAttention, LatentLayerAttention, choose_backend, gathered_latent
+from rayllm.layers.attention import (
+    LatentAttention,
+    LatentLayerAttention,
+    TritonBackend,
+    choose_backend,
+    gathered_latent,
+)
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import KVPool, KVSpec
 from rayllm.linear import PerHeadLinear
@@ -105,6 +111,18 @@ def test_attention_equals_float64_absorbed_or_expanded(
     [metadata], kv = backend.prepare(step.batch()), step.pool.layers[0]
     backend.write_latent(step.new_latents(), kv, metadata, layer)
     found_THV = backend.forward_latent(step.q_THD, step.new_latents(), kv, metadata, layer)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found_THV.double(), step.expected(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_backend_equals_float64(dtype: torch.dtype) -> None:
+    """By their references here."""
+    step = Step(dtype)
+    backend = TritonBackend([[step.layer.group]], dtype, CPU)
+    [metadata], kv = backend.prepare(step.batch().with_device_rows()), step.pool.layers[0]
+    backend.write_latent(step.new_latents(), kv, metadata, step.layer)
+    found_THV = backend.forward_latent(step.q_THD, step.new_latents(), kv, metadata, step.layer)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found_THV.double(), step.expected(), atol=tolerance, rtol=tolerance)
 

@@ -9,7 +9,7 @@ import torch
 from kernel_accuracy import TOLERANCES, random_tensor, relative_error
 from torch import Tensor
 
-from rayllm_kernels.attention.reference import paged_decode, paged_prefill, prompt_attention
+from rayllm_kernels.attention.gathered import gathered_chunk, gathered_decode, prompt_attention
 from rayllm_kernels.kv_cache.reference import write_kv
 
 BLOCK_SIZE = 4
@@ -60,7 +60,7 @@ def _workspace(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(6, 2, 8), (4, 4, 24), (7, 1, 16)])
 @pytest.mark.parametrize("lens", [[13, 6], [5, 5], [1, 16]])
-def test_paged_decode_attends_to_each_rows_own_keys(
+def test_gathered_decode_attends_to_each_rows_own_keys(
     lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     pages = _Pages(lens, num_kv_heads, head_dim, dtype)
@@ -70,7 +70,7 @@ def test_paged_decode_attends_to_each_rows_own_keys(
     for row, length in enumerate(lens):
         mask[row, :, :length] = 0
     index, workspace = pages.index([0, 1]), _workspace(dtype)
-    found = paged_decode(q, pages.k_cache, pages.v_cache, index, mask.view(-1, 1, width), 0.3, workspace)
+    found = gathered_decode(q, pages.k_cache, pages.v_cache, index, mask.view(-1, 1, width), 0.3, workspace)
     group = num_heads // num_kv_heads
     for row, length in enumerate(lens):
         for head in range(num_heads):
@@ -81,7 +81,7 @@ def test_paged_decode_attends_to_each_rows_own_keys(
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("window", [None, 3])
-def test_paged_prefill_is_causal_from_the_chunks_offset(window: int | None, dtype: torch.dtype) -> None:
+def test_gathered_chunk_is_causal_from_the_chunks_offset(window: int | None, dtype: torch.dtype) -> None:
     pages = _Pages([14, 3], 2, 8, dtype)
     q = random_tensor(5, 6, 8, dtype=dtype)
     positions = torch.arange(9, 14).unsqueeze(1)
@@ -89,7 +89,7 @@ def test_paged_prefill_is_causal_from_the_chunks_offset(window: int | None, dtyp
     if window is not None:
         allowed &= torch.arange(14) > positions - window
     mask = torch.zeros(5, 14, dtype=dtype).masked_fill_(~allowed, -math.inf)
-    found = paged_prefill(q, pages.k_cache, pages.v_cache, pages.index([0]), 14, mask, 0.3, _workspace(dtype))
+    found = gathered_chunk(q, pages.k_cache, pages.v_cache, pages.index([0]), 14, mask, 0.3, _workspace(dtype))
     for head in range(6):
         k, v = (x[0][:, head // 3] for x in (pages.keys, pages.values))
         assert relative_error(found[:, head], _naive(q[:, head], k, v, 9, 0.3, window)) < 2 * TOLERANCES[dtype]

@@ -11,9 +11,9 @@ from kernel_accuracy import TOLERANCES, random_tensor, relative_error
 from torch import Tensor
 
 from rayllm_kernels.kv_cache.reference import write_latent
-from rayllm_kernels.latent_attention.reference import (
+from rayllm_kernels.latent_attention.gathered import (
+    gathered_latent_decode,
     latent_attention,
-    paged_latent_decode,
     plain_latent_attention,
 )
 
@@ -34,7 +34,7 @@ def test_decode_of_two_rows_equals_float64(num_heads: int, latent_dim: int, widt
         mask_B1L[row, :, :length] = 0
     q_BHW = random_tensor(2, num_heads, width, dtype=dtype)
     workspace = torch.full((1024,), math.nan, dtype=dtype)
-    found = paged_latent_decode(q_BHW, cache, torch.tensor(tables).flatten(), mask_B1L, 0.3, latent_dim, workspace)
+    found = gathered_latent_decode(q_BHW, cache, torch.tensor(tables).flatten(), mask_B1L, 0.3, latent_dim, workspace)
     expected = torch.stack(
         [
             (q.double() @ latents.double().T * 0.3).softmax(-1) @ latents[:, :latent_dim].double()
