@@ -46,6 +46,13 @@ _UNREAD_FORMATS = {
 """Values of vLLM's `load_format` that are not served, and what to do instead."""
 
 
+_OF_A_GPU = {
+    "gpu_memory_utilization": "kv_cache_memory_bytes or num_kv_blocks sets the memory for KV",
+    "enforce_eager": "CUDA graphs are a GPU's",
+    "cuda_graphs": "CUDA graphs are a GPU's",
+    "max_cudagraph_capture_size": "CUDA graphs are a GPU's",
+}
+"""Settings of `EngineConfig` without effect on a CPU, and why."""
 _SIZES = ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])")
 _UNITS = {unit: 1000**power for power, unit in enumerate("kmgt", 1)}
@@ -69,7 +76,6 @@ class CompatibilitySettings(BaseModel):
         description="Let workers run the Python code of a checkpoint whose model neither RayLLM nor transformers has. "
         "Without effect for all other models: they are read without it.",
     )
-    enforce_eager: bool = Field(False, description="Without effect: RayLLM captures no CUDA graphs.")
     disable_custom_all_reduce: bool = Field(False, description="Without effect: ranks reduce by NCCL, or gloo on CPU.")
     disable_custom_kernels: bool = Field(False, description="Without effect: each layer has one implementation.")
     enable_chunked_prefill: bool = Field(True, description="Always on.")
@@ -138,7 +144,6 @@ class CompatibilitySettings(BaseModel):
 _WITHOUT_EFFECT = {
     "trust_remote_code": "is not needed: RayLLM reads the model's files itself and runs no code from them",
     "disable_custom_kernels": "has no effect: each layer has one implementation",
-    "enforce_eager": "has no effect: RayLLM captures no CUDA graphs",
 }
 
 
@@ -156,8 +161,6 @@ def notes(config: CompatibilitySettings, device: str, *, runs_code: bool = False
         found.append(f"disable_custom_all_reduce=True has no effect: ranks on {device} reduce by {library}")
     if "enable_chunked_prefill" in given and not config.enable_chunked_prefill:
         found.append("enable_chunked_prefill=False has no effect: prompts are always computed within the token budget")
-    if "gpu_memory_utilization" in given and device == "cpu":
-        found.append(
-            "gpu_memory_utilization has no effect on CPU: kv_cache_memory_bytes or num_kv_blocks sets the memory for KV"
-        )
+    if device == "cpu":
+        found += [f"{name} has no effect on CPU: {why}" for name, why in _OF_A_GPU.items() if name in given]
     return found

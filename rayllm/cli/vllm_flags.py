@@ -14,7 +14,7 @@ from rayllm.errors import ConfigError
 _ON_RAY = "RayLLM always serves on Ray"
 _LOGS = "see --log-file and --log-format"
 _NO_PROMPTS_LOGGED = "prompts and answers are never logged"
-_NO_GRAPHS = "RayLLM captures no CUDA graphs"
+_ANY_CONTEXT = "CUDA graphs hold for every context length"
 _NO_COMPILER = "RayLLM compiles no model"
 _ALWAYS = "this is always so"
 _TEXT_ONLY = "RayLLM reads text only"
@@ -74,7 +74,7 @@ _WITHOUT_VALUE = {
     "--disable-mm-preprocessor-cache": _TEXT_ONLY,
     "--disable-chunked-mm-input": _TEXT_ONLY,
     "--kv-cache-metrics": _METRICS,
-    "--cudagraph-metrics": _NO_GRAPHS,
+    "--cudagraph-metrics": _METRICS,
     "--enable-mfu-metrics": _METRICS,
     "--enable-layerwise-nvtx-tracing": "see --otlp-traces-endpoint",
 }
@@ -86,11 +86,8 @@ _WITH_VALUE = {
     "--log-config-file": _LOGS,
     "--disable-access-log-for-endpoints": _LOGS,
     "--max-log-len": _LOGS,
-    "--max-seq-len-to-capture": _NO_GRAPHS,
-    "--max-context-len-to-capture": _NO_GRAPHS,
-    "--max-cudagraph-capture-size": _NO_GRAPHS,
-    "--cuda-graph-sizes": _NO_GRAPHS,
-    "--cudagraph-capture-sizes": _NO_GRAPHS,
+    "--max-seq-len-to-capture": _ANY_CONTEXT,
+    "--max-context-len-to-capture": _ANY_CONTEXT,
     "--compilation-config": _NO_COMPILER,
     "-O": _NO_COMPILER,
     "--optimization-level": _NO_COMPILER,
@@ -145,7 +142,7 @@ _WITH_VALUE = {
 }
 """Flags with a value that change nothing here, and why."""
 
-_SEVERAL_VALUES = frozenset({"--cuda-graph-sizes", "--cudagraph-capture-sizes", "--disable-access-log-for-endpoints"})
+_SEVERAL_VALUES = frozenset({"--disable-access-log-for-endpoints"})
 """Those of them whose value ends at the next flag."""
 
 _ONE_VALUE = {
@@ -232,8 +229,13 @@ _OTHER_NAMES = {
     "--kv-cache-memory": "--kv-cache-memory-bytes",
     "--api-server-count": "--num-ingress-replicas",
     "-asc": "--num-ingress-replicas",
+    "--cuda-graph-sizes": "--max-cudagraph-capture-size",
+    "--cudagraph-capture-sizes": "--max-cudagraph-capture-size",
 }
 """Flags that have another name here."""
+
+_GRAPH_SIZES = frozenset({"--cuda-graph-sizes", "--cudagraph-capture-sizes"})
+"""Those of them with several values, of which the largest counts here."""
 
 _STRUCTURED = "--structured-outputs-config"
 _STRUCTURED_WITHOUT_EFFECT = frozenset({"backend", "disable_fallback"})
@@ -259,6 +261,9 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             value = value if has_value else words.value_of(flag)
             further = words.until_flag() if flag in _SEVERAL_VALUES else []
             notes.append(f"{' '.join([flag, value, *further])} has no effect: {_WITH_VALUE[flag]}")
+        elif flag in _GRAPH_SIZES:
+            sizes = [value if has_value else words.value_of(flag), *words.until_flag()]
+            ours += [_OTHER_NAMES[flag], " ".join(sizes)]
         elif flag in _ONE_VALUE:
             _check_value(flag, value if has_value else words.value_of(flag))
         elif flag == _STRUCTURED:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
+from pydantic_core.core_schema import ValidationInfo
 
 from rayllm.compatibility import CompatibilitySettings
 from rayllm.config.base import BaseConfig
@@ -19,6 +21,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["ray", "inproc"]
 ModelImpl = Literal["auto", "native", "transformers"]
+CudaGraphs = Literal["auto", "full", "off"]
 LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 Standby = Literal["off", "process", "weights"]
 ContentFormat = Literal["auto", "string", "openai"]
@@ -94,6 +97,18 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
         None,
         ge=1,
         description="Bytes of KV cache per worker; default: from gpu_memory_utilization, or a fraction of CPU memory.",
+    )
+    enforce_eager: bool = Field(False, description="Use no CUDA graphs, as --cuda-graphs off.")
+    cuda_graphs: CudaGraphs = Field(
+        "auto",
+        description="When CUDA graphs of steps are captured: auto (when a size of step comes the second time), full "
+        "(all at start, which takes longer), or off (never: each step launches its kernels one by one).",
+    )
+    max_cudagraph_capture_size: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum number of sequences whose decode steps use CUDA graphs (of several numbers, the largest); "
+        "default: max_num_seqs.",
     )
     enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
     load_format: LoadFormat = Field(
@@ -215,7 +230,23 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     def _log_file_is_one_for_all_processes(cls, value: str | None) -> str | None:
         return None if value is None else str(Path(value).expanduser().absolute())
 
-    @field_validator("standby", mode="before")
+    @field_validator("cuda_graphs")
+    @classmethod
+    def _eager_steps_have_no_graphs(cls, value: CudaGraphs, info: ValidationInfo) -> CudaGraphs:
+        if value == "full" and info.data.get("enforce_eager"):
+            raise ValueError("enforce_eager asks for no CUDA graphs: give one of the two")
+        return "off" if info.data.get("enforce_eager") else value
+
+    @field_validator("max_cudagraph_capture_size", mode="before")
+    @classmethod
+    def _of_several_sizes_the_largest_counts(cls, value: Any) -> Any:
+        """vLLM's `cudagraph_capture_sizes`: a list, also as text with spaces or commas."""
+        sizes = re.findall(r"\w+", value) if isinstance(value, str) else value
+        if isinstance(sizes, (list, tuple)) and sizes and all(str(size).isdecimal() for size in sizes):
+            return max(map(int, sizes))
+        return value
+
+    @field_validator("standby", "cuda_graphs", mode="before")
     @classmethod
     def _yaml_reads_off_as_false(cls, value: Any) -> Any:
         return "off" if value is False else value

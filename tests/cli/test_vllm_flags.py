@@ -12,7 +12,7 @@ import pytest
 from rayllm.cli.dotted_flags import join_dotted
 from rayllm.cli.flags import UsageError
 from rayllm.cli.serve import parse_serve, parser
-from rayllm.cli.vllm_flags import _ONE_VALUE, _REFUSED, _WITH_VALUE, _WITHOUT_VALUE, translate
+from rayllm.cli.vllm_flags import _ONE_VALUE, _REFUSED, _WITH_VALUE, _WITHOUT_VALUE, translate, translate_setting
 from rayllm.config import EngineConfig, ServerConfig, parse_settings
 from rayllm.errors import ConfigError
 from rayllm.layout import ParallelLayout
@@ -118,7 +118,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(line: str, message: st
         "-O.mode 3",
         "--compilation-config.mode 3",
         '--compilation-config {"level":3}',
-        "--cuda-graph-sizes 1 2 4",
+        "--max-seq-len-to-capture 4096",
         "--no-enable-eplb",
         "--no-async-scheduling",
         '--limit-mm-per-prompt {"image":0}',
@@ -133,6 +133,15 @@ def test_what_changes_nothing_is_noted_once(line: str) -> None:
     assert argv == ["MODEL", "--seed", "1"]
     [note] = notes
     assert " has no effect: " in note
+
+
+@pytest.mark.parametrize(
+    "sizes", ["--cuda-graph-sizes 1 4 2", "--cudagraph-capture-sizes=[1,4,2]", "--cuda-graph-sizes 4"]
+)
+def test_of_vllms_sizes_of_graphs_the_largest_counts(sizes: str) -> None:
+    engine, _ = _parsed(f"MODEL {sizes} --seed 1")
+    assert (engine.max_cudagraph_capture_size, engine.seed) == (4, 1)
+    assert translate_setting("cudagraph_capture_sizes", [1, 4, 2]) == ("max_cudagraph_capture_size", "")
 
 
 def test_flags_that_have_another_name_here_are_translated() -> None:

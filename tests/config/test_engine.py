@@ -18,6 +18,10 @@ def test_an_unknown_setting_names_the_nearest() -> None:
         ({"max_num_seqs": 0}, ["max_num_seqs=0", "greater than or equal to 1"]),
         ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization=1.5"]),
         ({"dtype": "int3"}, ["dtype='int3'", "bfloat16"]),
+        (
+            {"enforce_eager": True, "cuda_graphs": "full"},
+            ["cuda_graphs='full'", "enforce_eager asks for no"],
+        ),
         ({"block_size": 24}, ["block_size=24", "power of two"]),
         ({"name": "a/b"}, ["name='a/b'", "letters"]),
     ],
@@ -30,6 +34,12 @@ def test_a_bad_value_is_one_line_with_the_limit(settings: dict[str, object], wor
         assert word in str(caught.value)
 
 
+def test_eager_steps_have_no_graphs() -> None:
+    assert EngineConfig(enforce_eager=True).cuda_graphs == "off"
+    assert EngineConfig.parse({"cuda_graphs": False}).cuda_graphs == "off"
+    assert EngineConfig().cuda_graphs == "auto"
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         EngineConfig().max_num_seqs = 3  # type: ignore[misc]
@@ -40,6 +50,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "block_size",
         "chat_template",
         "chat_template_content_format",
+        "cuda_graphs",
         "device",
         "distributed_executor_backend",
         "download_dir",
@@ -51,6 +62,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "enable_per_request_metrics",
         "enable_prefix_caching",
         "enable_tokenizer_info_endpoint",
+        "enforce_eager",
         "generation_config",
         "gpu_memory_utilization",
         "hf_overrides",
@@ -58,6 +70,7 @@ def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
         "load_format",
         "log_file",
         "log_format",
+        "max_cudagraph_capture_size",
         "max_logprobs",
         "max_model_len",
         "max_num_batched_tokens",
