@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayllm.config import ResolvedConfig
+from rayllm.errors import ConfigError
 from rayllm.layers.attention import AttentionBackend, LatentLayerAttention, LayerAttention
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import KVPool, LayerKV
 from rayllm.models import Model
-from rayllm.runner.graph_recorder import Graph, GraphRecorder
+from rayllm.runner.graph_recorder import CudaRecorder, Graph, GraphRecorder
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +264,44 @@ class _Recording:
         aliased = tuple(alias(tensor) for tensor in inputs)
         self.breaks.append(Break(self._model.backend, aliased, kv, kv_group, layer, alias(out)))
         self._recorder.begin()
+
+
+def open_graphs(config: ResolvedConfig, model: Model, recorder: GraphRecorder | None = None) -> StepGraphs | None:
+    """The graphs of a model's steps, as `config.engine.cuda_graphs` asks; None where there are none, for a reason that
+    the log names, or that is a `ConfigError` where they must be. Without a `recorder` they are CUDA's, and a CPU has
+    none."""
+    engine = config.engine
+    if recorder is None and model.device.type == "cpu":
+        return None
+    if engine.cuda_graphs == "off":
+        log.info("steps run without CUDA graphs, as configured")
+        return None
+    if reason := _why_none(model):
+        if engine.cuda_graphs == "full":
+            raise ConfigError(f"cuda_graphs='full' cannot be honoured: {reason}; give auto or off")
+        log.info("steps run without CUDA graphs: %s", reason)
+        return None
+    largest = min(config.max_num_seqs, engine.max_cudagraph_capture_size or config.max_num_seqs)
+    graphs = StepGraphs(
+        model,
+        recorder or CudaRecorder(model.device),
+        decode_sizes=decode_sizes(largest),
+        mixed_sizes=mixed_sizes(config.max_num_batched_tokens),
+        max_num_seqs=config.max_num_seqs,
+        must_record=engine.cuda_graphs == "full",
+    )
+    when = "at start" if engine.cuda_graphs == "full" else "when a size comes the second time"
+    log.info("CUDA graphs of decode steps of up to %d rows and of mixed steps are captured %s", largest, when)
+    return graphs
+
+
+def _why_none(model: Model) -> str:
+    """Why steps of a model cannot be recorded; empty where they can."""
+    if model.decoder.spec.transformers is not None:
+        return "transformers computes the model, and its code may wait for the GPU"
+    if not model.backend.uses_device_rows:
+        return f"the attention backend {model.backend.name!r} reads the lengths of rows on the host"
+    return ""
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:

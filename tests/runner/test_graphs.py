@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,15 @@ from graph_recording import RecordingDouble
 from tiny import make_config
 from torch import Tensor
 
+from rayllm.config import EngineConfig, ResolvedConfig
 from rayllm.distributed.groups import TensorParallel
+from rayllm.engine.owner.resolve import resolve
+from rayllm.errors import ConfigError
 from rayllm.layers.batch import Batch, DeviceRows
 from rayllm.models import Model
 from rayllm.models.decoder import Decoder, kv_specs
 from rayllm.models.registry import read_spec
-from rayllm.runner.graphs import Bucket, StepGraphs, decode_sizes, mixed_sizes
+from rayllm.runner.graphs import Bucket, StepGraphs, decode_sizes, mixed_sizes, open_graphs
 from rayllm.weights.source import DummyWeights
 
 BLOCK_SIZE, MAX_ROWS, BLOCKS_A_ROW = 4, 5, 6
@@ -231,6 +236,35 @@ def test_a_step_is_padded_to_the_next_size_or_not_at_all(model: Model) -> None:
     assert graphs.bucket(2, 17, 2) is None
     assert graphs.bucket(1, 9, 9) is None  # log-probabilities of a prompt
     assert [bucket.num_tokens for bucket in graphs.buckets] == [16, 8, 4, 2, 1]
+
+
+def _config(folder: Path, **settings: Any) -> ResolvedConfig:
+    given = {"device": "cpu", "num_kv_blocks": 50, "max_num_seqs": 20, "load_format": "dummy", **settings}
+    return resolve(EngineConfig(model=str(folder), **given))
+
+
+def test_graphs_are_opened_as_the_config_asks(model: Model, llama_path: Path) -> None:
+    assert open_graphs(_config(llama_path), model) is None  # a CPU has none
+    recorder = RecordingDouble()
+    assert open_graphs(_config(llama_path, cuda_graphs="off"), model, recorder) is None
+    graphs = open_graphs(_config(llama_path, max_num_batched_tokens=40), model, recorder)
+    assert graphs is not None
+    assert [bucket.num_tokens for bucket in graphs.buckets if bucket.is_decode] == [20, 16, 8, 4, 2, 1]
+    assert [bucket.num_tokens for bucket in graphs.buckets if not bucket.is_decode] == [32, 16]
+    graphs = open_graphs(_config(llama_path, max_cudagraph_capture_size=4), model, recorder)
+    assert graphs is not None
+    assert graphs.bucket(5, 5, 5) is None
+
+
+def test_where_graphs_are_impossible_the_reason_is_told(
+    model: Model, llama_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(DenseBackend, "uses_device_rows", False)
+    with caplog.at_level(logging.INFO):
+        assert open_graphs(_config(llama_path), model, RecordingDouble()) is None
+    assert "the attention backend 'dense' reads the lengths of rows on the host" in caplog.text
+    with pytest.raises(ConfigError, match="cuda_graphs='full' cannot be honoured: the attention backend 'dense'"):
+        open_graphs(_config(llama_path, cuda_graphs="full"), model, RecordingDouble())
 
 
 def test_sizes_end_at_the_largest_step() -> None:
