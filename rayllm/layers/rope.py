@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rayllm.spec import RopeSpec
+from rayllm_kernels.rope import cos_sin
 
 
 class RotaryEmbedding:
@@ -34,17 +35,11 @@ class RotaryEmbedding:
 
         `beyond_T`: which tokens belong to a sequence longer than the boundary, where the spec has one.
         """
-        angles_TR = positions_T.float().unsqueeze(1) * self._frequencies_R
-        cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
-        if self._factor != 1.0:
-            cos_TR, sin_TR = cos_TR * self._factor, sin_TR * self._factor
-        cos_TR, sin_TR = cos_TR.to(self._dtype), sin_TR.to(self._dtype)
-        if self._beyond is None:
-            return cos_TR, sin_TR
-        assert beyond_T is not None, "the batch does not say which sequences are longer than the rope's boundary"
-        beyond_cos_TR, beyond_sin_TR = self._beyond(positions_T)
-        beyond_T1 = beyond_T.unsqueeze(1)
-        return torch.where(beyond_T1, beyond_cos_TR, cos_TR), torch.where(beyond_T1, beyond_sin_TR, sin_TR)
+        beyond = None
+        if self._beyond is not None:
+            assert beyond_T is not None, "the batch does not say which sequences are longer than the rope's boundary"
+            beyond = (beyond_T, self._beyond._frequencies_R, self._beyond._factor)
+        return cos_sin(positions_T, self._frequencies_R, self._factor, self._dtype, beyond)
 
 
 def inverse_frequencies(spec: RopeSpec) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayllm.linear.select import dense_linear
 from rayllm.spec import ClampedSwiglu
-from rayllm_kernels.activation import ACTIVATIONS, clamped_swiglu, silu_mul
+from rayllm_kernels.activation import GATED_ACTIVATIONS, clamped_swiglu
 
 if TYPE_CHECKING:
     from rayllm.linear.base import Linear
@@ -49,10 +49,7 @@ def gated(gate_up_TI2: Tensor, activation: str | ClampedSwiglu) -> Tensor:
     """activation(gate) * up of a matrix whose left half is the gate; the matrix may be changed."""
     if isinstance(activation, ClampedSwiglu):
         return clamped_swiglu(gate_up_TI2, activation.alpha, activation.limit)
-    if activation == "silu":
-        return silu_mul(gate_up_TI2)
-    gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate_TI).mul_(up_TI)
+    return GATED_ACTIVATIONS[activation](gate_up_TI2)
 
 
 def gated_linear(

@@ -19,19 +19,34 @@ def page_rows(slots_T: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
 
 
 def write_kv(
-    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor, rows: Tensor | None = None
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots_T: Tensor,
+    rows: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Copies each token's key and value into its slot of the caches `[blocks, K, P, D]`; other slots stay as they are.
 
-    `rows`, if given, is `page_rows(slots_T, ...)`, computed once for all layers of a step.
+    `rows`, if given, is `page_rows(slots_T, ...)`, computed once for all layers of a step. On a GPU a token whose slot
+    is below 0 is left out. Caches of float8_e4m3fn hold key / `k_scale` and value / `v_scale`, at most 448 in size.
     """
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     if rows is None:
         rows = page_rows(slots_T, num_kv_heads, block_size)
-    k_cache.view(-1, head_dim).index_copy_(0, rows, k_TKD.reshape(-1, head_dim))
-    v_cache.view(-1, head_dim).index_copy_(0, rows, v_TKD.reshape(-1, head_dim))
+    _write_rows(k_TKD.reshape(-1, head_dim), k_cache, rows, k_scale)
+    _write_rows(v_TKD.reshape(-1, head_dim), v_cache, rows, v_scale)
 
 
-def write_latent(latent_TW: Tensor, cache: Tensor, slots_T: Tensor) -> None:
-    """Copies each token's vector into its slot of a cache of one head, `[blocks, 1, P, W]`."""
-    cache.view(-1, cache.shape[-1]).index_copy_(0, slots_T, latent_TW)
+def write_latent(latent_TW: Tensor, cache: Tensor, slots_T: Tensor, scale: float = 1.0) -> None:
+    """Copies each token's vector into its slot of a cache of one head, `[blocks, 1, P, W]`, as `write_kv` does."""
+    _write_rows(latent_TW, cache, slots_T, scale)
+
+
+def _write_rows(x_ND: Tensor, cache: Tensor, rows_N: Tensor, scale: float) -> None:
+    if cache.dtype == torch.float8_e4m3fn:  # as bytes, which torch can copy to places
+        x_ND = (x_ND.float() / scale).clamp(-448, 448).to(cache.dtype).view(torch.uint8)
+        cache = cache.view(torch.uint8)
+    cache.view(-1, cache.shape[-1]).index_copy_(0, rows_N, x_ND)

@@ -1,11 +1,88 @@
 """Rotary position embedding (Su et al., 2021). Shape letters: T tokens, H heads, D head width, R rotated width (R <= D;
-channels past R pass through unchanged).
+channels past R pass through unchanged). Of a layer's projections: A heads of queries, keys and values, B of queries and
+keys, K of keys.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from rayllm_kernels.kv_cache.reference import write_kv
+from rayllm_kernels.norm.reference import rms_norm
+
+
+class Rotation(NamedTuple):
+    """How a step's tokens turn in the layers of one rope."""
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    in_pairs: bool = False
+    """Neighbouring channels turn together, else those R / 2 apart."""
+
+
+class HeadNorm(NamedTuple):
+    """The root-mean-square norm of each head of queries and keys."""
+
+    weight_BD: Tensor
+    eps: float
+
+
+def cos_sin(
+    positions_T: Tensor,
+    frequencies_R: Tensor,
+    factor: float,
+    dtype: torch.dtype,
+    beyond: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(cos_TR, sin_TR) of position * frequency, times `factor`, computed in float32 and rounded to `dtype`.
+
+    `frequencies_R` (float32) holds the R / 2 frequencies twice. `beyond` = (beyond_T, frequencies_R, factor): tokens of
+    which `beyond_T` (bool) is true turn by those frequencies and that factor.
+    """
+    if beyond is not None:
+        beyond_T, other_frequencies_R, other_factor = beyond
+        cos_TR, sin_TR = cos_sin(positions_T, frequencies_R, factor, dtype)
+        other_cos_TR, other_sin_TR = cos_sin(positions_T, other_frequencies_R, other_factor, dtype)
+        beyond_T1 = beyond_T.unsqueeze(1)
+        return torch.where(beyond_T1, other_cos_TR, cos_TR), torch.where(beyond_T1, other_sin_TR, sin_TR)
+    angles_TR = positions_T.float().unsqueeze(1) * frequencies_R
+    cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+    if factor != 1.0:
+        cos_TR, sin_TR = cos_TR * factor, sin_TR * factor
+    return cos_TR.to(dtype), sin_TR.to(dtype)
+
+
+def rope_and_write(
+    qkv_TAD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots_T: Tensor,
+    rotation: Rotation | None,
+    norm: HeadNorm | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """Everything between a layer's projections and its attention. Returns the queries, `[T, H, D]` and contiguous.
+
+    Of the A = H + 2 K heads of a token the first H are queries, then come K keys and K values. Queries and keys are
+    normed and rotated, where there is a norm or a rotation. Keys and values go to their slots of the caches
+    `[blocks, K, P, D]`; tokens whose slot is below 0 are not written. Caches of float8_e4m3fn hold key / `k_scale` and
+    value / `v_scale`, at most 448 in size.
+    """
+    num_kv_heads = k_cache.shape[1]
+    num_heads = qkv_TAD.shape[1] - 2 * num_kv_heads
+    qk_TBD, v_TKD = qkv_TAD[:, : num_heads + num_kv_heads], qkv_TAD[:, num_heads + num_kv_heads :]
+    if norm is not None:
+        qk_TBD = rms_norm(qk_TBD, *norm)
+    if rotation is not None:
+        qk_TBD = rope(qk_TBD, *rotation)
+    kept_T = slots_T >= 0
+    k_TKD, v_TKD = qk_TBD[kept_T, num_heads:], v_TKD[kept_T]
+    write_kv(k_TKD, v_TKD, k_cache, v_cache, slots_T[kept_T], None, k_scale, v_scale)
+    return qk_TBD[:, :num_heads].contiguous()
 
 
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, in_pairs: bool = False) -> Tensor:
