@@ -47,9 +47,10 @@ class Batch:
     """R + 1 offsets into T, on the host."""
     kv_lens: list[int]
     """R: tokens a row's last query attends to, itself included, on the host."""
-    block_table_SRB: Tensor
+    block_table_SRB: Tensor | None
     """int32, by KV group. Entries past a row's own blocks name one that is never written, and must not be read as data;
-    blocks behind the group's window may be another row's, and must not be read at all."""
+    blocks behind the group's window may be another row's, and must not be read at all. None for backends that read
+    `device_rows`."""
     logits_indices_N: Tensor
     """int64 indices into T."""
     num_decode_rows: int
@@ -68,6 +69,7 @@ class Batch:
         """The same step with `device_rows` made of what the host knows: copies, for a step by itself. Line r is row r
         of `block_table_SRB`."""
         starts, device = self.query_starts, self.positions_T.device
+        assert self.block_table_SRB is not None, "only the device knows the tables"
         rows = DeviceRows(
             rows_R=torch.arange(self.num_rows, dtype=torch.int32, device=device),
             query_starts_R1=torch.tensor(starts, dtype=torch.int32, device=device),

@@ -35,8 +35,9 @@ class KVPool:
     """`num_blocks` blocks of as many parts as there are `specs`; tensors of one shape are in one allocation. Layer i
     uses part `part_of_layer[i]`, or part i: layers of different KV groups share a part, and never have the same block.
 
-    What blocks hold at first is not known: a block is cleared when it is first given away. On CPU the operating system
-    gives memory only to blocks that are used.
+    What blocks hold at first is not known. On CPU, where the operating system gives memory only to blocks that are
+    used, a block is cleared when it is first given away; on a GPU all are at the start, or none where the attention
+    backend reads no slot that was not written.
     """
 
     def __init__(
@@ -61,3 +62,8 @@ class KVPool:
         """Zeroes these blocks in every part."""
         for pool in self._pools.values():
             pool.index_fill_(1, torch.tensor(blocks, device=pool.device), 0)
+
+    def clear_all(self) -> None:
+        """Zeroes every block, without waiting for the device."""
+        for pool in self._pools.values():
+            pool.zero_()

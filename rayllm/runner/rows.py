@@ -1,7 +1,7 @@
 """A worker's rows: what it keeps of each running sequence between steps, as arrays over row numbers.
 
 The state is a pure fold of the plans received, the same on every rank. Sampled tokens are kept on the device
-(`last_token_R`), where the next step reads them; the host only counts.
+(`DeviceState`), where the next step reads them; the host only counts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import repeat
 
 import numpy as np
-import torch
 
 from rayllm.messages import RowStart, StepPlan
 from rayllm.request import unpack_ids
@@ -22,15 +21,23 @@ class Rows:
     """
 
     def __init__(
-        self, max_rows: int, max_blocks: int, device: torch.device, no_block: int = 0, *, num_kv_groups: int = 1
+        self,
+        max_rows: int,
+        max_blocks: int,
+        no_block: int = 0,
+        *,
+        num_kv_groups: int = 1,
+        notes_changes: bool = False,
     ):
+        """`notes_changes`: for `take_changes`."""
         self.num_tokens = np.zeros(max_rows, np.int64)
         self.num_computed = np.zeros(max_rows, np.int64)
         self.num_blocks = np.zeros((num_kv_groups, max_rows), np.int64)
         """The ends of the tables."""
         self.block_table = np.full((num_kv_groups, max_rows, max_blocks), no_block, np.int32)
         self._no_block = no_block
-        self.last_token_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._notes_changes = notes_changes
+        self._changes: list[tuple[np.ndarray, np.ndarray]] = []
         self._tokens: dict[int, np.ndarray] = {}
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
 
@@ -45,8 +52,24 @@ class Rows:
         grown_rows = unpack_ids(plan.grown_rows)
         grown_groups = unpack_ids(plan.grown_groups) or repeat(0, len(grown_rows))
         for group, row, block in zip(grown_groups, grown_rows, unpack_ids(plan.grown_blocks), strict=True):
-            self.block_table[group, row, self.num_blocks[group, row]] = block
+            end = self.num_blocks[group, row]
+            self.block_table[group, row, end] = block
             self.num_blocks[group, row] += 1
+            self._note_change(group, row, end, np.array([block], np.int32))
+
+    def _note_change(self, group: int, row: int, begin: int, blocks: np.ndarray) -> None:
+        if self._notes_changes:
+            first = int(np.ravel_multi_index((group, row, begin), self.block_table.shape))
+            self._changes.append((np.arange(first, first + len(blocks), dtype=np.int32), blocks))
+
+    def take_changes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices into the flat `block_table` and the blocks that were written there since this was asked last, int32
+        both; each index once."""
+        changes, self._changes = self._changes, []
+        if not changes:
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        indices, blocks = map(np.concatenate, zip(*changes, strict=True))
+        return indices, blocks
 
     def _begin(self, start: RowStart) -> None:
         row = start.row
@@ -59,7 +82,7 @@ class Rows:
             blocks = np.frombuffer(table.blocks, np.int32)
             end = self.num_blocks[group, row] = table.first + len(blocks)
             self.block_table[group, row, table.first : end] = blocks
-        self.last_token_R[row] = int(tokens[-1])
+            self._note_change(group, row, table.first, blocks)
         self._prompt_logprobs.pop(row, None)
         if start.params.prompt_logprobs is not None:
             self._prompt_logprobs[row] = (start.params.prompt_logprobs, start.num_prompt_tokens)

@@ -21,10 +21,12 @@ from rayllm.messages import Finish, RowParams, RowStart, RowTable, StepPlan, Ste
 from rayllm.models import load_model
 from rayllm.models.memory_plan import MemoryNeeds
 from rayllm.request import pack_ids, unpack_ids
-from rayllm.runner.batch import PromptLogprobSpan, StepInput, build_step
+from rayllm.runner.batch import PromptLogprobSpan, StagedStep, stage_step
 from rayllm.runner.device_check import check_device, device_name
+from rayllm.runner.device_state import DeviceState
 from rayllm.runner.memory import check_weights_fit, plan_num_blocks
 from rayllm.runner.rows import Rows
+from rayllm.runner.upload import Upload
 from rayllm.sampling.logprobs import LogprobTensors, compute_logprobs
 from rayllm.sampling.sampler import Sampled, Sampler
 from rayllm.structured.rows import StructuredRows
@@ -47,7 +49,7 @@ class InFlight:
     """A step that was launched and whose result was not read back: its tensors may still be computed."""
 
     plan: StepPlan
-    step: StepInput
+    step: StagedStep
     began_s: float
     """By `time.perf_counter`."""
     sampled: Sampled | None
@@ -89,8 +91,12 @@ class Runner:
             progress=progress,
         )
         log.info("read %.2f GB of weights in %.1f s", progress.bytes_read / 1e9, time.perf_counter() - began_s)
-        backend = self._model.backend.name
-        log.info("attention backend %r in %s on %s", backend, config.dtype, device_name(self._device))
+        backend = self._model.backend
+        log.info("attention backend %r in %s on %s", backend.name, config.dtype, device_name(self._device))
+        self._upload = Upload(self._device)
+        self._max_blocks = -(-config.max_model_len // config.block_size)
+        on_device = self._max_blocks if backend.uses_device_rows else 0
+        self._state = DeviceState(config.max_num_seqs, len(self._model.kv_groups), on_device, self._device)
         self._rows = self._no_rows(0)
         self._sampler = Sampler(
             max_rows=config.max_num_seqs,
@@ -109,9 +115,13 @@ class Runner:
         self._unclean: set[int] = set()
 
     def _no_rows(self, num_blocks: int) -> Rows:
-        max_blocks = -(-self._config.max_model_len // self._config.block_size)
-        num_kv_groups = len(self._model.kv_groups)
-        return Rows(self._config.max_num_seqs, max_blocks, self._device, num_blocks, num_kv_groups=num_kv_groups)
+        return Rows(
+            self._config.max_num_seqs,
+            self._max_blocks,
+            num_blocks,
+            num_kv_groups=len(self._model.kv_groups),
+            notes_changes=self._model.backend.uses_device_rows,
+        )
 
     def num_blocks_available(self) -> int:
         """KV blocks this rank could hold; the engine takes the least of all ranks."""
@@ -127,8 +137,14 @@ class Runner:
         self._structured.prepare()
         if self._kv is None:
             self._kv = self._model.allocate_kv(num_blocks + 1, self._config.block_size)
-        self._kv.clear([num_blocks])
-        self._unclean = set(range(num_blocks))
+        self._unclean = set()
+        if not self._model.backend.reads_unwritten_slots:
+            return
+        if self._device.type == "cpu" or self._has_windows:  # a CPU's system gives memory to what is used alone
+            self._kv.clear([num_blocks])
+            self._unclean = set(range(num_blocks))
+        else:
+            self._kv.clear_all()
 
     def warm_up(self) -> None:
         """One short prompt and one decode step, so that the first request does not pay for first uses (allocators,
@@ -158,8 +174,17 @@ class Runner:
         with torch.inference_mode():
             self._apply(plan)
             row_ids, counts = np.frombuffer(plan.rows, np.int32), np.frombuffer(plan.counts, np.int32)
-            step = build_step(self._rows, row_ids, counts, self._config.block_size, self._device, self._rope_boundary)
-            hidden_ND = self._model.forward(step.batch, self._pool())
+            step = stage_step(
+                self._rows,
+                row_ids,
+                counts,
+                self._config.block_size,
+                self._upload,
+                rope_boundary=self._rope_boundary,
+                uses_device_rows=self._model.backend.uses_device_rows,
+            )
+            self._upload.send()
+            hidden_ND = self._model.forward(step.batch(self._state), self._pool())
             num_sampled = len(step.sampled_rows)
             sampled = self._sample(step, hidden_ND[:num_sampled]) if num_sampled else None
             prompt_logprobs = self._prompt_logprobs(step, hidden_ND[num_sampled:])
@@ -178,8 +203,9 @@ class Runner:
         invalid_rows = set() if sampled is None else sampled.invalid_rows()
         invalid_rows |= {row for row, entry in logprobs.items() if entry is None}
         invalid_rows |= {row for row, entries in prompt_logprobs.items() if None in entries}
-        for row in invalid_rows:
-            self._unclean.update(self._rows.blocks(row))
+        if self._model.backend.reads_unwritten_slots:
+            for row in invalid_rows:
+                self._unclean.update(self._rows.blocks(row))
         token_ids = np.empty(0, np.int32) if sampled is None else sampled.token_ids_N.to(torch.int32).cpu().numpy()
         return StepResult(
             step=plan.step,
@@ -231,11 +257,10 @@ class Runner:
         assert self._kv is not None, "start() comes first"
         return self._kv
 
-    def _sample(self, step: StepInput, hidden_ND: torch.Tensor) -> Sampled:
+    def _sample(self, step: StagedStep, hidden_ND: torch.Tensor) -> Sampled:
         rows = step.sampled_rows.tolist()
         sampled = self._sampler.sample(self._model.logits(hidden_ND), rows, self._structured.masks(rows))
-        rows_N = torch.from_numpy(step.sampled_rows.astype(np.int64)).to(self._device)
-        self._rows.last_token_R[rows_N] = sampled.token_ids_N
+        self._state.last_token_M.index_copy_(0, step.sampled_rows_N.tensor, sampled.token_ids_N)
         return sampled
 
     def _ends(self, sampled: Sampled, token_ids: list[int]) -> dict[int, Finish]:
@@ -248,17 +273,17 @@ class Runner:
             ends.setdefault(row, _NO_TOKEN_LEFT)
         return ends
 
-    def _prompt_logprobs(self, step: StepInput, hidden_ND: torch.Tensor) -> list[list[LogprobTensors]]:
+    def _prompt_logprobs(self, step: StagedStep, hidden_ND: torch.Tensor) -> list[list[LogprobTensors]]:
         found: list[list[LogprobTensors]] = []
         begin = 0
         for span in step.spans:
-            end = begin + len(span.next_ids)
+            end = begin + len(span.next_ids.array)
             found.append(self._span_logprobs(span, hidden_ND[begin:end]))
             begin = end
         return found
 
     def _span_logprobs(self, span: PromptLogprobSpan, hidden_ND: torch.Tensor) -> list[LogprobTensors]:
-        next_ids_N = torch.from_numpy(span.next_ids.astype(np.int64)).to(self._device)
+        next_ids_N = span.next_ids.tensor
         found: list[LogprobTensors] = []
         for begin in range(0, len(next_ids_N), _LOGPROB_SLICE):
             part = slice(begin, begin + _LOGPROB_SLICE)

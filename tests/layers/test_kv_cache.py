@@ -46,3 +46,12 @@ def test_a_model_without_a_cache_has_an_empty_pool() -> None:
     pool = KVPool([NONE, NONE], 3, 4, torch.float32, CPU)
     pool.clear([0])
     assert pool.layers == [(), ()]
+
+
+def test_clearing_all_zeroes_every_block_in_every_layer() -> None:
+    pool = KVPool([GROUPED, LATENT], 3, 4, torch.float32, CPU)
+    caches = [cache for layer in pool.layers for cache in layer]
+    for cache in caches:
+        cache.fill_(torch.nan)
+    pool.clear_all()
+    assert all(bool((cache == 0).all()) for cache in caches)

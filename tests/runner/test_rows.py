@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from rayllm.messages import RowParams, RowStart, RowTable, StepPlan
 from rayllm.request import pack_ids
@@ -23,7 +22,7 @@ def _plan(
 
 
 def _rows() -> Rows:
-    return Rows(max_rows=3, max_blocks=4, device=torch.device("cpu"))
+    return Rows(max_rows=3, max_blocks=4)
 
 
 def test_a_row_begins_with_its_tokens_blocks_and_what_is_computed() -> None:
@@ -32,7 +31,6 @@ def test_a_row_begins_with_its_tokens_blocks_and_what_is_computed() -> None:
     assert (rows.num_tokens[2], rows.num_computed[2], rows.num_blocks[0, 2]) == (3, 2, 2)
     assert rows.block_table[0, 2, :2].tolist() == [5, 1]
     assert rows.start_tokens(2, 1, 3).tolist() == [8, 9]
-    assert rows.last_token_R[2] == 9
 
 
 def test_blocks_are_appended_in_order() -> None:
@@ -62,7 +60,7 @@ def test_a_step_advances_what_is_computed_and_what_is_known() -> None:
 
 
 def test_each_kv_group_has_a_table_which_may_begin_late():
-    rows = Rows(max_rows=3, max_blocks=4, device=torch.device("cpu"), no_block=99, num_kv_groups=2)
+    rows = Rows(max_rows=3, max_blocks=4, no_block=99, num_kv_groups=2)
     tables = [RowTable(pack_ids([5, 6, 7])), RowTable(pack_ids([8]), first=1)]
     start = RowStart(1, pack_ids([1] * 9), 9, 8, tables, RowParams(), 0, 0)
     grown = [(1, 1, 3), (1, 0, 4), (1, 1, 2)]
@@ -81,3 +79,18 @@ def test_each_kv_group_has_a_table_which_may_begin_late():
     assert rows.block_table[:, 1].tolist() == [[5, 6, 7, 4], [99, 8, 3, 2]]
     assert rows.num_blocks[:, 1].tolist() == [4, 4]
     assert rows.blocks(1) == {5, 6, 7, 4, 99, 8, 3, 2}
+
+
+def test_changes_of_the_tables_are_noted_once_and_lead_from_one_table_to_the_next() -> None:
+    rows = Rows(max_rows=3, max_blocks=4, num_kv_groups=2, notes_changes=True)
+    copy = rows.block_table.copy()
+    tables = [RowTable(pack_ids([5, 6])), RowTable(pack_ids([8]), first=1)]
+    start = RowStart(1, pack_ids([1] * 5), 5, 4, tables, RowParams(), 0, 0)
+    grown = {"grown_rows": pack_ids([1, 1]), "grown_blocks": pack_ids([3, 4]), "grown_groups": pack_ids([1, 0])}
+    rows.apply(StepPlan(0, 0, b"", [start], rows=b"", counts=b"", num_tokens=0, **grown))
+    indices, blocks = rows.take_changes()
+    assert len(set(indices.tolist())) == len(indices)
+    copy.reshape(-1)[indices] = blocks
+    assert copy[0, 1, :3].tolist() == [5, 6, 4]
+    assert copy[1, 1, 1:3].tolist() == [8, 3]
+    assert [len(x) for x in rows.take_changes()] == [0, 0]

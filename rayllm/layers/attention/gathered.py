@@ -210,6 +210,7 @@ class _Builder:
 
     def __init__(self, batch: Batch, group: AttentionGroup, kv_group: int, dtype: torch.dtype):
         self._batch = batch
+        assert batch.block_table_SRB is not None, "the runner gives tables to a backend that does not use device rows"
         self._table_RB = batch.block_table_SRB[kv_group]
         self._device = self._table_RB.device
         self._dtype = dtype
