@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 has given it that name
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class TensorParallel:
     group: dist.ProcessGroup | None = None
     expert_parallel: bool = False
     """A mixture's experts are shared out whole; else each rank holds its share of every expert."""
+    before_abort: list[Callable[[], None]] = field(default_factory=list)
+    """What the thread that computes calls before it leaves its group: whoever holds the group's communicator, as
+    recorded CUDA graphs do, adds a function that lets it go. NCCL cannot end a communicator that is held."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`; written in place where ranks are more than one, and returned."""
@@ -31,7 +37,7 @@ class TensorParallel:
         if self.size == 1:
             return x
         parts = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather(list(parts.unbind(0)), x.contiguous(), group=self.group)
+        _all_gather(parts.view(-1), x.reshape(-1), group=self.group)
         return torch.cat(parts.unbind(0), dim=-1)
 
     def shard(self, total: int, what: str) -> range:

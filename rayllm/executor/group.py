@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from rayllm.executor.bundles import Bundles
 from rayllm.executor.channel import Channel, Listener
 from rayllm.executor.executor import Selectable
 from rayllm.executor.fanout import WorkerLinks
-from rayllm.executor.rank_actors import ANSWER_TIMEOUT_S, RankActors
+from rayllm.executor.rank_actors import RankActors
 from rayllm.executor.rank_calls import raise_ended, start_watches
 from rayllm.executor.standby import Standby
 from rayllm.executor.stopwatch import Stopwatch
@@ -63,6 +63,7 @@ class WorkerGroup:
                 "set standby='process'"
             )
         self._on_stage = on_stage
+        self._on_gpus = config.device == "cuda"
         self._layout = config.engine.layout
         self.ranks = self._layout.ranks
         self.max_inflight_steps = self._layout.max_inflight_steps
@@ -131,9 +132,8 @@ class WorkerGroup:
         self._connected().close()
         missing |= actors.end(missing)
         watch.lap("end lost ranks")
-        settle_s = _SETTLE_S if all(map(actors.is_local, missing)) else _REMOTE_SETTLE_S
         runs = {rank: ref for rank, ref in self._run_refs.items() if rank not in missing}
-        missing |= actors.end(actors.settle(runs, settle_s))
+        missing |= actors.end(actors.settle(runs, self._settle_s(missing)))
         watch.lap("survivors settle")
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
@@ -150,12 +150,17 @@ class WorkerGroup:
                     reason = f"{error.reason} (attempt {attempt} to replace it); {self.describe_rank(error.rank)}"
                     raise WorkerDiedError(error.rank, reason) from error
                 actors.end(missing)
-                aborts = actors.abort([rank for rank in self.ranks if rank not in missing])
-                if aborts:
-                    ray.wait(aborts, num_returns=len(aborts), timeout=ANSWER_TIMEOUT_S)
+                missing |= actors.end(actors.release([rank for rank in self.ranks if rank not in missing]))
         self._standby.prepare_later()
         self._on_stage("ready")
         return watch.laps
+
+    def _settle_s(self, missing: Collection[int]) -> float:
+        """How long survivors may take to notice the loss by themselves, before they are aborted. A kernel that waits
+        for its peers on a GPU notices nothing."""
+        if self._on_gpus:
+            return 0.0
+        return _SETTLE_S if all(map(self._actors.is_local, missing)) else _REMOTE_SETTLE_S
 
     def kill(self, rank: int) -> WorkerPlace | None:
         """Kills a rank's process, for fault injection; None where it is not running. The loss is found as any other."""
@@ -180,6 +185,7 @@ class WorkerGroup:
         actors, lap = self._actors, self._stopwatch.lap
         self._on_stage(f"starting {len(new)} worker{'s' * (len(new) > 1)}")
         actors.make([rank for rank in new if not self._standby.promote(rank)])
+        actors.show_gpus(new)
         lap("start processes")
         self._on_stage("loading weights")
         num_blocks = actors.call(new, "load", on_wait=lambda: self._show_progress(new))

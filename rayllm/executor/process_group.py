@@ -10,6 +10,8 @@ import os
 import socket
 import stat
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,16 +21,43 @@ COLLECTIVE_TIMEOUT_S = {"cpu": 10.0, "cuda": 60.0}
 """The second line against hangs, behind the driver's watch over steps. Peers join when all have loaded their weights;
 on a GPU their first steps may compile kernels, each at its own pace.
 """
+ABORT_TIMEOUT_S = 10.0
+"""For NCCL to give its communicator up once its kernels were told to end. The survivor that was observed was free after
+0.15 s (NVIDIA-NeMo/RL #3591)."""
+NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+"""Must be set before torch is imported. With torch's defaults its watchdog ends the process of a survivor whose peer
+died, and the survivor's weights with it; the driver watches over steps.
+
+Communicators stay blocking. A nonblocking one could be aborted while it forms, but NCCL then starts a thread for every
+single collective (`ncclGroupEndInternal` in its src/group.cc). A rank that stays stuck in forming one is replaced.
+"""
 
 
 class ProcessGroup:
     """This process's membership of torch's default process group. Every group of peers has a store of its own: a late
-    message of a group that failed cannot reach the next."""
+    message of a group that failed cannot reach the next.
 
-    def __init__(self, device: str, size: int):
+    `before_abort` is called, in `leave`, by the thread that computes: who holds the communicator lets it go. NCCL's
+    abort ends the kernels at once, but itself only when no CUDA graph has the communicator any more.
+    """
+
+    def __init__(self, device: str, size: int, before_abort: Sequence[Callable[[], None]] = ()):
         self._device = device
         self._size = size
+        self._before_abort = before_abort
         self._store: Any = None
+        self._abort_lock = threading.Lock()
+        self._aborting: threading.Thread | None = None
+
+    @property
+    def store(self) -> Any:
+        """The rendezvous store of the group that was joined (`torch.distributed.Store`)."""
+        assert self._store is not None, "no group was joined"
+        return self._store
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Opens the rendezvous store of a new process group on this node, listening on `host` alone."""
@@ -50,33 +79,73 @@ class ProcessGroup:
             self.leave()
             host, port = store
             self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        backend = "nccl" if self._device == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, store=self._store, rank=rank, world_size=self._size, timeout=timeout)
+            self._form(rank, timeout)
         except BaseException:
             from rayllm.torch_private import forget_group_count
 
             forget_group_count()
             raise
 
-    def abort(self) -> None:
-        """Makes a collective, or a `join`, that another thread of this process waits in fail."""
-        from rayllm.torch_private import abort_collectives
+    def _form(self, rank: int, timeout: timedelta) -> None:
+        import torch
+        import torch.distributed as dist
 
-        abort_collectives()
+        arguments: dict[str, Any] = {"store": self._store, "rank": rank, "world_size": self._size, "timeout": timeout}
+        if self._device == "cuda":  # the communicator forms here, not in the first collective
+            arguments["device_id"] = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group("nccl" if self._device == "cuda" else "gloo", **arguments)
+
+    def abort(self) -> None:
+        """Makes a collective, or a `join`, that another thread of this process waits in fail. On a GPU it returns at
+        once: the abort goes on until the other thread has left the group."""
+        if self._device == "cuda":
+            self._begin_abort()
+        else:
+            from rayllm.torch_private import abort_collectives
+
+            abort_collectives()
         if self._store is not None:
             cut_connections(self._store.port)
 
     def leave(self) -> None:
-        """Out of the process group, if in one: peers that wait for this rank in a step fail at once."""
+        """Out of the process group, if in one: peers that wait for this rank in a step fail at once. Raises
+        `RuntimeError` where NCCL does not give its communicator up: this process cannot join another group then."""
         if "torch" not in sys.modules:
             return
         import torch.distributed as dist
 
-        if dist.is_initialized():
+        if self._device == "cuda":
+            self._finish_abort()
+        elif dist.is_initialized():
             with contextlib.suppress(Exception):  # a broken group may fail to shut down
                 dist.destroy_process_group()
         self._store = None
+
+    def _begin_abort(self) -> threading.Thread | None:
+        """The thread in which the group is aborted; None where there is none to abort."""
+        import torch.distributed as dist
+
+        from rayllm.torch_private import abort_collectives
+
+        with self._abort_lock:
+            if self._aborting is None and dist.is_initialized():
+                self._aborting = threading.Thread(target=abort_collectives, name="nccl-abort", daemon=True)
+                self._aborting.start()
+            return self._aborting
+
+    def _finish_abort(self) -> None:
+        """A destroyed group would wait for its peers; one that is aborted does not."""
+        aborting = self._begin_abort()
+        if aborting is None:
+            return
+        for release in self._before_abort:
+            release()
+        aborting.join(ABORT_TIMEOUT_S)
+        if aborting.is_alive():
+            raise RuntimeError(f"NCCL did not end its communicator within {ABORT_TIMEOUT_S:g} s of the abort")
+        with self._abort_lock:
+            self._aborting = None
 
 
 def cut_connections(port: int) -> None:

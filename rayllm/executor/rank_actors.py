@@ -70,6 +70,7 @@ class RankActors:
         self._bundles = bundles
         self._runner_factory = runner_factory
         self._actors: dict[int, Any] = {}
+        self._node_gpus: dict[str, list[str]] = {}
 
     # ------------------------------------------------------------------------------------------------ made and ended
 
@@ -93,6 +94,18 @@ class RankActors:
         """An actor that was made before takes the rank. Called under `lock`."""
         self._actors[rank] = actor
         self.places[rank] = place
+
+    def show_gpus(self, ranks: Iterable[int]) -> None:
+        """Tells ranks whose processes are new which GPUs of their node the engine's ranks have. On each node they keep
+        their order, and one that joins later comes last: processes that started before count theirs in the same way.
+        """
+        for place in (self.places[rank] for rank in self.ranks):
+            node_gpus = self._node_gpus.setdefault(place.node_id, [])
+            node_gpus += [gpu for gpu in _gpus(place) if gpu not in node_gpus]
+        for rank in ranks:
+            place = self.places[rank]
+            for own_gpu in _gpus(place)[:1]:
+                self.begin([rank], "show_gpus", tuple(self._node_gpus[place.node_id]), own_gpu)
 
     def end(self, ranks: Iterable[int]) -> set[int]:
         """Ends these ranks' processes, also where they are stopped; a rank that Ray cannot end now is cut off by its
@@ -201,6 +214,15 @@ class RankActors:
             _, stuck = ray.wait(stuck, num_returns=len(stuck), timeout=_ABORTED_SETTLE_S)
         return {ranks[ref] for ref in stuck}
 
+    def release(self, ranks: Sequence[int]) -> set[int]:
+        """Aborts what these survivors of a failed start wait for their peers in; those that are not free for another
+        start after that are returned."""
+        self.abort(ranks)
+        calls = self.begin(ranks, "place")  # begins when the call before it has ended
+        refs = list(calls.values())
+        _, stuck = ray.wait(refs, num_returns=len(refs), timeout=_START_ANSWER_TIMEOUT_S) if refs else ([], [])
+        return {rank for rank, ref in calls.items() if ref in stuck}
+
     # ------------------------------------------------------------------------------------------------ health
 
     def silent(self) -> list[int]:
@@ -248,3 +270,8 @@ class RankActors:
         calls = {rank: self._actors[rank].alive.options(concurrency_group=_HEALTH).remote() for rank in ranks}
         answered, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
         return [rank for rank, ref in calls.items() if ref not in answered]
+
+
+def _gpus(place: WorkerPlace) -> list[str]:
+    """The ids on its node of the GPUs that Ray gave a process."""
+    return [device.removeprefix("cuda:") for device in place.devices if device.startswith("cuda:")]

@@ -82,7 +82,7 @@ class Standby:
                 return False
             self._spare = None
             self._actors.adopt(rank, spare.actor, dataclasses.replace(place, devices=old.devices))
-        self._actors.begin([rank], "take", rank, old.devices)  # where it has died, the next call fails
+        self._actors.begin([rank], "take", rank)  # where it has died, the next call fails
         return True
 
     def close(self) -> list[WorkerPlace]:

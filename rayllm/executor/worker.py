@@ -43,7 +43,9 @@ class WorkerLoop:
         self.rank = rank
         self.progress = LoadProgress(config.engine.layout.num_ranks)
         self._runner_factory = runner_factory or partial(load_runner, progress=self.progress)
-        self._group = ProcessGroup(config.device, config.engine.layout.num_ranks)
+        self._before_abort: list[Callable[[], None]] = []
+        self._group = ProcessGroup(config.device, config.engine.layout.num_ranks, self._before_abort)
+        self._gpu_index = 0
         self._runner: StepRunner | None = None
         self._spare: dict[int, StepRunner] = {}
         self._tracer = open_tracer(config.engine.otlp_traces_endpoint, "worker")
@@ -61,12 +63,16 @@ class WorkerLoop:
         if self._config.engine.standby == "weights":
             self._spare = {rank: self._make_runner(rank) for rank in self._config.engine.layout.ranks}
 
-    def take(self, rank: int, devices: Sequence[str]) -> None:
-        """Becomes `rank`, on the devices of the one it replaces; CUDA was not touched before."""
+    def take(self, rank: int) -> None:
+        """Becomes `rank`, in place of one that was lost."""
         self.rank = rank
-        gpus = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
-        if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+    def show_gpus(self, node_gpus: Sequence[str], own_gpu: str) -> None:
+        """Before CUDA starts: of its node this process sees `node_gpus`, those of all the engine's ranks there, and
+        computes on `own_gpu`. Ray shows it its own alone, but ranks reach into each other's memory only between GPUs
+        that both see, under different numbers."""
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(node_gpus)
+        self._gpu_index = node_gpus.index(own_gpu)
 
     def load(self) -> int:
         """Loads the weights; returns the KV blocks there is room for.
@@ -85,10 +91,15 @@ class WorkerLoop:
 
         torch.set_num_threads(self._config.num_threads)
         if self._config.device == "cuda":
-            torch.cuda.set_device(0)  # Ray shows each worker its own GPU only
+            torch.cuda.set_device(self._gpu_index)
         # No group: collectives use the process's default one, which is another one after a peer was replaced.
         layout = self._config.engine.layout
-        tp = TensorParallel(layout.tp_rank(rank), layout.tp, expert_parallel=layout.expert_parallel)
+        tp = TensorParallel(
+            layout.tp_rank(rank),
+            layout.tp,
+            expert_parallel=layout.expert_parallel,
+            before_abort=self._before_abort,
+        )
         return self._runner_factory(self._config, tp)
 
     def open_store(self, host: str) -> tuple[str, int]:

@@ -46,9 +46,12 @@ class WorkerActor:
     def prepare(self) -> None:
         self._loop.prepare()
 
-    def take(self, rank: int, devices: tuple[str, ...]) -> None:
+    def take(self, rank: int) -> None:
         self._name_logs(rank)
-        self._loop.take(rank, devices)
+        self._loop.take(rank)
+
+    def show_gpus(self, node_gpus: tuple[str, ...], own_gpu: str) -> None:
+        self._loop.show_gpus(node_gpus, own_gpu)
 
     def load(self) -> int:
         return self._loop.load()

@@ -16,6 +16,7 @@ from pathlib import Path
 from rayllm.config import ResolvedConfig
 from rayllm.errors import without_paths
 from rayllm.executor.inproc import one_line
+from rayllm.executor.process_group import NCCL_ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ def death_reason(error: Exception) -> str:
 def worker_environment(config: ResolvedConfig, single_node: bool) -> dict[str, str]:
     """Variables that a worker process needs before torch is imported."""
     variables = {"OMP_NUM_THREADS": str(config.num_threads)}
+    if config.device == "cuda":
+        variables |= NCCL_ENVIRONMENT
     if single_node:
         variables |= {
             "GLOO_SOCKET_IFNAME": _loopback_interface(),

@@ -115,6 +115,34 @@ def test_survivors_that_do_not_leave_their_step_are_found_though_aborted() -> No
     assert _actors().settle({}, settle_s=0.0) == set()
 
 
+def test_survivors_of_a_failed_start_that_are_not_free_again_are_found() -> None:
+    assert _actors().release([0, 1]) == set()
+    assert _actors(rank1=("place",)).release([0, 1]) == {1}
+    assert _actors().release([]) == set()
+
+
+def test_a_rank_sees_all_gpus_of_the_engine_on_its_node_and_late_ones_come_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    actors, calls = _actors(), list[Any]()
+    monkeypatch.setattr(actors, "begin", lambda ranks, *call: calls.append((ranks, *call)))
+    for rank, devices in enumerate((("cuda:5",), ("cuda:2",))):
+        actors.places[rank] = WorkerPlace(1, "here", "host", devices)
+    actors.show_gpus([0, 1])
+    assert calls == [([0], "show_gpus", ("5", "2"), "5"), ([1], "show_gpus", ("5", "2"), "2")]
+    actors.places[0] = WorkerPlace(2, "here", "host", ("cuda:0",))
+    actors.places[1] = WorkerPlace(3, "there", "host", ("cuda:2",))
+    calls.clear()
+    actors.show_gpus([0, 1])
+    assert calls == [([0], "show_gpus", ("5", "2", "0"), "0"), ([1], "show_gpus", ("2",), "2")]
+
+
+def test_ranks_on_cpus_are_shown_no_gpus() -> None:
+    actors = _actors(rank0=("show_gpus",))
+    actors.show_gpus([0, 1])
+    assert actors._node_gpus == {"here": []}
+
+
 def test_an_ended_rank_is_killed_and_has_no_weights_any_more(ray: SimpleNamespace) -> None:
     actors = _actors()
     actors.loaded.update({0, 1})

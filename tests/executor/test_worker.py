@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -89,6 +90,19 @@ def test_rubbish_in_place_of_a_plan_is_a_failure(served: tuple[int, Channel, Fut
     failure = msgspec.msgpack.decode(driver.receive(5.0), type=WorkerFailure)
     assert failure.rank == rank
     assert "ValidationError" in failure.reason
+
+
+def test_a_worker_computes_on_its_own_gpu_among_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    loop = WorkerLoop(fake_config(device="cuda"), None, _Runner)
+    loop.take(1)
+    loop.show_gpus(("5", "2"), "2")
+    loop.load()
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], chosen) == ("5,2", [1])
 
 
 def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:

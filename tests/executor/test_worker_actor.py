@@ -25,9 +25,12 @@ class _Loop:
         self.made_in = os.environ.get(VARIABLE)
         self.calls: list[Any] = []
 
-    def take(self, rank: int, devices: tuple[str, ...]) -> None:
+    def take(self, rank: int) -> None:
         self.rank = rank
-        self.calls.append(("take", rank, devices))
+        self.calls.append(("take", rank))
+
+    def show_gpus(self, node_gpus: tuple[str, ...], own_gpu: str) -> None:
+        self.calls.append(("show_gpus", node_gpus, own_gpu))
 
     def serve(self, channel: Any) -> Any:
         assert not channel.closed
@@ -53,9 +56,10 @@ def test_its_environment_is_there_before_its_loop(log_names: list[str]) -> None:
 def test_logs_name_the_rank_once_a_standby_takes_one(log_names: list[str]) -> None:
     actor: Any = WorkerActor(fake_config(), None, {})
     assert log_names == ["worker standby"]
-    actor.take(3, ("cuda:1",))
+    actor.take(3)
+    actor.show_gpus(("1", "4"), "4")
     assert log_names == ["worker standby", "worker 3"]
-    assert actor._loop.calls == [("take", 3, ("cuda:1",))]
+    assert actor._loop.calls == [("take", 3), ("show_gpus", ("1", "4"), "4")]
 
 
 @pytest.mark.parametrize("end", [None, "a peer is lost", ValueError("broken")])

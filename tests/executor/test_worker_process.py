@@ -15,6 +15,15 @@ def test_workers_of_one_node_talk_over_loopback_with_their_own_threads() -> None
     assert worker_environment(config, single_node=False) == {"OMP_NUM_THREADS": "3"}
 
 
+def test_on_gpus_torchs_watchdog_must_not_end_the_survivors_of_a_lost_rank() -> None:
+    assert worker_environment(fake_config(device="cuda", num_threads=3), single_node=False) == {
+        "OMP_NUM_THREADS": "3",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
+
+
 def test_the_last_error_of_a_log_is_one_line_without_traceback_or_path() -> None:
     log = """starting
 Traceback (most recent call last):
