@@ -1,0 +1,250 @@
+"""Steps of a whole runner on a CUDA device that is not there: what they launch, copy and wait for.
+
+    python tests/fake_steps.py GUARD TP '[{"model": "llama", "kind": "decode", "sampling": "greedy", "num_layers": 2}]'
+
+prints the counts of each case as JSON. GUARD is what `fake_device.build_guard` made; with TP > 1 the other ranks are
+torch's fake process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from rayllm.messages import StepPlan
+    from rayllm.runner.runner import Runner
+
+ROOT = Path(__file__).parents[1]
+NUM_ROWS = 8
+CONTEXT = 100
+_BLOCKS_A_ROW = 4
+_NUM_BLOCKS = 64
+
+_HEADS = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_HEADS, "intermediate_size": 14336},
+    "qwen2": {"model_type": "qwen2", **_HEADS, "intermediate_size": 18944},
+    "qwen3": {"model_type": "qwen3", **_HEADS, "intermediate_size": 12288},
+}
+"""Configs of well-known models, but for the number of layers and the vocabulary."""
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "top_p": {"temperature": 0.8, "top_p": 0.95},
+    "top_k": {"temperature": 0.8, "top_k": 40, "min_p": 0.05},
+    "penalties": {"temperature": 0.8, "frequency_penalty": 0.5, "presence_penalty": 0.1, "repetition_penalty": 1.1},
+    "edited": {"logit_bias": {5: 1.0}, "allowed_token_ids": tuple(range(3, 400)), "min_tokens": 9},
+    "bad_words": {"bad_words_token_ids": ((7, 8), (9,))},
+    "logprobs": {"temperature": 0.0, "logprobs": 5},
+    "grammar": {"regex": "[a-z ]+"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step of `NUM_ROWS` rows that sample alike. Kinds: `prefill` (whole prompts), `chunk` (second halves of
+    prompts), `decode` (the step after the prompts), `mixed` (half of the rows decode, half begin)."""
+
+    model: str = "llama"
+    kind: str = "decode"
+    sampling: str = "greedy"
+    tp: int = 1
+    num_layers: int = 2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one step. The places are file and line, with how often."""
+
+    launches: dict[str, int]
+    """Kernels by name, copies within the device among them."""
+    collectives: dict[str, int]
+    copies_to_device: dict[str, int]
+    copies_to_host: dict[str, int]
+    blocking_copies: dict[str, int]
+    """Copies to the device that wait for it, or are not of pinned memory."""
+    waits: dict[str, int]
+    """What makes `Runner.launch` wait for the device."""
+    finish_waits: dict[str, int]
+    """What makes `Runner.finish` wait."""
+    mismatches: dict[str, int]
+    """Operations with a tensor on the host among those on the device."""
+
+    @property
+    def num_launches(self) -> int:
+        return sum(self.launches.values())
+
+    @property
+    def num_gemms(self) -> int:
+        from fake_device import GEMMS
+
+        return sum(count for name, count in self.launches.items() if name in GEMMS)
+
+
+def measure(cases: Sequence[Case], guard: Path) -> dict[Case, Counts]:
+    """Runs the cases in a process for each size of the group. Raises RuntimeError with its output where one fails."""
+    found: dict[Case, Counts] = {}
+    paths = [str(ROOT / folder) for folder in ("tests", "kernels", ".")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    for tp in sorted({case.tp for case in cases}):
+        group = [case for case in cases if case.tp == tp]
+        arguments = [str(guard), str(tp), json.dumps([asdict(case) for case in group])]
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"fake steps with {tp} ranks:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        counts = json.loads(done.stdout.splitlines()[-1])
+        found |= {case: Counts(**entry) for case, entry in zip(group, counts, strict=True)}
+    return found
+
+
+# -------------------------------------------------------------------------------------------- in the measuring process
+
+
+def _runner(case: Case, folder: Path, log: Any) -> Runner:
+    """Its weights have no values; its host tensors have."""
+    import rayllm.runner.runner as module
+    from rayllm.cli import random_model
+    from rayllm.config import EngineConfig
+    from rayllm.distributed.groups import TensorParallel
+    from rayllm.engine.owner.resolve import resolve
+
+    name = f"{case.model}-{case.num_layers}"
+    random_model.SHAPES[name] = {**MODELS[case.model], "num_hidden_layers": case.num_layers}
+    config = resolve(
+        EngineConfig(
+            model=str(random_model.random_model(f"random:{name}", with_weights=False, cache=folder)),
+            load_format="dummy",
+            dtype="bfloat16",
+            device="cuda",
+            num_kv_blocks=_NUM_BLOCKS,
+            max_num_seqs=2 * NUM_ROWS,
+            max_num_batched_tokens=2048,
+        ),
+        num_gpus=1,
+        num_cores=2,
+        backend="inproc",
+    )
+    log.computes_on_host = False
+    load_model = module.load_model
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_model(*args, **kwargs)
+        finally:
+            log.computes_on_host = True
+
+    import torch
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, "check_device"))
+        stack.enter_context(mock.patch.object(module, "load_model", load))
+        in_turn = mock.patch("rayllm.models.decoder.make_in_parallel", lambda makers: [make() for make in makers])
+        stack.enter_context(in_turn)  # fake tensors are a matter of this thread alone
+        runner = module.Runner(config, TensorParallel(0, case.tp), device=torch.device("cuda", 0))
+    runner.start(_NUM_BLOCKS)
+    return runner
+
+
+def _plan(step: int, rows: Sequence[int], counts: Sequence[int], new_rows: Sequence[int], sampling: str) -> StepPlan:
+    """`new_rows` have prompts of `CONTEXT` tokens and all their blocks."""
+    from rayllm.messages import RowParams, RowStart, RowTable, StepPlan
+    from rayllm.request import StructuredOutputsParams, pack_ids
+
+    given = dict(SAMPLING[sampling])
+    if "regex" in given:
+        given = {"structured_outputs": StructuredOutputsParams(regex=given["regex"])}
+    params = RowParams(**given)
+    starts = [
+        RowStart(
+            row,
+            pack_ids([5 + row] * CONTEXT),
+            CONTEXT,
+            0,
+            [RowTable(pack_ids(range(row * _BLOCKS_A_ROW, (row + 1) * _BLOCKS_A_ROW)))],
+            params,
+            row,
+            0,
+        )
+        for row in new_rows
+    ]
+    return StepPlan(step, 0, b"", starts, b"", b"", pack_ids(rows), pack_ids(counts), sum(counts))
+
+
+def _plans(case: Case) -> list[StepPlan]:
+    """Of which the last is measured."""
+    rows = list(range(NUM_ROWS))
+    half = CONTEXT // 2
+    if case.kind == "prefill":
+        return [_plan(1, rows, [CONTEXT] * NUM_ROWS, rows, case.sampling)]
+    if case.kind == "chunk":
+        first = _plan(1, rows, [half] * NUM_ROWS, rows, case.sampling)
+        return [first, _plan(2, rows, [CONTEXT - half] * NUM_ROWS, [], case.sampling)]
+    if case.kind == "decode":
+        first = _plan(1, rows, [CONTEXT] * NUM_ROWS, rows, case.sampling)
+        return [first, *(_plan(step, rows, [1] * NUM_ROWS, [], case.sampling) for step in (2, 3))]
+    assert case.kind == "mixed", case.kind
+    old, new = rows[: NUM_ROWS // 2], rows[NUM_ROWS // 2 :]
+    first = _plan(1, old, [CONTEXT] * len(old), old, case.sampling)
+    return [first, _plan(2, rows, [1] * len(old) + [CONTEXT] * len(new), new, case.sampling)]
+
+
+def _measured(case: Case, folder: Path, log: Any) -> Counts:
+    """The last step's counts."""
+    runner = _runner(case, folder, log)
+    *earlier, last = _plans(case)
+    with mock.patch.object(runner._structured, "advance", return_value={}):  # what was drawn has no value
+        for plan in earlier:
+            runner.execute(plan)
+        log.begin()
+        in_flight = runner.launch(last)
+        waits = dict(log.waits)
+        log.waits.clear()
+        runner.finish(in_flight)
+    log.is_on = False
+    return Counts(
+        launches=dict(log.launches),
+        collectives=dict(log.collectives),
+        copies_to_device=dict(log.copies_to_device),
+        copies_to_host=dict(log.copies_to_host),
+        blocking_copies=dict(log.blocking_copies),
+        waits=waits,
+        finish_waits=dict(log.waits),
+        mismatches=dict(log.mismatches),
+    )
+
+
+@contextlib.contextmanager
+def _group(size: int) -> Iterator[None]:
+    if size == 1:
+        yield
+        return
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    yield
+    dist.destroy_process_group()
+
+
+def _main(guard: Path, tp: int, cases: list[Case]) -> None:
+    from fake_device import fake_cuda
+
+    with tempfile.TemporaryDirectory() as folder, fake_cuda(guard) as log, _group(tp):
+        found = [asdict(_measured(case, Path(folder), log)) for case in cases]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]), [Case(**entry) for entry in json.loads(sys.argv[3])])
