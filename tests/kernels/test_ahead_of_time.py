@@ -54,7 +54,8 @@ def test_kernels_fit_the_gpu(path: Path, arch: int) -> None:
 
 def test_every_family_of_kernels_names_its_launches() -> None:
     sources = Path(__file__).parents[2] / "kernels" / "rayllm_kernels"
-    families = {path.parent.name for path in sources.glob("*/*.py") if "@triton.jit" in path.read_text("utf-8")}
+    kernels = [path for path in sources.rglob("*.py") if "@triton.jit" in path.read_text("utf-8")]
+    families = {path.relative_to(sources).parts[0] for path in kernels}
     assert families == {path.parent.name for path in launch_files()}
 
 
