@@ -67,7 +67,7 @@ class PagedRun:
             block_size=self._block_size,
             beyond_T=self._beyond(rows, counts),
         )
-        return batch, rows
+        return batch.with_device_rows() if self._model.backend.uses_device_rows else batch, rows
 
     def _beyond(self, rows: list[int], counts: dict[int, int]) -> Tensor | None:
         boundary = self._model.decoder.spec.rope_boundary

@@ -5,13 +5,13 @@ Shape letters: T tokens, D hidden width, V vocabulary, N positions whose logits 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.linear import Linear
 from rayllm.weights.source import WeightSource
+from rayllm_kernels.embedding import embed_part
 
 
 def vocab_part(vocab_size: int, tp: TensorParallel) -> range:
@@ -31,10 +31,7 @@ class VocabEmbedding:
     def __call__(self, token_ids_T: Tensor) -> Tensor:
         if self._tp.size == 1:
             return F.embedding(token_ids_T, self.weight_VD)
-        local_T = token_ids_T - self._part.start
-        mine_T = (local_T >= 0) & (local_T < len(self._part))
-        rows_TD = F.embedding(torch.where(mine_T, local_T, 0), self.weight_VD)
-        return self._tp.all_reduce(rows_TD.mul_(mine_T.unsqueeze(1)))
+        return self._tp.all_reduce(embed_part(token_ids_T, self.weight_VD, self._part.start))
 
 
 class OutputHead:

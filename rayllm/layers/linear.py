@@ -40,6 +40,6 @@ class RowParallelLinear:
         return self._linear(x_TI)
 
     def plus(self, x_TI: Tensor, residual_TO: Tensor) -> Tensor:
-        """The whole product plus bias plus residual, on every rank."""
+        """The whole product plus bias plus residual, on every rank; the residual's values are lost."""
         partial = self._linear.plus(x_TI, residual_TO) if self._adds_residual else self._linear(x_TI)
         return self._tp.all_reduce(partial)

@@ -44,5 +44,5 @@ class Mlp:
         return self._down.partial(self._projection(x_TD))
 
     def plus(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
-        """down(projection(x)) + residual."""
+        """down(projection(x)) + residual, whose values are lost."""
         return self._down.plus(self._projection(x_TD), residual_TD)

@@ -36,5 +36,5 @@ class Linear(ABC):
         return self(x_TI).mul_(factor_TO)
 
     def plus(self, x_TI: Tensor, residual_TO: Tensor) -> Tensor:
-        """x @ weight.T + bias + residual."""
+        """x @ weight.T + bias + residual, which may be written to `residual_TO`: its values are lost."""
         return self(x_TI).add_(residual_TO)

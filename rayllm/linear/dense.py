@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayllm.linear.base import Linear
+from rayllm_kernels.device import uses_triton
 
 
 class DenseLinear(Linear):
@@ -23,3 +24,10 @@ class DenseLinear(Linear):
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         return F.linear(x_TI, self._weight, self._bias)
+
+    def plus(self, x_TI: Tensor, residual_TO: Tensor) -> Tensor:
+        """On a GPU the product adds itself to the residual, without a kernel for the sum."""
+        if not uses_triton(x_TI):
+            return super().plus(x_TI, residual_TO)
+        sum_TO = residual_TO.addmm_(x_TI, self._weight.t())
+        return sum_TO if self._bias is None else sum_TO.add_(self._bias)

@@ -27,7 +27,7 @@ ATTENTION_LAYERS: dict[type, type[AttentionLayer]] = {
 
 
 class Branch(Protocol):
-    """What is added to the residual; it can add it itself, in one pass."""
+    """What is added to the residual; it can add it itself, in one pass, and may then write the sum in its place."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
@@ -107,10 +107,16 @@ class DecoderLayer:
         if keep_N is not None:
             heads, hidden_TD = heads[keep_N], hidden_TD[keep_N]
             normed_TD = normed_TD[keep_N] if self._shares_norm else normed_TD
-        sum_TD = self._attention_sum(self._attention.out, heads, hidden_TD)
-        inner_TD = hidden_TD if self._parallel else sum_TD
-        if self._shares_norm:
-            inner_TD = normed_TD
-        elif self._mlp_norm is not None:
-            inner_TD = self._mlp_norm(inner_TD)
+        if self._parallel:  # what the feed-forward layer reads is made before the residual is written
+            inner_TD = self._mlp_input(hidden_TD, normed_TD)
+            hidden_TD = hidden_TD.clone() if inner_TD is hidden_TD else hidden_TD
+            sum_TD = self._attention_sum(self._attention.out, heads, hidden_TD)
+        else:
+            sum_TD = self._attention_sum(self._attention.out, heads, hidden_TD)
+            inner_TD = self._mlp_input(sum_TD, normed_TD)
         return self._mlp_sum(self._feed_forward, inner_TD, sum_TD)
+
+    def _mlp_input(self, x_ND: Tensor, attention_input_ND: Tensor) -> Tensor:
+        if self._shares_norm:
+            return attention_input_ND
+        return x_ND if self._mlp_norm is None else self._mlp_norm(x_ND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from itertools import product
 
@@ -13,6 +14,7 @@ from rayllm.layers.attention import AttentionGroup, GatheredBackend, LayerAttent
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import KVPool, KVSpec
 from rayllm_kernels.device import interpreted
+from rayllm_kernels.rope import HeadNorm, Rotation
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, SCALE = 4, 6, 2, 16, 0.3
@@ -135,3 +137,25 @@ def test_attention_equals_float64(
     found_THD = backend.forward(step.q_THD, k_TKD, v_TKD, kv, metadata, layer)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found_THD.double(), _expected(step, layer), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("norm", [None, HeadNorm(torch.rand(NUM_HEADS + NUM_KV_HEADS, HEAD_DIM) + 0.5, 1e-6)], ids=str)
+@pytest.mark.parametrize("in_pairs", [None, False, True])
+def test_kernels_put_into_pages_and_hand_on_what_the_cpu_does(in_pairs: bool | None, norm: HeadNorm | None) -> None:
+    step = Step(torch.float32)
+    num_tokens, group = len(step.q_THD), AttentionGroup(NUM_KV_HEADS, HEAD_DIM)
+    layer = LayerAttention(group, SCALE)
+    qkv = torch.randn(num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2))
+    cos, sin = (f(torch.rand(num_tokens, 5)).repeat(1, 2) for f in (torch.cos, torch.sin))
+    rotation = None if in_pairs is None else Rotation(cos, sin, in_pairs)
+    found = []
+    for backend_class in (GatheredBackend, TritonBackend):
+        kv = tuple(cache.clone() for cache in step.pool.layers[0])
+        with interpreted() if backend_class is TritonBackend else contextlib.nullcontext():
+            backend = backend_class([[group]], torch.float32, CPU)
+            (metadata,) = backend.prepare(step.batch().with_device_rows())
+            q_THD, *_ = backend.rotate_and_write(qkv, rotation, norm, kv, metadata, layer)
+        found.append((q_THD, *kv))
+    for expected, each in zip(*found, strict=True):
+        torch.testing.assert_close(each, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(found[0][1], step.pool.layers[0][0])

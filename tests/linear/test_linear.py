@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayllm.linear import PackedLinear, WidenedLinear, dense_linear, widened
+from rayllm.linear import DenseLinear, PackedLinear, WidenedLinear, dense_linear, widened
 from rayllm_kernels.activation import ACTIVATIONS
+from rayllm_kernels.device import interpreted
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -75,3 +76,20 @@ def test_no_tokens_give_no_rows(dtype: torch.dtype) -> None:
     layer = dense_linear(torch.ones(5, 3, dtype=dtype))
     assert layer(torch.ones(0, 3, dtype=dtype)).shape == (0, 5)
     assert layer.plus(torch.ones(0, 3, dtype=dtype), torch.ones(0, 5, dtype=dtype)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_on_a_gpu_a_plain_product_adds_itself_to_the_residual(biased: bool) -> None:
+    x, weight, residual = (
+        _random(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate([(3, 7), (5, 7), (3, 5)])
+    )
+    bias = _random(5, dtype=torch.float32, seed=3) if biased else None
+    layer = DenseLinear(weight, bias)
+    expected = x.double() @ weight.double().T + residual.double() + (0 if bias is None else bias.double())
+    before = residual.clone()
+    assert _error(layer.plus(x, residual), expected) < 1e-6
+    assert torch.equal(residual, before)
+    with interpreted():
+        found = layer.plus(x, residual)
+    assert found.data_ptr() == residual.data_ptr()
+    assert _error(found, expected) < 1e-6

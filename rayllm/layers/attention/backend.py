@@ -20,6 +20,8 @@ from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import LayerKV
 from rayllm.linear import PerHeadLinear
 from rayllm.spec import LatentAttentionSpec
+from rayllm_kernels.norm import rms_norm
+from rayllm_kernels.rope import HeadNorm, Rotation, rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,38 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prepare(self, batch: Batch) -> list[Any]:
-        """The metadata of a step for each KV group, given to the `write` and `forward` of the group's layers; the only
+        """The metadata of a step for each KV group, given to the calls of the group's layers; the only
         call that may wait for the host."""
 
     @abstractmethod
     def write(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, metadata: Any, layer: LayerAttention) -> None:
         """Puts the step's keys and values into their slots of `kv`; other slots stay as they are."""
+
+    def rotate_and_write(
+        self,
+        qkv_TAD: Tensor,
+        rotation: Rotation | None,
+        norm: HeadNorm | None,
+        kv: LayerKV,
+        metadata: Any,
+        layer: LayerAttention,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All between a layer's projections and its attention: queries and keys are normed and rotated, keys and values
+        put into their slots of `kv`. Returns (q_THD, k_TKD, v_TKD) for `forward`.
+
+        A token has A = H + 2 K heads: queries, keys, values. A backend that attends to what is in `kv` alone may return
+        keys and values as they came.
+        """
+        num_kv_heads = layer.group.num_kv_heads
+        num_heads = qkv_TAD.shape[1] - 2 * num_kv_heads
+        qk_TBD, v_TKD = qkv_TAD[:, : num_heads + num_kv_heads], qkv_TAD[:, num_heads + num_kv_heads :]
+        if norm is not None:
+            qk_TBD = rms_norm(qk_TBD, *norm)
+        if rotation is not None:
+            qk_TBD = rope(qk_TBD, *rotation)
+        q_THD, k_TKD = qk_TBD[:, :num_heads], qk_TBD[:, num_heads:]
+        self.write(k_TKD, v_TKD, kv, metadata, layer)
+        return q_THD, k_TKD, v_TKD
 
     @abstractmethod
     def forward(

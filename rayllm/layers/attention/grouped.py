@@ -1,6 +1,7 @@
 """Grouped attention as a layer: projections, rotation, cache and output.
 
-Shape letters: T tokens of the step, H query heads, K key/value heads of this rank, D hidden width.
+Shape letters: T tokens of the step, A heads of queries, keys and values of this rank, B of queries
+and keys, H of queries, K of keys, D hidden width.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from rayllm.layers.norm import rms_weight
 from rayllm.linear import Linear
 from rayllm.spec import GroupedAttentionSpec
 from rayllm.weights.source import Outputs, WeightSource
-from rayllm_kernels.norm import rms_norm
-from rayllm_kernels.rope import rope
+from rayllm_kernels.rope import HeadNorm, Rotation
 
 
 def kv_heads_of(num_kv_heads: int, rank: int, tp_size: int) -> range:
@@ -55,14 +55,15 @@ class GroupedAttention(AttentionLayer):
         self._backend = backend
         heads = tp.shard(spec.num_heads, "num_attention_heads")
         kv_heads = kv_heads_of(spec.num_kv_heads, tp.rank, tp.size)
-        self._num_heads, self._num_kv_heads = len(heads), len(kv_heads)
+        self._num_all_heads = len(heads) + 2 * len(kv_heads)
         self._qkv = _qkv(weights, prefix, spec, width, heads, kv_heads)
-        self._qk_norm_HD: Tensor | None = None
+        self._qk_norm: HeadNorm | None = None
         if spec.qk_norm is not None:
             q_norm_D, k_norm_D = (
                 rms_weight(weights, f"{prefix}.{name}_norm", spec.head_dim, spec.qk_norm) for name in "qk"
             )
-            self._qk_norm_HD = torch.cat((q_norm_D.expand(len(heads), -1), k_norm_D.expand(len(kv_heads), -1)))
+            weight_BD = torch.cat((q_norm_D.expand(len(heads), -1), k_norm_D.expand(len(kv_heads), -1)))
+            self._qk_norm = HeadNorm(weight_BD, spec.qk_norm.eps)
         sinks = weights.tensor(f"{prefix}.sinks", (spec.num_heads,), part=heads).float() if spec.has_sinks else None
         group = self.group(spec, tp.rank, tp.size)
         self._attention = LayerAttention(group, spec.scale, spec.soft_cap, sinks)
@@ -71,16 +72,14 @@ class GroupedAttention(AttentionLayer):
         )
 
     def attend(self, x_TD: Tensor, kv: LayerKV, metadata: Any, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        heads, kv_heads, spec = self._num_heads, self._num_kv_heads, self.spec
-        qkv = self._qkv(x_TD).view(-1, heads + 2 * kv_heads, spec.head_dim)
-        qk, v_TKD = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._qk_norm_HD is not None and spec.qk_norm is not None:
-            qk = rms_norm(qk, self._qk_norm_HD, spec.qk_norm.eps)
+        spec = self.spec
+        qkv_TAD = self._qkv(x_TD).view(-1, self._num_all_heads, spec.head_dim)
+        turn = None
         if rotation is not None and spec.rope is not None:
-            qk = rope(qk, *rotation, spec.rope.in_pairs)
-        q_THD, k_TKD = qk[:, :heads], qk[:, heads:]
-        self._backend.write(k_TKD, v_TKD, kv, metadata, self._attention)
-        out_THD = self._backend.forward(q_THD, k_TKD, v_TKD, kv, metadata, self._attention)
+            turn = Rotation(*rotation, spec.rope.in_pairs)
+        backend, layer = self._backend, self._attention
+        q_THD, k_TKD, v_TKD = backend.rotate_and_write(qkv_TAD, turn, self._qk_norm, kv, metadata, layer)
+        out_THD = backend.forward(q_THD, k_TKD, v_TKD, kv, metadata, layer)
         return out_THD.reshape(x_TD.shape[0], -1)
 
 

@@ -21,6 +21,7 @@ from rayllm.layers.kv_cache import LayerKV
 from rayllm_kernels.attention import PagedLines, Scoring, paged_decode, paged_prefill
 from rayllm_kernels.kv_cache import write_kv, write_latent
 from rayllm_kernels.latent_attention import paged_latent_decode, paged_latent_prefill
+from rayllm_kernels.rope import HeadNorm, Rotation, rope_and_write
 
 _MAX_ARRIVALS = 65536
 """Counters of lines times key/value heads; where a step has more, no line is split."""
@@ -71,6 +72,21 @@ class TritonBackend(AttentionBackend):
     def write(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, metadata: PagedStep, layer: LayerAttention) -> None:
         k_cache, v_cache = kv
         write_kv(k_TKD, v_TKD, k_cache, v_cache, metadata.slots_T)
+
+    def rotate_and_write(
+        self,
+        qkv_TAD: Tensor,
+        rotation: Rotation | None,
+        norm: HeadNorm | None,
+        kv: LayerKV,
+        metadata: PagedStep,
+        layer: LayerAttention,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In one launch; keys and values are returned as they came."""
+        k_cache, v_cache = kv
+        q_THD = rope_and_write(qkv_TAD, k_cache, v_cache, metadata.slots_T, rotation, norm)
+        num_heads, num_kv_heads = q_THD.shape[1], layer.group.num_kv_heads
+        return q_THD, qkv_TAD[:, num_heads : num_heads + num_kv_heads], qkv_TAD[:, num_heads + num_kv_heads :]
 
     def forward(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, metadata: PagedStep, layer: LayerAttention

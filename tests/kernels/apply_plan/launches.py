@@ -9,5 +9,5 @@ from rayllm_kernels.apply_plan import apply_plan
 
 
 def launches(arch: int) -> None:
-    ints = [meta(size, dtype=torch.int32) for size in (200_000, 500, 500, 256, 256, 256)]
-    apply_plan(*ints)
+    words, tokens = meta(500, dtype=torch.int32), meta(256, dtype=torch.int64)
+    apply_plan(meta(200_000, dtype=torch.int32), words, words, tokens, meta(256, dtype=torch.int32), tokens)
