@@ -19,6 +19,7 @@ import torch
 
 from rayllm.messages import RowParams
 from rayllm.sampling.sampler import Sampler
+from rayllm.transfer.upload import Upload
 
 MODES = {
     "greedy": RowParams(temperature=0),
@@ -50,6 +51,13 @@ def full_sort(logits_NV: torch.Tensor) -> torch.Tensor:
     return ids.gather(1, probs.multinomial(1))
 
 
+def sample_once(sampler: Sampler, upload: Upload, logits_NV: torch.Tensor, last_token_M: torch.Tensor) -> None:
+    """A step: prepared on the host, sent to the device, sampled."""
+    draws = sampler.prepare(upload, list(range(len(logits_NV))))
+    upload.send()
+    sampler.sample(logits_NV, draws, last_token_M)
+
+
 def median_ms(step: Callable[[], object], *, num_repeats: int, device: torch.device) -> float:
     times_s = []
     for _ in range(num_repeats + 1):
@@ -78,8 +86,8 @@ def measure(num_rows: int, arguments: argparse.Namespace) -> dict[str, float]:
         )
         for row in range(num_rows):
             sampler.set_row(row, params, row, 0, list(range(1, 513)), 512)
-        rows = list(range(num_rows))
-        step = partial(sampler.sample, logits_NV, rows)
+        last_token_M = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        step = partial(sample_once, sampler, Upload(device), logits_NV, last_token_M)
         times_ms[mode] = median_ms(step, num_repeats=num_repeats, device=device)
     times_ms["full_sort_top_p"] = median_ms(lambda: full_sort(logits_NV), num_repeats=3, device=device)
     return times_ms

@@ -9,7 +9,7 @@ import numpy as np
 from rayllm.layers.batch import Batch, DeviceRows
 from rayllm.runner.device_state import DeviceState
 from rayllm.runner.rows import Rows
-from rayllm.runner.upload import Upload, Uploaded
+from rayllm.transfer.upload import Upload, Uploaded
 from rayllm_kernels.apply_plan import apply_plan
 
 
@@ -128,8 +128,6 @@ class StagedStep:
     then the spans' positions in order."""
 
     sampled_rows: np.ndarray
-    sampled_rows_N: Uploaded
-    """int64: the same on the device."""
     spans: list[PromptLogprobSpan]
     layout: _Layout
     block_size: int
@@ -193,7 +191,6 @@ def stage_step(
     indices, blocks = rows.take_changes()
     return StagedStep(
         sampled_rows=sampled_rows,
-        sampled_rows_N=upload.add(sampled_rows.astype(np.int64)),
         spans=[PromptLogprobSpan(row, num_top, upload.add(next_ids)) for row, num_top, next_ids, _ in wanted],
         layout=layout,
         block_size=block_size,

@@ -26,11 +26,12 @@ from rayllm.runner.device_check import check_device, device_name
 from rayllm.runner.device_state import DeviceState
 from rayllm.runner.memory import check_weights_fit, plan_num_blocks
 from rayllm.runner.rows import Rows
-from rayllm.runner.upload import Upload
-from rayllm.sampling.logprobs import LogprobTensors, compute_logprobs
-from rayllm.sampling.sampler import Sampled, Sampler
+from rayllm.sampling.logprobs import Logprobs, compute_logprobs
+from rayllm.sampling.sampler import Draws, SampledOnHost, Sampler
 from rayllm.structured.rows import StructuredRows
 from rayllm.structured.vocabulary import Vocabulary
+from rayllm.transfer.download import Download
+from rayllm.transfer.upload import Upload
 from rayllm.weights.progress import LoadProgress
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,9 @@ class InFlight:
     step: StagedStep
     began_s: float
     """By `time.perf_counter`."""
-    sampled: Sampled | None
+    sampled: SampledOnHost | None
     """None where the step reaches no row's end."""
-    prompt_logprobs: list[list[LogprobTensors]]
+    prompt_logprobs: list[list[Logprobs]]
     """For each of `step.spans`, one slice of positions after another."""
 
 
@@ -183,11 +184,20 @@ class Runner:
                 rope_boundary=self._rope_boundary,
                 uses_device_rows=self._model.backend.uses_device_rows,
             )
+            rows = step.sampled_rows.tolist()
+            is_cpu = self._device.type == "cpu"
+            draws = None if is_cpu else self._prepare_draws(rows)
             self._upload.send()
             hidden_ND = self._model.forward(step.batch(self._state), self._pool())
-            num_sampled = len(step.sampled_rows)
-            sampled = self._sample(step, hidden_ND[:num_sampled]) if num_sampled else None
-            prompt_logprobs = self._prompt_logprobs(step, hidden_ND[num_sampled:])
+            if is_cpu:  # where uploads are free, threads fill masks while the model computes
+                draws = self._prepare_draws(rows)
+                self._upload.send()
+            download, sampled = Download(self._device), None
+            if draws is not None:
+                logits_NV = self._model.logits(hidden_ND[: len(rows)])
+                sampled = self._sampler.sample(logits_NV, draws, self._state.last_token_M).to_host(download)
+            prompt_logprobs = self._prompt_logprobs(step, hidden_ND[len(rows) :], download)
+            download.start()
             self._rows.advance(row_ids, counts, step.sampled_rows)
         return InFlight(plan, step, began_s, sampled, prompt_logprobs)
 
@@ -196,7 +206,7 @@ class Runner:
         rank."""
         plan, sampled = in_flight.plan, in_flight.sampled
         prompt_logprobs = {
-            span.row: [entry for tensors in parts for entry in tensors.to_messages()]
+            span.row: [entry for part in parts for entry in part.to_messages()]
             for span, parts in zip(in_flight.step.spans, in_flight.prompt_logprobs, strict=True)
         }
         logprobs = {} if sampled is None else sampled.by_row()
@@ -206,7 +216,7 @@ class Runner:
         if self._model.backend.reads_unwritten_slots:
             for row in invalid_rows:
                 self._unclean.update(self._rows.blocks(row))
-        token_ids = np.empty(0, np.int32) if sampled is None else sampled.token_ids_N.to(torch.int32).cpu().numpy()
+        token_ids = np.empty(0, np.int32) if sampled is None else sampled.token_ids_N.array.astype(np.int32)
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
@@ -257,13 +267,10 @@ class Runner:
         assert self._kv is not None, "start() comes first"
         return self._kv
 
-    def _sample(self, step: StagedStep, hidden_ND: torch.Tensor) -> Sampled:
-        rows = step.sampled_rows.tolist()
-        sampled = self._sampler.sample(self._model.logits(hidden_ND), rows, self._structured.masks(rows))
-        self._state.last_token_M.index_copy_(0, step.sampled_rows_N.tensor, sampled.token_ids_N)
-        return sampled
+    def _prepare_draws(self, rows: list[int]) -> Draws | None:
+        return self._sampler.prepare(self._upload, rows, self._structured.masks(rows)) if rows else None
 
-    def _ends(self, sampled: Sampled, token_ids: list[int]) -> dict[int, Finish]:
+    def _ends(self, sampled: SampledOnHost, token_ids: list[int]) -> dict[int, Finish]:
         """The rows that a grammar ends, or that have no token left to draw."""
         stuck_rows = sampled.stuck_rows()
         for row in stuck_rows:
@@ -273,23 +280,24 @@ class Runner:
             ends.setdefault(row, _NO_TOKEN_LEFT)
         return ends
 
-    def _prompt_logprobs(self, step: StagedStep, hidden_ND: torch.Tensor) -> list[list[LogprobTensors]]:
-        found: list[list[LogprobTensors]] = []
+    def _prompt_logprobs(self, step: StagedStep, hidden_ND: torch.Tensor, download: Download) -> list[list[Logprobs]]:
+        found: list[list[Logprobs]] = []
         begin = 0
         for span in step.spans:
             end = begin + len(span.next_ids.array)
-            found.append(self._span_logprobs(span, hidden_ND[begin:end]))
+            found.append(self._span_logprobs(span, hidden_ND[begin:end], download))
             begin = end
         return found
 
-    def _span_logprobs(self, span: PromptLogprobSpan, hidden_ND: torch.Tensor) -> list[LogprobTensors]:
+    def _span_logprobs(self, span: PromptLogprobSpan, hidden_ND: torch.Tensor, download: Download) -> list[Logprobs]:
         next_ids_N = span.next_ids.tensor
-        found: list[LogprobTensors] = []
+        found: list[Logprobs] = []
         for begin in range(0, len(next_ids_N), _LOGPROB_SLICE):
             part = slice(begin, begin + _LOGPROB_SLICE)
             ids_N = next_ids_N[part]
             logits_NV = self._model.logits(hidden_ND[part])
-            found.append(compute_logprobs(logits_NV, ids_N, [span.num_top] * len(ids_N)))
+            tensors = compute_logprobs(logits_NV, ids_N, [span.num_top] * len(ids_N))
+            found.append(tensors.to_host(download))
         return found
 
 

@@ -13,11 +13,32 @@ import torch
 from torch import Tensor
 
 from rayllm.messages import TokenLogprobs
-from rayllm.sampling.penalties import upload
+from rayllm.transfer.download import Download, Downloaded
 from rayllm_kernels.sampling.reference import candidates, row_slices
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities on their way to the host."""
+
+    ids_NK: Downloaded
+    values_NK: Downloaded
+    rank_N: Downloaded
+    num_top_N: list[int]
+
+    def to_messages(self) -> list[TokenLogprobs | None]:
+        """Waits for the device. None for a line of NaN: one NaN logit makes all of its line NaN."""
+        ids_NK = self.ids_NK.array.astype(np.int32)
+        values_NK = self.values_NK.array
+        is_bad_N = np.isnan(values_NK).any(axis=1).tolist()
+        ranks = self.rank_N.array.tolist()
+        return [
+            None if is_bad else TokenLogprobs(ids_K[: num_top + 1].tobytes(), values_K[: num_top + 1].tobytes(), rank)
+            for ids_K, values_K, is_bad, rank, num_top in zip(ids_NK, values_NK, is_bad_N, ranks, self.num_top_N)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class LogprobTensors:
     """Log-probabilities still on the device: each line's own token first, then K others: the most likely, or those that
     the line lists."""
@@ -28,34 +49,32 @@ class LogprobTensors:
     num_top_N: list[int]
     """How many of the K each line asked for."""
 
-    def to_messages(self) -> list[TokenLogprobs | None]:
-        """Waits for the device. None for a line of NaN: one NaN logit makes all of its line NaN."""
-        ids_NK = self.ids_NK.to(torch.int32).cpu().numpy()
-        values_NK = self.values_NK.cpu().numpy()
-        is_bad_N = np.isnan(values_NK).any(axis=1).tolist()
-        ranks = self.rank_N.tolist()
-        return [
-            None if is_bad else TokenLogprobs(ids_K[: num_top + 1].tobytes(), values_K[: num_top + 1].tobytes(), rank)
-            for ids_K, values_K, is_bad, rank, num_top in zip(ids_NK, values_NK, is_bad_N, ranks, self.num_top_N)
-        ]
+    def to_host(self, download: Download) -> Logprobs:
+        """They come with the download."""
+        ids_NK, values_NK = download.add(self.ids_NK), download.add(self.values_NK)
+        return Logprobs(ids_NK, values_NK, download.add(self.rank_N), self.num_top_N)
+
+
+def padded_lists(num_top_N: list[int], listed_N: Sequence[tuple[int, ...] | None]) -> np.ndarray | None:
+    """`listed_NK` of `compute_logprobs`; None where no line lists ids."""
+    if not any(listed is not None for listed in listed_N):
+        return None
+    num_top = max(num_top_N)
+    return np.array([[*(listed or ()), *[-1] * (num_top - len(listed or ()))] for listed in listed_N], np.int64)
 
 
 def compute_logprobs(
     logits_NV: Tensor,
     token_ids_N: Tensor,
     num_top_N: list[int],
-    listed_N: Sequence[tuple[int, ...] | None] = (),
+    listed_NK: Tensor | None = None,
 ) -> LogprobTensors:
     """Does not wait for the device. A rank is 1 plus the number of strictly more likely tokens.
 
-    The `num_top_N[i]` most likely of line i come in falling order, equal ones in order of their ids; or, where
-    `listed_N[i]` lists that many ids, those, in its order.
+    The `num_top_N[i]` most likely of line i come in falling order, equal ones in order of their ids; or those that
+    `listed_NK` (int64, K the largest `num_top_N`; -1 for none) has on the line, in its order.
     """
     num_top = max(num_top_N)
-    listed_NK = None
-    if any(listed is not None for listed in listed_N):
-        padded = [[*(listed or ()), *[-1] * (num_top - len(listed or ()))] for listed in listed_N]
-        listed_NK = upload(torch.tensor(padded, dtype=torch.int64), logits_NV.device)
     parts = [
         _logprobs_of_slice(logits_NV[some], token_ids_N[some], num_top, None if listed_NK is None else listed_NK[some])
         for some in row_slices(logits_NV)

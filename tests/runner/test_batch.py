@@ -11,7 +11,7 @@ from rayllm.request import pack_ids
 from rayllm.runner.batch import StagedStep, StepShape, stage_step
 from rayllm.runner.device_state import DeviceState
 from rayllm.runner.rows import Rows
-from rayllm.runner.upload import Upload
+from rayllm.transfer.upload import Upload
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def test_tokens_of_rows_longer_than_the_rope_boundary_are_told_apart(rows: Rows,
 
 def test_a_row_samples_when_all_its_tokens_are_computed(rows: Rows) -> None:
     step = _stage(rows, {1: 1, 0: 4, 2: 3})
-    assert step.sampled_rows.tolist() == step.sampled_rows_N.tensor.tolist() == [1, 0]
+    assert step.sampled_rows.tolist() == [1, 0]
     assert step.logits_indices.tensor[:2].tolist() == [0, 4]
     assert _stage(rows, {0: 3}).sampled_rows.tolist() == []
 

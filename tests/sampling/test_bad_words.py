@@ -7,6 +7,7 @@ import random
 import msgspec
 import pytest
 import torch
+from drawing import sample
 
 from rayllm.errors import RequestError
 from rayllm.messages import RowParams
@@ -40,7 +41,7 @@ def reference_stream(params: RowParams, words: Words, *, request: int, num: int)
                 logits_V[token_id] = -torch.inf
         sampler = make_sampler()
         sampler.set_row(0, params, seed=request, choice=0, tokens=PROMPT + emitted, num_prompt_tokens=len(PROMPT))
-        emitted.append(int(sampler.sample(logits_V[None], [0]).token_ids_N[0]))
+        emitted.append(int(sample(sampler, logits_V[None], [0]).token_ids_N.array[0]))
     return emitted
 
 
@@ -78,7 +79,7 @@ def test_tokens_are_those_of_a_model_that_cannot_write_the_words() -> None:
                 bound = msgspec.structs.replace(params, bad_words_token_ids=words)
                 sampler.set_row(i, bound, i, 0, PROMPT + emitted[i], len(PROMPT))
         logits_NV = torch.stack([logits_of(i, len(emitted[i])) for i in rows])
-        for i, token_id in zip(rows, sampler.sample(logits_NV, rows).token_ids_N.tolist()):
+        for i, token_id in zip(rows, sample(sampler, logits_NV, rows).token_ids_N.array.tolist()):
             emitted[i].append(token_id)
     assert emitted == expected
 
@@ -88,14 +89,14 @@ def test_the_prompt_is_no_part_of_a_word_and_rows_without_words_are_as_they_were
     sampler.set_row(0, RowParams(temperature=0, bad_words_token_ids=((2, 3, 5), (4,))), 0, 0, PROMPT, 3)
     sampler.set_row(1, RowParams(temperature=0), 0, 0, PROMPT, 3)
     logits_V = torch.tensor([0.0, 0, 0, 0, 2, 1])
-    assert sampler.sample(logits_V.repeat(2, 1), [1, 0]).token_ids_N.tolist() == [4, 5]
+    assert sample(sampler, logits_V.repeat(2, 1), [1, 0]).token_ids_N.array.tolist() == [4, 5]
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     sampler = make_sampler()
     sampler.set_row(0, RowParams(temperature=0, logprobs=1, bad_words_token_ids=((4,),)), 0, 0, PROMPT, 3)
     logits_V = torch.tensor([0.0, 0, 0, 0, 2, 1])
-    found = sampler.sample(logits_V[None].clone(), [0]).by_row()[0]
+    found = sample(sampler, logits_V[None].clone(), [0]).by_row()[0]
     assert found is not None
     assert torch.frombuffer(bytearray(found.ids), dtype=torch.int32).tolist() == [5, 4]
     assert found.rank == 2
@@ -110,7 +111,7 @@ def test_a_row_with_no_token_left_is_stuck_and_one_without_numbers_is_invalid() 
     sampler.set_row(3, RowParams(bad_words_token_ids=((3,),)), 0, 0, PROMPT, 3)
     logits_NV = torch.zeros(4, V)
     logits_NV[2, 3] = torch.nan
-    sampled = sampler.sample(logits_NV, [0, 1, 2, 3])
+    sampled = sample(sampler, logits_NV, [0, 1, 2, 3])
     assert (sampled.stuck_rows(), sampled.invalid_rows()) == ([0, 1], {2})
 
 
@@ -118,7 +119,7 @@ def test_ends_may_come_early_where_bad_words_leave_nothing_else() -> None:
     sampler = Sampler(max_rows=1, vocab_size=V, max_model_len=64, eos_token_ids=(0,), device=torch.device("cpu"))
     words = tuple((token_id,) for token_id in range(1, V))
     sampler.set_row(0, RowParams(min_tokens=4, bad_words_token_ids=words), 0, 0, PROMPT, 3)
-    assert sampler.sample(torch.zeros(1, V), [0]).token_ids_N.tolist() == [0]
+    assert sample(sampler, torch.zeros(1, V), [0]).token_ids_N.array.tolist() == [0]
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_by_name() -> None:

@@ -8,7 +8,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from rayllm.messages import RowParams
-from rayllm.sampling.penalties import PenaltyTable
+from rayllm.sampling.penalties import Penalised, PenaltyTable
+from rayllm.transfer.upload import Upload
 
 V = 200
 
@@ -17,11 +18,18 @@ def make_table(max_tokens: int = 40) -> PenaltyTable:
     return PenaltyTable(vocab_size=V, max_tokens=max_tokens, device=torch.device("cpu"))
 
 
+def prepared(table: PenaltyTable, lines: list[int], rows: list[int]) -> Penalised:
+    upload = Upload(torch.device("cpu"))
+    step = table.prepare(upload, lines, rows)
+    upload.send()
+    return step
+
+
 def applied(params: RowParams, logits_V: torch.Tensor, prompt: list[int], emitted: list[int]) -> torch.Tensor:
     table = make_table()
     table.add(0, params, prompt + emitted, len(prompt))
     logits_1V = logits_V.clone()[None]
-    table.apply(logits_1V, [0], [0])
+    table.apply(logits_1V, prepared(table, [0], [0]))
     return logits_1V[0]
 
 
@@ -60,7 +68,7 @@ def test_only_the_rows_lines_change_whatever_their_order_and_length() -> None:
     logits_NV = torch.randn(12, V)
     rows, lines = [8, 0, 5, 3], [2, 3, 11, 7]
     changed_NV = logits_NV.clone()
-    table.apply(changed_NV, lines, rows)
+    table.apply(changed_NV, prepared(table, lines, rows))
     for row, line in zip(rows, lines):
         expected = applied(params[row], logits_NV[line], tokens[row][:3], tokens[row][3:])
         assert torch.equal(changed_NV[line], expected)
@@ -74,10 +82,12 @@ def test_appended_tokens_count_as_if_they_had_been_there() -> None:
     table.add(7, params, [1, 2, 3], 3)
     table.add(2, params, [8], 1)
     for first, second in [(5, 8), (5, 9), (1, 8)]:
-        table.append([7, 2], torch.tensor([first, second]))
+        step = prepared(table, [0, 1], [7, 2])
+        table.apply(torch.zeros(2, V), step)
+        table.append(step, torch.tensor([first, second]))
     logits_V = torch.randn(V)
     logits_NV = logits_V.repeat(2, 1)
-    table.apply(logits_NV, [0, 1], [2, 7])
+    table.apply(logits_NV, prepared(table, [0, 1], [2, 7]))
     assert torch.equal(logits_NV[0], applied(params, logits_V, [8], [8, 9, 8]))
     assert torch.equal(logits_NV[1], applied(params, logits_V, [1, 2, 3], [5, 5, 1]))
 
@@ -90,5 +100,5 @@ def test_a_slot_is_clean_for_its_next_row() -> None:
         assert row not in table
     table.add(3, RowParams(frequency_penalty=1.0), [10, 11], 1)
     logits_1V = torch.zeros(1, V)
-    table.apply(logits_1V, [0], [3])
+    table.apply(logits_1V, prepared(table, [0], [3]))
     assert logits_1V.nonzero()[:, 1].tolist() == [11]

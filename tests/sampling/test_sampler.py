@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from drawing import sample
 from transformers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -17,6 +18,7 @@ from transformers import (
 from rayllm.errors import RequestError
 from rayllm.messages import RowParams
 from rayllm.sampling.sampler import Sampler
+from rayllm.transfer.upload import Upload
 from rayllm_kernels.sampling import reference
 
 V = 3000
@@ -61,13 +63,15 @@ def stream(params: RowParams, *, seed: int = 5, choice: int = 0, num: int = 6, r
     """The tokens of a row that is alone."""
     sampler = make_sampler()
     sampler.set_row(0, params, seed, choice, [1, 2, 3], 3)
-    return [sampler.sample(logits_of(request, position)[None], [0]).token_ids_N.item() for position in range(num)]
+    return [
+        sample(sampler, logits_of(request, position)[None], [0]).token_ids_N.array.item() for position in range(num)
+    ]
 
 
 def sample_once(params: RowParams, logits_V: torch.Tensor, *, prompt: list[int], emitted: list[int]) -> int:
     sampler = make_sampler(len(logits_V))
     sampler.set_row(0, params, 1, 0, prompt + emitted, len(prompt))
-    return int(sampler.sample(logits_V.clone()[None], [0]).token_ids_N)
+    return int(sample(sampler, logits_V.clone()[None], [0]).token_ids_N.array.item())
 
 
 def test_a_row_draws_the_same_alone_and_in_any_company_at_any_row() -> None:
@@ -82,8 +86,8 @@ def test_a_row_draws_the_same_alone_and_in_any_company_at_any_row() -> None:
         unfinished = [i for i, tokens in enumerate(together) if len(tokens) < 6]
         present = shuffle.permutation(unfinished)[: shuffle.integers(1, 9)].tolist()
         logits_NV = torch.stack([logits_of(i, len(together[i])) for i in present])
-        sampled = sampler.sample(logits_NV, [row_of[i] for i in present])
-        for i, token_id in zip(present, sampled.token_ids_N.tolist()):
+        sampled = sample(sampler, logits_NV, [row_of[i] for i in present])
+        for i, token_id in zip(present, sampled.token_ids_N.array.tolist()):
             together[i].append(token_id)
     assert together == alone
 
@@ -93,10 +97,10 @@ def test_a_replayed_row_goes_on_where_its_stream_stopped() -> None:
         whole = stream(params, seed=-3, choice=2, num=8, request=request)
         sampler = make_sampler()
         sampler.set_row(4, ALL_KINDS[12], 0, 0, [5], 1)  # the row's last tenant leaves no trace
-        sampler.sample(logits_of(9, 9)[None], [4])
+        sample(sampler, logits_of(9, 9)[None], [4])
         sampler.clear_row(4)
         sampler.set_row(4, params, -3, 2, [1, 2, 3, *whole[:5]], 3)
-        rest = [sampler.sample(logits_of(request, i)[None], [4]).token_ids_N.item() for i in range(5, 8)]
+        rest = [sample(sampler, logits_of(request, i)[None], [4]).token_ids_N.array.item() for i in range(5, 8)]
         assert rest == whole[5:], params
 
 
@@ -106,7 +110,7 @@ def test_a_row_set_anew_forgets_the_sequence_before() -> None:
     for _ in range(3):
         sampler.set_row(0, params, 0, 0, [0], 1)
         logits_1V = torch.tensor([[0.0, 1.0, 0.5, -9.0]])
-        assert [sampler.sample(logits_1V.clone(), [0]).token_ids_N.item() for _ in range(3)] == [1, 2, 0]
+        assert [sample(sampler, logits_1V.clone(), [0]).token_ids_N.array.item() for _ in range(3)] == [1, 2, 0]
 
 
 def test_seeds_and_choices_give_different_streams() -> None:
@@ -168,9 +172,9 @@ def test_the_kept_tokens_are_those_of_transformers(rules: dict[str, float]) -> N
     sampler = make_sampler(vocab_size, max_rows=num_draws)
     for row in range(num_draws):
         sampler.set_row(row, params, row, 0, [1], 1)
-    sampled = sampler.sample(logits_V.repeat(num_draws, 1), list(range(num_draws)))
-    assert sorted(set(sampled.token_ids_N.tolist())) == kept
-    counts = torch.bincount(sampled.token_ids_N, minlength=vocab_size)[kept].double()
+    sampled = sample(sampler, logits_V.repeat(num_draws, 1), list(range(num_draws)))
+    assert sorted(set(sampled.token_ids_N.array.tolist())) == kept
+    counts = torch.bincount(torch.from_numpy(sampled.token_ids_N.array), minlength=vocab_size)[kept].double()
     expected = scores[0].softmax(0)[kept].double() * num_draws
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < len(kept) - 1 + 4 * (2 * (len(kept) - 1)) ** 0.5
@@ -204,7 +208,7 @@ def test_end_tokens_are_masked_until_min_tokens_are_emitted() -> None:
     params = RowParams(temperature=0, min_tokens=2, stop_token_ids=(11, 10**6), ignore_eos=True)
     sampler.set_row(0, params, 0, 0, [1, 1], 2)
     sampler.set_row(1, params, 0, 0, [1, 1, 2], 2)  # has emitted one already
-    rows = [[int(i) for i in sampler.sample(logits_V.repeat(2, 1), [0, 1]).token_ids_N] for _ in range(3)]
+    rows = [sample(sampler, logits_V.repeat(2, 1), [0, 1]).token_ids_N.array.tolist() for _ in range(3)]
     assert rows == [[2, 2], [2, EOS], [EOS, EOS]]
 
 
@@ -223,18 +227,18 @@ def test_logits_that_are_not_numbers_make_their_row_invalid_and_no_other(params:
         logits_NV = torch.randn(2, V)
         logits_NV[1, 1234] = poison
         sound_1V = logits_NV[:1].clone()
-        sampled = sampler.sample(logits_NV, [0, 5])
+        sampled = sample(sampler, logits_NV, [0, 5])
         assert sampled.invalid_rows() == {5}
-        assert 0 <= int(sampled.token_ids_N[1]) < V
+        assert 0 <= int(sampled.token_ids_N.array[1]) < V
         sampler.set_row(0, params, 0, 0, [1], 1)
-        assert sampler.sample(sound_1V, [0]).token_ids_N[0] == sampled.token_ids_N[0]
+        assert sample(sampler, sound_1V, [0]).token_ids_N.array[0] == sampled.token_ids_N.array[0]
         assert (sampled.by_row().get(5) is None) or poison != math.nan
 
 
 def test_logits_that_leave_no_token_make_their_row_invalid() -> None:
     sampler = make_sampler()
     sampler.set_row(0, RowParams(), 0, 0, [1], 1)
-    assert sampler.sample(torch.full((1, V), -math.inf), [0]).invalid_rows() == {0}
+    assert sample(sampler, torch.full((1, V), -math.inf), [0]).invalid_rows() == {0}
 
 
 def test_tokens_that_a_model_rules_out_are_never_drawn() -> None:
@@ -264,8 +268,8 @@ def test_token_ids_stay_int64_on_the_device_and_logprobs_come_for_rows_that_aske
         sampler.set_row(row, params, row, 0, [1], 1)
     rows = [6, 2, 1, 0]
     logits_NV = torch.randn(4, V)
-    sampled = sampler.sample(logits_NV.clone(), rows)
-    assert sampled.token_ids_N.dtype == torch.int64
+    sampled = sample(sampler, logits_NV.clone(), rows)
+    assert sampled.token_ids_N.array.dtype == np.int64
     found = sampled.by_row()
     assert sorted(found) == [1, 6]
     for row, num_top in ((6, 1), (1, 2)):
@@ -273,7 +277,7 @@ def test_token_ids_stay_int64_on_the_device_and_logprobs_come_for_rows_that_aske
         ids = np.frombuffer(found[row].ids, dtype=np.int32)
         values = np.frombuffer(found[row].values, dtype=np.float32)
         assert len(ids) == len(values) == 1 + num_top
-        assert ids[0] == sampled.token_ids_N[line]
+        assert ids[0] == sampled.token_ids_N.array[line]
         exact_V = logits_NV[line].double().log_softmax(0)
         np.testing.assert_allclose(values, exact_V[ids.tolist()].numpy(), rtol=1e-6)
 
@@ -283,8 +287,20 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     sampler = make_sampler(50)
     sampler.set_row(0, params, 0, 0, [1, 2, 3], 3)
     logits_1V = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
-    found = sampler.sample(logits_1V.clone(), [0]).by_row()[0]
+    found = sample(sampler, logits_1V.clone(), [0]).by_row()[0]
     exact_V = logits_1V[0].double().log_softmax(0)
     assert np.frombuffer(found.ids, dtype=np.int32).tolist() == [5, *exact_V.topk(3).indices.tolist()]
     assert np.frombuffer(found.values, dtype=np.float32)[0] == pytest.approx(exact_V[5].item(), rel=1e-6)
     assert found.rank == 1 + int((exact_V > exact_V[5]).sum())
+
+
+def test_a_rows_token_is_written_where_the_next_step_reads_it() -> None:
+    sampler = make_sampler(10)
+    for row in (2, 4):
+        sampler.set_row(row, RowParams(temperature=0), 0, 0, [1], 1)
+    upload = Upload(torch.device("cpu"))
+    draws = sampler.prepare(upload, [4, 2])
+    upload.send()
+    last_token_M = torch.full((6,), -1)
+    sampler.sample(torch.eye(10)[[7, 3]], draws, last_token_M)
+    assert last_token_M.tolist() == [-1, -1, 3, -1, 7, -1]

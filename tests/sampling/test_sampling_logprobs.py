@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from rayllm.messages import TokenLogprobs
-from rayllm.sampling.logprobs import compute_logprobs
+from rayllm.sampling.logprobs import compute_logprobs, padded_lists
+from rayllm.transfer.download import Download
 
 
 def token_logprobs(logits_NV: torch.Tensor, token_ids_N: torch.Tensor, num_top: int) -> list[TokenLogprobs | None]:
-    return compute_logprobs(logits_NV, token_ids_N, [num_top] * len(token_ids_N)).to_messages()
+    tensors = compute_logprobs(logits_NV, token_ids_N, [num_top] * len(token_ids_N))
+    return tensors.to_host(Download(torch.device("cpu"))).to_messages()
 
 
 def unpacked(found: TokenLogprobs) -> tuple[list[int], np.ndarray]:
@@ -73,8 +75,11 @@ def test_listed_tokens_come_in_place_of_the_most_likely_beside_lines_that_list_n
     logits_NV = torch.randn(3, 1000, generator=torch.Generator().manual_seed(3)) * 5
     token_ids_N, exact_NV = torch.tensor([4, 5, 6]), logits_NV.double().log_softmax(1)
 
-    tensors = compute_logprobs(logits_NV, token_ids_N, [2, 3, 0], [(900, 5), None, None])
-    found = [unpacked(entry) for entry in tensors.to_messages() if entry is not None]
+    listed_NK = padded_lists([2, 3, 0], [(900, 5), None, None])
+    assert listed_NK is not None
+    tensors = compute_logprobs(logits_NV, token_ids_N, [2, 3, 0], torch.from_numpy(listed_NK))
+    messages = tensors.to_host(Download(torch.device("cpu"))).to_messages()
+    found = [unpacked(entry) for entry in messages if entry is not None]
 
     top = exact_NV[1].argsort(descending=True)[:3].tolist()
     assert [ids for ids, _ in found] == [[4, 900, 5], [5, *top], [6]]

@@ -15,6 +15,8 @@ and with it a kept set or a draw. The floor drops less than 2**-34 of the highes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum, auto
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,61 @@ _MASK32 = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
+
+
+class Draw(Enum):
+    """How a row's token is drawn; rows of one kind are drawn together."""
+
+    GREEDY = auto()
+    ALL = auto()
+    TOP_P = auto()
+    TOP_K = auto()
+
+
+class Group(NamedTuple):
+    """Lines that draw the same way (int64 [G]; None: all of them), and what all or none of them have."""
+
+    draw: Draw
+    lines_G: Tensor | None
+    num_candidates: int
+    """Decides speed, never the result."""
+    has_min_p: bool
+    has_top_p: bool
+
+
+def sample(logits_NV: Tensor, keys_3N: Tensor, numbers_4N: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """One id (int64) for each line, and the lines' highest logits.
+
+    `keys_3N`: seed, choice and position of each draw, int64. `numbers_4N`: temperature, min-p, top-k and top-p,
+    float64. Each line is in one of `groups`. A line whose highest logit is not finite gets an id of the vocabulary,
+    without meaning.
+    """
+    if len(groups) == 1:
+        return _sample_group(logits_NV, keys_3N, numbers_4N, groups[0])
+    token_ids_N = torch.empty(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
+    max_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
+    for group in groups:
+        lines_G = group.lines_G
+        assert lines_G is not None, "several groups name their lines"
+        drawn = _sample_group(logits_NV.index_select(0, lines_G), keys_3N[:, lines_G], numbers_4N[:, lines_G], group)
+        token_ids_N[lines_G], max_N[lines_G] = drawn
+    return token_ids_N, max_N
+
+
+def _sample_group(logits_GV: Tensor, keys_3G: Tensor, numbers_4G: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    if group.draw is Draw.GREEDY:
+        return greedy(logits_GV)
+    uniform_G = uniform(*keys_3G)
+    temperature_G, min_p_G, top_k_G, top_p_G = numbers_4G
+    rules = Rules(
+        temperature_G,
+        min_p_N=min_p_G if group.has_min_p else None,
+        top_k_N=top_k_G if group.draw is Draw.TOP_K else None,
+        top_p_N=top_p_G if group.has_top_p else None,
+    )
+    if group.draw is Draw.ALL:
+        return sample_all(logits_GV, rules, uniform_G)
+    return sample_top(logits_GV, rules, uniform_G, group.num_candidates)
 
 
 def philox(counter_4N: Tensor, key_2N: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from rayllm.runner.download import Download
+from rayllm.transfer.download import Download
 
 
 def test_results_are_read_in_their_shapes_and_types() -> None:

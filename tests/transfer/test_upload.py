@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rayllm.runner.upload import Upload
+from rayllm.transfer.upload import Upload
 
 
 def test_arrays_come_with_their_shapes_and_types_and_without_a_copy_on_a_cpu() -> None:

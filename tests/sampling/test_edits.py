@@ -1,0 +1,62 @@
+"""Masks, and what a row's parameters do to its logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rayllm.messages import RowParams
+from rayllm.sampling.edits import Edits, RowEdits, apply_mask
+from rayllm.transfer.upload import Upload
+
+V = 21
+
+
+def edited(logits_NV: torch.Tensor, *rows: tuple[int, RowParams, int]) -> torch.Tensor:
+    """Each row: its line, what was asked, and how much it has emitted. 0 is the end token."""
+    upload = Upload(torch.device("cpu"))
+    edits = Edits.prepare(upload, [(line, RowEdits.of(params, (0,), V), position) for line, params, position in rows])
+    upload.send()
+    edited_NV = logits_NV.clone()
+    if edits is not None:
+        edits.apply(edited_NV)
+    return edited_NV
+
+
+@pytest.mark.parametrize("lines", [[0, 1, 2], [2, 0]])
+def test_a_mask_leaves_a_line_the_ids_whose_bits_are_set(lines: list[int]) -> None:
+    is_allowed_GV = np.random.default_rng(0).random((len(lines), V)) < 0.5
+    logits_NV = torch.randn(3, V)
+    masked_NV = logits_NV.clone()
+    apply_mask(masked_NV, lines, torch.from_numpy(np.packbits(is_allowed_GV, axis=1, bitorder="little")))
+    expected_NV = logits_NV.clone()
+    for line, is_allowed_V in zip(lines, is_allowed_GV):
+        expected_NV[line, torch.from_numpy(~is_allowed_V)] = -torch.inf
+    assert torch.equal(masked_NV, expected_NV)
+
+
+def test_rows_without_edits_are_left_alone() -> None:
+    logits_NV = torch.randn(2, V)
+    params = RowParams(min_tokens=3)
+    assert torch.equal(edited(logits_NV, (0, RowParams(), 0), (1, params, 3)), logits_NV)
+
+
+def test_each_line_is_edited_as_its_row_asked() -> None:
+    logits_NV = torch.randn(3, V)
+    asked = [RowParams(allowed_token_ids=(5, 0)), RowParams(logit_bias={7: 2.5, 8: -1.0}), RowParams(min_tokens=1)]
+    found_NV = edited(logits_NV, *((line, params, 0) for line, params in enumerate(asked)))
+    expected_NV = logits_NV.clone()
+    expected_NV[0] = -torch.inf
+    expected_NV[0, [5, 0]] = logits_NV[0, [5, 0]]
+    expected_NV[1, 7] += 2.5
+    expected_NV[1, 8] -= 1.0
+    expected_NV[2, 0] = -torch.inf
+    assert torch.equal(found_NV, expected_NV)
+
+
+def test_ends_come_early_only_where_nothing_else_is_left() -> None:
+    logits_NV = torch.randn(2, V)
+    alone, beside = RowParams(min_tokens=9, allowed_token_ids=(0,)), RowParams(min_tokens=9, allowed_token_ids=(0, 4))
+    found_NV = edited(logits_NV, (0, alone, 2), (1, beside, 2))
+    assert found_NV.isfinite().nonzero().tolist() == [[0, 0], [1, 4]]
