@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from golden import BLOCK_SIZE, CUTS, TOLERANCE, largest_difference, make_sequences
+from golden import CUTS, TOLERANCE, largest_difference, make_sequences
 from mixtures import make_mixture
 from models.architectures import test_deepseek_v2, test_gemma2, test_glm, test_gpt2, test_gpt_neox, test_phi3
 from models.architectures.test_gpt_oss import _config as gpt_oss_config
@@ -21,6 +21,8 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.linear import PackedLinear
 from rayllm_kernels.device import interpreted
 
+BLOCK_SIZE = 16
+"""The smallest that the kernels read."""
 LENGTHS = (30, 6, 9, 1)
 
 CONFIGS: dict[str, Callable[[], Any]] = {
