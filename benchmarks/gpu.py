@@ -37,7 +37,9 @@ KERNEL_BUDGET_S = 15.0
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: shows that the script works")
-    parser.add_argument("--only", default="", metavar="WORD", help="run only sections whose names hold WORD")
+    parser.add_argument(
+        "--only", action="append", metavar="WORD", help="run only sections whose names hold WORD; may be repeated"
+    )
     parser.add_argument("--json", default="gpu.json", metavar="FILE", help="where to write the figures (gpu.json)")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # JSON settings: see `gpu_models.Child`
     return parser.parse_args()
@@ -99,7 +101,7 @@ def main() -> int:
     found = versions()
     print(*(f"{name} {value}" for name, value in found.items()), sep=", ")
     for name, (budget_s, run) in sections(bench).items():
-        if args.only in name:
+        if args.only is None or any(word in name for word in args.only):
             with interpreted() if args.smoke and name.startswith("kernels") else contextlib.nullcontext():
                 report.run(name, budget_s, run)
     elapsed_s = round(time.perf_counter() - began_s, 1)

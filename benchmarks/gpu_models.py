@@ -128,7 +128,8 @@ class DecodeSteps:
         settings = _settings(folder, bench, max_num_seqs=max_rows, max_model_len=max_len, block_size=64)
         self._blocks_a_row = -(-max_len // 64)
         settings["num_kv_blocks"] = self._num_blocks = max_rows * self._blocks_a_row
-        self._runner = Runner(resolve(EngineConfig.parse(settings)), TensorParallel(), bench.device)
+        self._tp = TensorParallel()
+        self._runner = Runner(resolve(EngineConfig.parse(settings)), self._tp, bench.device)
         self._step = 0
 
     def begin(self, num_rows: int) -> None:
@@ -192,7 +193,9 @@ class DecodeSteps:
         self._runner.finish(in_flight)
 
     def drop_graphs(self) -> None:
-        self._runner.drop_graphs()
+        """Steps run eagerly, until the next `begin`."""
+        for release in self._tp.before_abort:
+            release()
 
 
 def decode_steps(bench: Bench) -> Iterator[Row]:

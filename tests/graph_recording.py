@@ -104,6 +104,8 @@ class _Recording(TorchDispatchMode):
         if func._schema.name in _WAITING:
             raise RuntimeError(f"{func} waits for the device, which is not permitted while a graph is recorded")
         results = func(*args, **kwargs)
+        if func._schema.name == "aten::empty":
+            results.zero_()  # what a later operator would have written is not there while it is recorded
         written = _tensors(results)
         known = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         if func._schema.is_mutable:

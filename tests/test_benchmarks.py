@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,61 @@ def test_all_ways_of_the_benchmark_of_experts_compute_the_same(
     benchmark["main"]()
     torch.set_num_threads(num_threads)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ms"]["bfloat16"].keys() == {"1", "3"}
+
+
+def _run_gpu_benchmark(arguments: str, folder: Path) -> dict[str, Any]:
+    """The rows of a run in a process of its own, as a user starts it, from another folder."""
+    script = ROOT / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--smoke", *arguments.split(), "--json", str(folder / "found.json")]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "no target was missed" in ended.stdout
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    assert found["failures"] == {}
+    return found["rows"]
+
+
+def test_the_benchmark_of_a_gpu_computes_a_kernel_and_decode_steps(tmp_path: Path) -> None:
+    rows = _run_gpu_benchmark("--only norm --only steps", tmp_path)
+    assert list(rows) == ["kernels: norm", "decode steps"]
+    assert {row["name"] for row in rows["kernels: norm"]} >= {"rms_norm: error", "add_rms_norm: error"}
+
+
+@pytest.mark.kernels
+def test_all_sections_of_the_benchmark_of_a_gpu_run_in_small(tmp_path: Path) -> None:
+    rows = _run_gpu_benchmark("", tmp_path)
+    assert len(rows) >= 10
+    assert all(rows.values())
+    [*_, last] = rows["killed worker"]
+    assert last["value"] > 0
+
+
+def test_what_the_benchmark_of_a_gpu_finds_is_judged_and_a_failure_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    reported = load("gpu_report.py", monkeypatch)
+    row, report = reported["Row"], reported["Report"]()
+
+    def measured() -> Iterator[Any]:
+        yield row("fast enough", 3.0, "µs", at_most=4)
+        yield row("too slow", 5.0, "µs", at_most=4)
+        yield row("no number", float("nan"), "", at_least=0.5)
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+    def endless() -> Iterator[Any]:
+        yield row("first", 1.0, "s")
+        while True:
+            time.sleep(0.01)
+
+    report.run("kernels", 5.0, measured)
+    report.run("hang", 0.05, endless)
+    assert report.misses == ["kernels: too slow", "kernels: no number"]
+    assert report.failures["kernels"] == "the package 'absent' is not installed: pip install absent"
+    assert report.failures["hang"].startswith("OutOfTime: not done within")
+    assert len(report.as_json()["rows"]["hang"]) == 1
+    assert "missed: kernels: too slow" in report.text()
+    capsys.readouterr()
 
 
 async def test_the_engine_that_computes_nothing_answers_over_http(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,8 @@ class PromptLogprobSpan:
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """Sizes that a step's tensors are padded to, so that they are where those of other steps were. A padding token has
-    slot -1 and stands behind the others; a padding line has no tokens; a padding index of `logits_indices_N` is 0."""
+    slot -1 and stands behind the others; a padding line has no tokens; a padding index of `logits_indices_N` is 0.
+    What is computed for padding tokens means nothing, and may be NaN."""
 
     num_tokens: int
     num_lines: int
@@ -168,12 +170,13 @@ def stage_step(
     *,
     rope_boundary: int | None = None,
     uses_device_rows: bool = False,
-    shape: StepShape | None = None,
+    padded: Callable[[int, int, int], StepShape | None] | None = None,
 ) -> StagedStep:
     """The step that computes `counts` tokens of `row_ids` (rows with count 1 first), given what `rows` holds.
 
-    Arrays whose sizes follow from `shape` (which needs `uses_device_rows`) are added to the upload before all others,
-    in the same order always. A row's rotary embedding follows from all tokens that the row has, so the first chunk of a
+    `padded` gives the shape for so many rows, tokens and wanted positions, or None to leave them as they are; it needs
+    `uses_device_rows`. Arrays whose sizes follow from the shape are added to the upload before all others, in the same
+    order always. A row's rotary embedding follows from all tokens that the row has, so the first chunk of a
     long prompt is computed as its last one; a row that grows past `rope_boundary` is started anew by the scheduler
     before it is computed again.
     """
@@ -181,8 +184,8 @@ def stage_step(
     samples = layout.ends == rows.num_tokens[row_ids]
     wanted = _prompt_logprobs_wanted(rows, layout)
     logits_indices = np.concatenate([layout.starts[1:][samples] - 1, *(indices for _, _, _, indices in wanted)])
-    if shape is None:
-        shape = StepShape(int(layout.starts[-1]), len(row_ids), len(logits_indices))
+    sizes = len(row_ids), int(layout.starts[-1]), len(logits_indices)
+    shape = (padded and padded(*sizes)) or StepShape(sizes[1], sizes[0], sizes[2])
     sampled_rows = row_ids[samples]
 
     tokens = _Tokens.stage(rows, layout, shape.num_tokens, block_size, rope_boundary, upload)

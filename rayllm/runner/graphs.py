@@ -28,6 +28,7 @@ from rayllm.layers.attention import AttentionBackend, LatentLayerAttention, Laye
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import KVPool, LayerKV
 from rayllm.models import Model
+from rayllm.runner.batch import StepShape
 from rayllm.runner.graph_recorder import CudaRecorder, Graph, GraphRecorder
 
 log = logging.getLogger(__name__)
@@ -38,18 +39,12 @@ MAX_MIXED_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The sizes to which a step's arrays are padded, so that one recording serves them. A padding token has the slot
-    -1; a padding line has `kv_lens_R` 0, no tokens in a mixed step and one padding token in a decode step; a padding
-    position of `logits_indices_N` is 0, whose hidden state nobody reads."""
+    """Steps that one recording serves: all are padded to these sizes."""
 
     num_tokens: int
-    num_lines: int | None
-    """None: as many as the step has rows (only what runs eagerly sees them)."""
     num_logits: int
-
-    @property
-    def is_decode(self) -> bool:
-        return self.num_lines is not None
+    is_decode: bool
+    """Every line has one token, or is padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +106,8 @@ class StepGraphs:
         says so."""
         self._model = model
         self._recorder = recorder
-        self._decode = {size: Bucket(size, size, size) for size in decode_sizes}
-        self._mixed = {size: Bucket(size, None, min(size, max_num_seqs)) for size in mixed_sizes}
+        self._decode = {size: Bucket(size, size, True) for size in decode_sizes}
+        self._mixed = {size: Bucket(size, min(size, max_num_seqs), False) for size in mixed_sizes}
         self._must_record = must_record
         self._records = False
         self._used: set[Bucket] = set()
@@ -125,24 +120,34 @@ class StepGraphs:
         found = [*self._decode.values(), *self._mixed.values()]
         return sorted(found, key=lambda bucket: bucket.num_tokens, reverse=True)
 
-    def bucket(self, num_rows: int, num_tokens: int, num_logits: int) -> Bucket | None:
+    def shape(self, num_rows: int, num_tokens: int, num_logits: int) -> StepShape | None:
         """What a step of so many rows, tokens and wanted positions must be padded to; None where it runs eagerly."""
-        buckets = self._decode if num_rows == num_tokens else self._mixed
+        is_decode = num_rows == num_tokens
+        buckets = self._decode if is_decode else self._mixed
         sizes = sorted(buckets)
         index = bisect_left(sizes, num_tokens)
-        if index == len(sizes):
+        if index == len(sizes) or num_logits > buckets[sizes[index]].num_logits:
             return None
-        found = buckets[sizes[index]]
-        return found if num_logits <= found.num_logits else None
+        bucket = buckets[sizes[index]]
+        # The lines of a mixed step are read by attention alone, which runs eagerly.
+        return StepShape(bucket.num_tokens, bucket.num_tokens if is_decode else num_rows, bucket.num_logits)
 
-    def forward(self, batch: Batch, pool: KVPool, bucket: Bucket | None) -> Tensor:
-        """`Model.forward` of a batch that was padded to `bucket`. What it returns holds until the next call."""
+    def forward(self, batch: Batch, pool: KVPool) -> Tensor:
+        """`Model.forward`, of a batch that has its `shape`. What it returns holds until the next call."""
+        bucket = self._bucket_of(batch)
         if bucket is not None:
             with self._lock:
                 if recorded := self._recording_of(batch, pool, bucket):
                     # The metadata of a graph without breaks is part of it.
                     return recorded.replay(self._model.backend.prepare(batch) if recorded.breaks else [])
         return self._model.forward(batch, pool)
+
+    def _bucket_of(self, batch: Batch) -> Bucket | None:
+        assert batch.device_rows is not None, "graphs need rows on the device"
+        num_tokens = len(batch.token_ids_T)
+        buckets = self._decode if batch.device_rows.num_decode_lines == num_tokens else self._mixed
+        bucket = buckets.get(num_tokens)
+        return bucket if bucket is not None and len(batch.logits_indices_N) == bucket.num_logits else None
 
     def begin(self) -> None:
         """An epoch begins: from its second step on, a bucket may be recorded."""
@@ -324,9 +329,8 @@ def _addresses(batch: Batch, bucket: Bucket) -> tuple[int, ...]:
         tensors.append(batch.beyond_T)
     if bucket.is_decode:
         rows = batch.device_rows
-        assert rows is not None, "graphs need rows on the device"
+        assert rows is not None
         tensors += [rows.rows_R, rows.query_starts_R1, rows.kv_lens_R, rows.block_table_SMB]
-    assert len(batch.token_ids_T) == bucket.num_tokens, "the batch was padded to another bucket"
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 

@@ -24,6 +24,7 @@ from rayllm.request import pack_ids, unpack_ids
 from rayllm.runner.batch import PromptLogprobSpan, StagedStep, stage_step
 from rayllm.runner.device_check import check_device, device_name
 from rayllm.runner.device_state import DeviceState
+from rayllm.runner.graphs import open_graphs
 from rayllm.runner.memory import check_weights_fit, plan_num_blocks
 from rayllm.runner.rows import Rows
 from rayllm.sampling.logprobs import Logprobs, compute_logprobs
@@ -94,6 +95,9 @@ class Runner:
         log.info("read %.2f GB of weights in %.1f s", progress.bytes_read / 1e9, time.perf_counter() - began_s)
         backend = self._model.backend
         log.info("attention backend %r in %s on %s", backend.name, config.dtype, device_name(self._device))
+        self._graphs = open_graphs(config, self._model)
+        if self._graphs is not None:
+            tp.before_abort.append(self._graphs.drop)
         self._upload = Upload(self._device)
         self._max_blocks = -(-config.max_model_len // config.block_size)
         on_device = self._max_blocks if backend.uses_device_rows else 0
@@ -138,6 +142,8 @@ class Runner:
         self._structured.prepare()
         if self._kv is None:
             self._kv = self._model.allocate_kv(num_blocks + 1, self._config.block_size)
+        if self._graphs is not None:
+            self._graphs.begin()
         self._unclean = set()
         if not self._model.backend.reads_unwritten_slots:
             return
@@ -149,7 +155,8 @@ class Runner:
 
     def warm_up(self) -> None:
         """One short prompt and one decode step, so that the first request does not pay for first uses (allocators,
-        library handles, collectives). Leaves no row behind; all ranks must call it."""
+        library handles, collectives); with `cuda_graphs="full"` also what makes all graphs be captured. Leaves no row
+        behind; all ranks must call it."""
         num_tokens = min(_WARM_UP_TOKENS, self._config.max_model_len, self._config.max_num_batched_tokens)
         num_blocks = -(-min(num_tokens + 1, self._config.max_model_len) // self._config.block_size)
         tables = [RowTable(pack_ids(range(num_blocks)))] * len(self._model.kv_groups)  # what it gives is of no use
@@ -158,8 +165,32 @@ class Runner:
         self.execute(StepPlan(0, 0, b"", [start], b"", b"", pack_ids([0]), pack_ids([num_tokens]), num_tokens))
         if num_tokens < self._config.max_model_len:
             self.execute(StepPlan(0, 0, b"", [], b"", b"", pack_ids([0]), pack_ids([1]), 1))
-        self._rows.apply(StepPlan(0, 0, pack_ids([0]), [], b"", b"", b"", b"", 0))
-        self._sampler.clear_row(0)
+        self._forget_rows(1)
+        if self._graphs is not None and self._config.engine.cuda_graphs == "full":
+            for bucket in self._graphs.buckets:
+                counts = [1] * bucket.num_tokens
+                if not bucket.is_decode:
+                    num_whole, rest = divmod(bucket.num_tokens, self._config.max_model_len)
+                    counts = [rest] * (rest > 0) + [self._config.max_model_len] * num_whole
+                for _ in range(2):  # the second one is captured
+                    self._compute_prompts(counts)
+
+    def _compute_prompts(self, counts: list[int]) -> None:
+        """A step of new rows with so many tokens each, all in one block. What it gives is of no use."""
+        starts = []
+        for row, count in enumerate(counts):
+            blocks = pack_ids([0] * -(-count // self._config.block_size))
+            tables = [RowTable(blocks)] * len(self._model.kv_groups)
+            starts.append(RowStart(row, pack_ids([0] * count), count, 0, tables, RowParams(temperature=0), 0, 0))
+        rows = pack_ids(range(len(counts)))
+        self.execute(StepPlan(0, 0, b"", starts, b"", b"", rows, pack_ids(counts), sum(counts)))
+        self._forget_rows(len(counts))
+
+    def _forget_rows(self, num_rows: int) -> None:
+        """Ends rows from 0 on, as a plan would."""
+        self._rows.apply(StepPlan(0, 0, pack_ids(range(num_rows)), [], b"", b"", b"", b"", 0))
+        for row in range(num_rows):
+            self._sampler.clear_row(row)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Does one step: `launch`, then `finish`."""
@@ -183,12 +214,14 @@ class Runner:
                 self._upload,
                 rope_boundary=self._rope_boundary,
                 uses_device_rows=self._model.backend.uses_device_rows,
+                padded=None if self._graphs is None else self._graphs.shape,
             )
             rows = step.sampled_rows.tolist()
             is_cpu = self._device.type == "cpu"
             draws = None if is_cpu else self._prepare_draws(rows)
             self._upload.send()
-            hidden_ND = self._model.forward(step.batch(self._state), self._pool())
+            forward = self._model.forward if self._graphs is None else self._graphs.forward
+            hidden_ND = forward(step.batch(self._state), self._pool())
             if is_cpu:  # where uploads are free, threads fill masks while the model computes
                 draws = self._prepare_draws(rows)
                 self._upload.send()

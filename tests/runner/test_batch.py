@@ -81,7 +81,7 @@ def test_a_backend_that_reads_rows_on_the_device_gets_their_lines_and_the_tables
 
 
 def test_a_step_is_padded_with_tokens_and_lines_that_change_nothing(rows: Rows, state: DeviceState) -> None:
-    step = _stage(rows, {1: 1}, uses_device_rows=True, rope_boundary=3, shape=StepShape(4, 4, 4))
+    step = _stage(rows, {1: 1}, uses_device_rows=True, rope_boundary=3, padded=lambda *sizes: StepShape(4, 4, 4))
     batch = step.batch(state)
     lines, beyond_T = batch.device_rows, batch.beyond_T
     assert lines is not None
@@ -99,7 +99,10 @@ def test_a_step_is_padded_with_tokens_and_lines_that_change_nothing(rows: Rows, 
 
 def test_arrays_of_a_shape_are_at_the_same_place_in_every_step(rows: Rows) -> None:
     shape = StepShape(8, 4, 4)
-    steps = [_stage(rows, counts, uses_device_rows=True, shape=shape) for counts in ({1: 1}, {1: 1, 0: 4, 2: 2})]
+    steps = [
+        _stage(rows, counts, uses_device_rows=True, padded=lambda *sizes: shape)
+        for counts in ({1: 1}, {1: 1, 0: 4, 2: 2})
+    ]
     lines = [step.lines for step in steps]
     places = [
         [x.offset for x in (step.tokens.slots, step.logits_indices, line.rows, line.query_starts, line.kv_lens)]
@@ -108,7 +111,7 @@ def test_arrays_of_a_shape_are_at_the_same_place_in_every_step(rows: Rows) -> No
     ]
     assert places[0] == places[1]
     with pytest.raises(AssertionError, match="8 do not fit a shape of 4"):
-        _stage(rows, {1: 1, 0: 4, 2: 3}, uses_device_rows=True, shape=StepShape(4, 4, 4))
+        _stage(rows, {1: 1, 0: 4, 2: 3}, uses_device_rows=True, padded=lambda *sizes: StepShape(4, 4, 4))
 
 
 def test_tokens_of_rows_longer_than_the_rope_boundary_are_told_apart(rows: Rows, state: DeviceState) -> None:

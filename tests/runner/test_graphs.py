@@ -23,7 +23,8 @@ from rayllm.layers.batch import Batch, DeviceRows
 from rayllm.models import Model
 from rayllm.models.decoder import Decoder, kv_specs
 from rayllm.models.registry import read_spec
-from rayllm.runner.graphs import Bucket, StepGraphs, decode_sizes, mixed_sizes, open_graphs
+from rayllm.runner.batch import StepShape
+from rayllm.runner.graphs import StepGraphs, decode_sizes, mixed_sizes, open_graphs
 from rayllm.weights.source import DummyWeights
 
 BLOCK_SIZE, MAX_ROWS, BLOCKS_A_ROW = 4, 5, 6
@@ -77,15 +78,13 @@ class Steps:
     def run(self, *steps: dict[int, int]) -> Steps:
         """Each step computes so many tokens of each of its rows, those with one token first."""
         for counts in steps:
-            bucket = None
-            if self.graphs is not None:
-                bucket = self.graphs.bucket(len(counts), sum(counts.values()), len(counts))
+            shape = self.graphs and self.graphs.shape(len(counts), sum(counts.values()), len(counts))
             with torch.inference_mode():
-                batch = self._batch(counts, bucket)
+                batch = self._batch(counts, shape)
                 hidden_ND = (
                     self.model.forward(batch, self.pool)
                     if self.graphs is None
-                    else self.graphs.forward(batch, self.pool, bucket)
+                    else self.graphs.forward(batch, self.pool)
                 )[: len(counts)].clone()
                 sampled = self.model.logits(hidden_ND).argmax(-1).tolist()
             self.hidden.append(hidden_ND)
@@ -95,7 +94,7 @@ class Steps:
                     self.tokens[row].append(token)
         return self
 
-    def _batch(self, counts: dict[int, int], bucket: Bucket | None) -> Batch:
+    def _batch(self, counts: dict[int, int], shape: StepShape | None) -> Batch:
         begins = {row: self.num_computed[row] for row in counts}
         places = [(row, begins[row] + i) for row, count in counts.items() for i in range(count)]
         starts = [0]
@@ -105,9 +104,8 @@ class Steps:
         blocks = self.table_SMB[0].tolist()
         slots = [blocks[row][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for row, at in places]
         num_decode = sum(count == 1 for count in counts.values())
-        num_tokens, num_logits = (bucket.num_tokens, bucket.num_logits) if bucket else (len(places), len(counts))
-        num_lines = (bucket and bucket.num_lines) or len(counts)
-        line_starts = [*starts, *range(starts[-1] + 1, starts[-1] + 1 + num_lines - len(counts))]
+        shape = shape or StepShape(len(places), len(counts), len(counts))
+        num_tokens, num_lines = shape.num_tokens, shape.num_lines
 
         def held(name: str, values: list[int], size: int, padding: int, dtype: torch.dtype = torch.int64) -> Tensor:
             tensor = self.held.setdefault((name, size), torch.empty(size, dtype=dtype))
@@ -115,10 +113,10 @@ class Steps:
 
         rows = DeviceRows(
             rows_R=held("rows", list(counts), num_lines, 0, torch.int32),
-            query_starts_R1=held("starts", line_starts, num_lines + 1, 0, torch.int32),
+            query_starts_R1=held("starts", starts, num_lines + 1, starts[-1], torch.int32),
             kv_lens_R=held("lens", kv_lens, num_lines, 0, torch.int32),
             block_table_SMB=self.table_SMB,
-            num_decode_lines=num_lines if bucket and bucket.is_decode else num_decode,
+            num_decode_lines=num_lines if num_decode == len(counts) else num_decode,
             max_query_len=max(counts.values()),
         )
         return Batch(
@@ -128,7 +126,7 @@ class Steps:
             query_starts=starts,
             kv_lens=kv_lens,
             block_table_SRB=self.table_SMB[:, list(counts)],
-            logits_indices_N=held("logits", [end - 1 for end in starts[1:]], num_logits, 0),
+            logits_indices_N=held("logits", [end - 1 for end in starts[1:]], shape.num_logits, 0),
             num_decode_rows=num_decode,
             block_size=BLOCK_SIZE,
             device_rows=rows,
@@ -229,12 +227,12 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded(
 
 def test_a_step_is_padded_to_the_next_size_or_not_at_all(model: Model) -> None:
     graphs = _graphs(model, RecordingDouble())
-    assert graphs.bucket(3, 3, 3) == Bucket(4, 4, 4)
-    assert graphs.bucket(5, 5, 5) is None
-    assert graphs.bucket(2, 3, 2) == Bucket(8, None, MAX_ROWS)
-    assert graphs.bucket(2, 9, 2) == Bucket(16, None, MAX_ROWS)
-    assert graphs.bucket(2, 17, 2) is None
-    assert graphs.bucket(1, 9, 9) is None  # log-probabilities of a prompt
+    assert graphs.shape(3, 3, 3) == StepShape(4, 4, 4)
+    assert graphs.shape(5, 5, 5) is None
+    assert graphs.shape(2, 3, 2) == StepShape(8, 2, MAX_ROWS)
+    assert graphs.shape(2, 9, 2) == StepShape(16, 2, MAX_ROWS)
+    assert graphs.shape(2, 17, 2) is None
+    assert graphs.shape(1, 9, 9) is None  # log-probabilities of a prompt
     assert [bucket.num_tokens for bucket in graphs.buckets] == [16, 8, 4, 2, 1]
 
 
@@ -253,7 +251,7 @@ def test_graphs_are_opened_as_the_config_asks(model: Model, llama_path: Path) ->
     assert [bucket.num_tokens for bucket in graphs.buckets if not bucket.is_decode] == [32, 16]
     graphs = open_graphs(_config(llama_path, max_cudagraph_capture_size=4), model, recorder)
     assert graphs is not None
-    assert graphs.bucket(5, 5, 5) is None
+    assert graphs.shape(5, 5, 5) is None
 
 
 def test_where_graphs_are_impossible_the_reason_is_told(
