@@ -60,6 +60,8 @@ class Case:
     sampling: str = "greedy"
     tp: int = 1
     num_layers: int = 2
+    graphs: bool = False
+    """The step is replayed from CUDA graphs, which steps of its size before it were recorded in."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,57 @@ def measure(cases: Sequence[Case], guard: Path) -> dict[Case, Counts]:
 # -------------------------------------------------------------------------------------------- in the measuring process
 
 
+class _CountedGraph:
+    """Its replay is one launch."""
+
+    def __init__(self, log: Any):
+        self._log = log
+
+    def replay(self) -> None:
+        if self._log.is_on:
+            self._log.launches["graph"] += 1
+
+    def reset(self) -> None:
+        pass
+
+
+class _CountingRecorder:
+    """A `GraphRecorder` of work without values. What is recorded counts for nothing; what would wait is refused."""
+
+    def __init__(self, log: Any):
+        self._log = log
+
+    def session(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def begin(self) -> None:
+        self._log.begin()
+
+    def end(self) -> _CountedGraph:
+        assert not self._log.waits, f"waits while a graph is recorded: {self._log.waits}"
+        self._log.is_on = False
+        return _CountedGraph(self._log)
+
+    def abandon(self) -> None:
+        self._log.is_on = False
+
+    def alias(self, tensor: Any) -> Any:
+        return tensor
+
+    def forget_pool(self) -> None:
+        pass
+
+
+def _open_graphs(case: Case, log: Any) -> Any:
+    """In place of `open_graphs`: graphs that must be, of fake tensors, which are nowhere."""
+    from rayllm.runner import graphs
+
+    def opened(config: Any, model: Any) -> Any:
+        return graphs.open_graphs(config, model, _CountingRecorder(log)) if case.graphs else None
+
+    return opened
+
+
 def _runner(case: Case, folder: Path, log: Any) -> Runner:
     """Its weights have no values; its host tensors have."""
     import rayllm.runner.runner as module
@@ -131,6 +184,7 @@ def _runner(case: Case, folder: Path, log: Any) -> Runner:
             num_kv_blocks=_NUM_BLOCKS,
             max_num_seqs=2 * NUM_ROWS,
             max_num_batched_tokens=2048,
+            cuda_graphs="full" if case.graphs else "off",
         ),
         num_gpus=1,
         num_cores=2,
@@ -150,6 +204,7 @@ def _runner(case: Case, folder: Path, log: Any) -> Runner:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(module, "check_device"))
         stack.enter_context(mock.patch.object(module, "load_model", load))
+        stack.enter_context(mock.patch.object(module, "open_graphs", _open_graphs(case, log)))
         in_turn = mock.patch("rayllm.models.decoder.make_in_parallel", lambda makers: [make() for make in makers])
         stack.enter_context(in_turn)  # fake tensors are a matter of this thread alone
         runner = module.Runner(config, TensorParallel(0, case.tp), device=torch.device("cuda", 0))
@@ -193,18 +248,22 @@ def _plans(case: Case) -> list[StepPlan]:
         return [first, _plan(2, rows, [CONTEXT - half] * NUM_ROWS, [], case.sampling)]
     if case.kind == "decode":
         first = _plan(1, rows, [CONTEXT] * NUM_ROWS, rows, case.sampling)
-        return [first, *(_plan(step, rows, [1] * NUM_ROWS, [], case.sampling) for step in (2, 3))]
+        return [first, *(_plan(step, rows, [1] * NUM_ROWS, [], case.sampling) for step in (2, 3, 4))]
     assert case.kind == "mixed", case.kind
     old, new = rows[: NUM_ROWS // 2], rows[NUM_ROWS // 2 :]
     first = _plan(1, old, [CONTEXT] * len(old), old, case.sampling)
-    return [first, _plan(2, rows, [1] * len(old) + [CONTEXT] * len(new), new, case.sampling)]
+    counts = [1] * len(old) + [CONTEXT] * len(new)
+    return [first, *(_plan(step, rows, counts, new, case.sampling) for step in (2, 3, 4))]
 
 
 def _measured(case: Case, folder: Path, log: Any) -> Counts:
     """The last step's counts."""
     runner = _runner(case, folder, log)
     *earlier, last = _plans(case)
-    with mock.patch.object(runner._structured, "advance", return_value={}):  # what was drawn has no value
+    with (
+        mock.patch.object(runner._structured, "advance", return_value={}),  # what was drawn has no value
+        mock.patch("rayllm.runner.graphs._addresses", return_value=()),
+    ):
         for plan in earlier:
             runner.execute(plan)
         log.begin()
