@@ -53,6 +53,7 @@ def _tokens(path: Path, **settings: Any) -> list[list[int]]:
         return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)]
 
 
+@pytest.mark.kernels
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # padding's
 @pytest.mark.parametrize("when", ["auto", "full"])
 def test_tokens_by_graphs_are_those_of_the_cpu(llama_path: Path, recorder: RecordingDouble, when: str) -> None:
