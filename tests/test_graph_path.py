@@ -15,7 +15,7 @@ from triton_interpreter import corrected
 import rayllm.runner.runner
 from rayllm import LLM, SamplingParams
 from rayllm.runner.graphs import open_graphs
-from rayllm.runner.upload import Upload
+from rayllm.transfer.upload import Upload
 from rayllm_kernels.device import interpreted
 
 PROMPTS = [[5, 6, 7], list(range(10, 43)), list(range(60, 81)), [9] * 12]
