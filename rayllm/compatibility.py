@@ -76,7 +76,10 @@ class CompatibilitySettings(BaseModel):
         description="Let workers run the Python code of a checkpoint whose model neither RayLLM nor transformers has. "
         "Without effect for all other models: they are read without it.",
     )
-    disable_custom_all_reduce: bool = Field(False, description="Without effect: ranks reduce by NCCL, or gloo on CPU.")
+    disable_custom_all_reduce: bool = Field(
+        False,
+        description="Sum over ranks by NCCL alone, never by RayLLM's own kernels. Without effect on CPU (gloo sums).",
+    )
     disable_custom_kernels: bool = Field(False, description="Without effect: each layer has one implementation.")
     enable_chunked_prefill: bool = Field(True, description="Always on.")
     disable_log_stats: bool = Field(False, description="Without effect: use --log-file.")
@@ -156,9 +159,8 @@ def notes(config: CompatibilitySettings, device: str, *, runs_code: bool = False
         for name, why in _WITHOUT_EFFECT.items()
         if name in given and getattr(config, name) and not (runs_code and name == "trust_remote_code")
     ]
-    if "disable_custom_all_reduce" in given and config.disable_custom_all_reduce:
-        library = "gloo" if device == "cpu" else "NCCL"
-        found.append(f"disable_custom_all_reduce=True has no effect: ranks on {device} reduce by {library}")
+    if "disable_custom_all_reduce" in given and config.disable_custom_all_reduce and device == "cpu":
+        found.append("disable_custom_all_reduce=True has no effect on CPU: gloo sums over ranks")
     if "enable_chunked_prefill" in given and not config.enable_chunked_prefill:
         found.append("enable_chunked_prefill=False has no effect: prompts are always computed within the token budget")
     if device == "cpu":

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rayllm.distributed.all_reduce import CustomAllReduce
+
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 has given it that name
 
 
@@ -22,13 +24,15 @@ class TensorParallel:
     group: dist.ProcessGroup | None = None
     expert_parallel: bool = False
     """A mixture's experts are shared out whole; else each rank holds its share of every expert."""
+    custom: CustomAllReduce | None = None
+    """Sums messages of some sizes by kernels of its own; None: the group's library (gloo, NCCL) sums all."""
     before_abort: list[Callable[[], None]] = field(default_factory=list)
     """What the thread that computes calls before it leaves its group: whoever holds the group's communicator, as
     recorded CUDA graphs do, adds a function that lets it go. NCCL cannot end a communicator that is held."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`; written in place where ranks are more than one, and returned."""
-        if self.size > 1:
+        if self.size > 1 and not (self.custom is not None and self.custom.reduce(x)):
             dist.all_reduce(x, group=self.group)
         return x
 

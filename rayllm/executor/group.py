@@ -202,7 +202,7 @@ class WorkerGroup:
         if len(self.ranks) > 1:
             store = actors.call([0], "open_store", LOOPBACK if actors.single_node else actors.places[0].host)[0]
             lap("open store")
-            actors.call(self.ranks, "join", store)
+            actors.call(self.ranks, "join", store, actors.share_a_node())
             lap("join")
         actors.call(self.ranks, "start", self.num_blocks)
         lap("warm up")

@@ -67,7 +67,10 @@ class ProcessGroup:
         sock = listen_tcp(host)
         port = sock.getsockname()[1]
         fd = sock.detach()  # the store itself would listen on all interfaces
-        self._store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S[self._device])
+        self._store = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=fd
+        )
         return host, port
 
     def join(self, rank: int, store: tuple[str, int]) -> None:

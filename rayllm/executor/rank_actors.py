@@ -243,6 +243,10 @@ class RankActors:
         place = self.places.get(rank)
         return place is not None and place.node_id == self.own_node
 
+    def share_a_node(self) -> bool:
+        """Whether all ranks are on the same node."""
+        return len({self.places[rank].node_id for rank in self.ranks}) == 1
+
     def on_lost_nodes(self, ranks: Iterable[int]) -> dict[int, str]:
         """Those of the ranks whose node is lost, each with the reason."""
         return {} if self.single_node else self._bundles.on_lost_nodes(ranks)

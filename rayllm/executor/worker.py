@@ -24,6 +24,7 @@ from rayllm.observability.trace import open_tracer
 from rayllm.weights.progress import LoadProgress
 
 if TYPE_CHECKING:
+    from rayllm.distributed.all_reduce import CustomAllReduce
     from rayllm.distributed.groups import TensorParallel
 
 _PREPARE_NICENESS = 10
@@ -45,6 +46,7 @@ class WorkerLoop:
         self._runner_factory = runner_factory or partial(load_runner, progress=self.progress)
         self._before_abort: list[Callable[[], None]] = []
         self._group = ProcessGroup(config.device, config.engine.layout.num_ranks, self._before_abort)
+        self._all_reduce: CustomAllReduce | None = None
         self._gpu_index = 0
         self._runner: StepRunner | None = None
         self._spare: dict[int, StepRunner] = {}
@@ -92,27 +94,50 @@ class WorkerLoop:
         torch.set_num_threads(self._config.num_threads)
         if self._config.device == "cuda":
             torch.cuda.set_device(self._gpu_index)
+            self._all_reduce = self._make_all_reduce(rank)
         # No group: collectives use the process's default one, which is another one after a peer was replaced.
         layout = self._config.engine.layout
         tp = TensorParallel(
             layout.tp_rank(rank),
             layout.tp,
             expert_parallel=layout.expert_parallel,
+            custom=self._all_reduce,
             before_abort=self._before_abort,
         )
         return self._runner_factory(self._config, tp)
+
+    def _make_all_reduce(self, rank: int) -> CustomAllReduce | None:
+        import torch
+
+        from rayllm.distributed.all_reduce import CustomAllReduce, size_limits
+
+        layout = self._config.engine.layout
+        if layout.tp == 1 or layout.num_ranks > layout.tp:  # the ranks of a stage have no store of their own
+            return None
+        device = torch.device("cuda", self._gpu_index)
+        limits, disabled = size_limits(device, layout.tp), self._config.engine.disable_custom_all_reduce
+        made = CustomAllReduce(layout.tp_rank(rank), layout.tp, device, limits, disabled=disabled)
+        self._before_abort.append(made.close)
+        return made
 
     def open_store(self, host: str) -> tuple[str, int]:
         """See `ProcessGroup`."""
         return self._group.open_store(host)
 
-    def join(self, store: tuple[str, int]) -> None:
-        """See `ProcessGroup`."""
+    def join(self, store: tuple[str, int], one_node: bool) -> None:
+        """See `ProcessGroup`. `one_node`: all ranks are on the same one."""
         assert self.rank is not None
         self._group.join(self.rank, store)
+        if self._all_reduce is not None:
+            from rayllm.distributed.exchange import Exchange
+
+            exchange = Exchange(self._group.store, self.rank, self._config.engine.layout.num_ranks)
+            self._all_reduce.connect(exchange, one_node=one_node)
 
     def abort(self) -> None:
         """See `ProcessGroup`; called from another thread."""
+        if self._all_reduce is not None:
+            self._all_reduce.abort()
         self._group.abort()
 
     def leave(self) -> None:

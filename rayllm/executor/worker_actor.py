@@ -63,8 +63,8 @@ class WorkerActor:
     def open_store(self, host: str) -> tuple[str, int]:
         return self._loop.open_store(host)
 
-    def join(self, store: tuple[str, int]) -> None:
-        self._loop.join(store)
+    def join(self, store: tuple[str, int], one_node: bool) -> None:
+        self._loop.join(store, one_node)
 
     def start(self, num_blocks: int) -> None:
         self._loop.start(num_blocks)

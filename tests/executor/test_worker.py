@@ -105,6 +105,46 @@ def test_a_worker_computes_on_its_own_gpu_among_those_of_the_engine(monkeypatch:
     assert (os.environ["CUDA_VISIBLE_DEVICES"], chosen) == ("5,2", [1])
 
 
+class _AllReduce:
+    """Notes what happens to it."""
+
+    events: list[Any]
+
+    def __init__(self, rank: int, size: int, device: Any, limits: Any, disabled: bool):
+        type(self).events = [(rank, size, str(device), limits, disabled)]
+
+    def connect(self, exchange: Any, one_node: bool) -> None:
+        self.events.append(("connect", exchange.rank, exchange.size, one_node))
+
+    def abort(self) -> None:
+        self.events.append("abort")
+
+    def close(self) -> None:
+        self.events.append("close")
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_ranks_on_gpus_share_memory_once_they_have_joined_and_let_it_go_before_they_leave(
+    monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    import torch
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr("rayllm.distributed.all_reduce.CustomAllReduce", _AllReduce)
+    monkeypatch.setattr("rayllm.distributed.all_reduce.size_limits", lambda device, size: "limits")
+    engine = {"tensor_parallel_size": 2, "disable_custom_all_reduce": disabled}
+    loop = WorkerLoop(fake_config(device="cuda", engine=engine), 1, _Runner)
+    monkeypatch.setattr(loop._group, "join", lambda rank, store: None)
+    monkeypatch.setattr(type(loop._group), "store", "the store")
+    loop.show_gpus(("5", "2"), "2")
+    loop.load()
+    loop.join(("host", 1), True)
+    loop.abort()
+    assert _AllReduce.events == [(1, 2, "cuda:1", "limits", disabled), ("connect", 1, 2, True), "abort"]
+    assert [release.__name__ for release in loop._before_abort] == ["close"]
+
+
 def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:
     code = (
         "import sys, rayllm.executor.worker, rayllm.executor.group;"
