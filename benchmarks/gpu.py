@@ -89,6 +89,7 @@ def main() -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # shapes are too small to share
     import torch
     from gpu_kernels import Bench
+    from gpu_models import free
     from gpu_report import Report
 
     from rayllm_kernels.device import interpreted
@@ -104,6 +105,7 @@ def main() -> int:
         if args.only is None or any(word in name for word in args.only):
             with interpreted() if args.smoke and name.startswith("kernels") else contextlib.nullcontext():
                 report.run(name, budget_s, run)
+            free()
     elapsed_s = round(time.perf_counter() - began_s, 1)
     print(f"\n{report.text()}\n{elapsed_s:.0f} s in all; figures are in {args.json}")
     whole = {"bench": "gpu", "versions": found, "smoke": args.smoke, "elapsed_s": elapsed_s, **report.as_json()}

@@ -207,12 +207,17 @@ class Pages:
     out_THD: Tensor
 
     @classmethod
-    def make(cls, bench: Bench, num_lines: int, kv_len: int, num_queries: int, seed: int = 0) -> Pages:
+    def make(
+        cls, bench: Bench, num_lines: int, kv_len: int, num_queries: int, seed: int = 0, *, in_float8: bool = False
+    ) -> Pages:
         from rayllm_kernels.attention import PagedLines, Scoring
 
         heads, kv_heads, width, page = bench.size(32, 4), bench.size(8, 2), bench.size(128, 16), bench.size(64, 16)
         blocks = -(-kv_len // page)
         caches = [bench.random(num_lines * blocks, kv_heads, page, width, seed=seed + i) for i in range(2)]
+        if in_float8:
+            caches = [(cache * 8).to(torch.float8_e4m3fn) for cache in caches]
+        cache_scale = 1 / 8 if in_float8 else 1.0
         table_MB = torch.randperm(num_lines * blocks, device=bench.device).view(num_lines, blocks).int()
         ints = {"dtype": torch.int32, "device": bench.device}
         lines = PagedLines(
@@ -223,7 +228,8 @@ class Pages:
         )
         q_THD = bench.random(num_lines * num_queries, heads, width, seed=seed + 2)
         arrivals = torch.zeros(65536, **ints)
-        return cls(q_THD, *caches, lines, Scoring(width**-0.5), arrivals, torch.full_like(q_THD, math.nan))
+        scoring = Scoring(width**-0.5, k_scale=cache_scale, v_scale=cache_scale)
+        return cls(q_THD, *caches, lines, scoring, arrivals, torch.full_like(q_THD, math.nan))
 
     def decode(self) -> None:
         from rayllm_kernels.attention import paged_decode
@@ -238,38 +244,43 @@ class Pages:
     @property
     def expected(self) -> Tensor:
         """By torch alone, in float64."""
-        lines, outs = self.lines, []
-        for q_THD, length, table_B in zip(
-            self.q_THD.chunk(len(lines.kv_lens_N)), lines.kv_lens_N.tolist(), lines.block_table_MB.long(), strict=True
-        ):
+        lengths, tables_MB = self.lines.kv_lens_N.tolist(), self.lines.block_table_MB.long()
+        group = self.q_THD.shape[1] // self.k_cache.shape[1]
+        outs = []
+        for q_THD, length, table_B in zip(self.q_THD.double().chunk(len(lengths)), lengths, tables_MB, strict=True):
             k_HLD, v_HLD = (
-                cache[table_B]
-                .double()
-                .transpose(0, 1)
-                .flatten(1, 2)[:, :length]
-                .repeat_interleave(q_THD.shape[1] // cache.shape[1], dim=0)
+                cache.double()[table_B].transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, dim=0)
                 for cache in (self.k_cache, self.v_cache)
             )
-            scores_HTL = q_THD.double().transpose(0, 1) @ k_HLD.transpose(1, 2) * self.scoring.scale
-            later_TL = torch.ones(scores_HTL.shape[1:], dtype=torch.bool, device=q_THD.device).triu(
-                length - len(q_THD) + 1
-            )
-            outs.append((scores_HTL.masked_fill(later_TL, -math.inf).softmax(-1) @ v_HLD).transpose(0, 1))
+            scores_HTL = q_THD.transpose(0, 1) @ k_HLD.transpose(1, 2) * (self.scoring.scale * self.scoring.k_scale)
+            later_TL = torch.ones_like(scores_HTL[0], dtype=torch.bool).triu(length - len(q_THD) + 1)
+            weights_HTL = scores_HTL.masked_fill(later_TL, -math.inf).softmax(-1)
+            outs.append((weights_HTL @ v_HLD).transpose(0, 1) * self.scoring.v_scale)
         return torch.cat(outs)
 
 
 def decode_attention(bench: Bench) -> Iterator[Row]:
-    pages = Pages.make(bench, 3, bench.size(777, 21), 1)
-    pages.decode()
-    yield bench.error("paged_decode", pages.out_THD, pages.expected, _ATTENTION_TOLERANCES)
+    for name, in_float8 in (("paged_decode", False), ("paged_decode, float8 cache", True)):
+        pages = Pages.make(bench, 3, bench.size(777, 21), 1, in_float8=in_float8)
+        pages.decode()
+        yield bench.error(name, pages.out_THD, pages.expected, _ATTENTION_TOLERANCES)
     context = bench.size(1024, 16)
-    for num_lines in (bench.size(32, 1), bench.size(256, 2)):
-        kv_bytes = num_lines * context * 2 * pages.k_cache.shape[1] * pages.k_cache.shape[3] * bench.dtype.itemsize
+    kv_elements = context * 2 * pages.k_cache.shape[1] * pages.k_cache.shape[3]
 
-        def make(seed: int, num_lines: int = num_lines) -> Callable[[], Any]:
-            return Pages.make(bench, num_lines, context, 1, seed).decode
+    def make(num_lines: int, in_float8: bool = False) -> Callable[[int], Callable[[], Any]]:
+        return lambda seed: Pages.make(bench, num_lines, context, 1, seed, in_float8=in_float8).decode
 
-        yield from bench.bandwidth(f"paged_decode, {num_lines} rows of {context} tokens", make, kv_bytes, 0.75)
+    few, many = bench.size(32, 1), bench.size(256, 2)
+    for num_lines in (few, many):
+        kv_bytes = num_lines * kv_elements * bench.dtype.itemsize
+        yield from bench.bandwidth(
+            f"paged_decode, {num_lines} rows of {context} tokens", make(num_lines), kv_bytes, 0.75
+        )
+    us, narrow_us = (
+        bench.microseconds(bench.sets(make(many, in_float8), many * kv_elements)) for in_float8 in (False, True)
+    )
+    target = None if bench.is_smoke else 1.6
+    yield Row(f"paged_decode, {many} rows, float8 cache", us / narrow_us, "times", at_least=target)
 
 
 def prefill_attention(bench: Bench) -> Iterator[Row]:

@@ -108,7 +108,8 @@ def _settings(folder: Path, bench: Bench, **settings: Any) -> dict[str, Any]:
     return {**fixed, **settings}
 
 
-def _free() -> None:
+def free() -> None:
+    """Gives memory of models that are gone back to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -213,8 +214,6 @@ def decode_steps(bench: Bench) -> Iterator[Row]:
                 steps.check_no_wait()
                 steps.drop_graphs()
                 yield Row(f"decode step, {num_rows} rows, without graphs", steps.milliseconds(10), "ms")
-    del steps
-    _free()
 
 
 def _generate_s(settings: dict[str, Any], num_prompts: int, prompt_len: int, output_len: int) -> float:
@@ -233,7 +232,7 @@ def _generate_s(settings: dict[str, Any], num_prompts: int, prompt_len: int, out
         outputs = llm.generate(prompts, params)
         elapsed_s = time.perf_counter() - began_s
     assert all(len(output.outputs[0].token_ids) == output_len for output in outputs), "an answer was cut short"
-    _free()
+    free()
     return elapsed_s
 
 
@@ -257,7 +256,7 @@ def beside_transformers(bench: Bench) -> Iterator[Row]:
         ours_s = _generate_s(settings, num_prompts, prompt_len, output_len)
         yield Row(f"{shape}, RayLLM", num_tokens / ours_s, "tok/s")
         theirs_s = _transformers_s(folder, bench, getattr(torch, dtype), num_prompts, prompt_len, output_len)
-        _free()
+        free()
     yield Row(f"{shape}, transformers", num_tokens / theirs_s, "tok/s")
     target = None if bench.is_smoke else 4
     yield Row(f"{shape}, ratio", theirs_s / ours_s, "times", at_least=target)
