@@ -32,6 +32,8 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[1]
 _SOURCE = Path(__file__).parent / "fake_cuda" / "guard.cpp"
 
+_MEMORY = 80 * 2**30
+
 GEMMS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm"}
 _NO_WORK = {
     *(
@@ -91,6 +93,8 @@ class DeviceLog(TorchDispatchMode):
         self.blocking_copies: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[str] = collections.Counter()
         self.mismatches: collections.Counter[str] = collections.Counter()
+        self.kernels: list[tuple[Any, tuple[int, ...], Sequence[Any], dict[str, Any]]] = []
+        """What `rayllm_kernels.launch` was given."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,6 +123,7 @@ class DeviceLog(TorchDispatchMode):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if self.is_on:
             self.launches[f"triton {kernel.__name__}"] += 1
+            self.kernels.append((kernel, grid, args, constants))
             if any(not x.is_cuda for x in tensors):
                 self._note(self.mismatches, f"triton {kernel.__name__}")
 
@@ -240,13 +245,16 @@ def _tolist_with(log: DeviceLog) -> Callable[[Tensor], Any]:
     return tolist
 
 
-def _patches(log: DeviceLog) -> dict[str, Any]:
+def _patches(log: DeviceLog, arch: int) -> dict[str, Any]:
     """By the name in `torch`: what needs a driver, or does not go together with fake tensors."""
     event = _fake_event(log)
     stream = SimpleNamespace(
         synchronize=lambda: log.waited("stream"), wait_stream=lambda other: None, wait_event=lambda event: None
     )
-    h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=139 * 2**30, name="H200")
+    capability = divmod(arch, 10)
+    properties = SimpleNamespace(
+        major=capability[0], minor=capability[1], multi_processor_count=132, total_memory=_MEMORY, name="fake"
+    )
     return {
         "inference_mode": lambda *args: torch.no_grad(),
         "empty": _with_fake_pinned(torch.empty),
@@ -257,27 +265,28 @@ def _patches(log: DeviceLog) -> dict[str, Any]:
         "cuda.current_device": lambda: 0,
         "cuda.set_device": lambda device: None,
         "cuda.empty_cache": lambda: None,
-        "cuda.mem_get_info": lambda device=None: (139 * 2**30, 139 * 2**30),
+        "cuda.mem_get_info": lambda device=None: (_MEMORY, _MEMORY),
         "cuda.memory_allocated": lambda device=None: 0,
         "cuda.max_memory_allocated": lambda device=None: 0,
         "cuda.memory_reserved": lambda device=None: 0,
         "cuda.max_memory_reserved": lambda device=None: 0,
         "cuda.reset_peak_memory_stats": lambda device=None: None,
-        "cuda.get_device_name": lambda device=None: "H200",
-        "cuda.get_device_capability": lambda device=None: (9, 0),
-        "cuda.get_device_properties": lambda device=None: h200,
+        "cuda.get_device_name": lambda device=None: "fake",
+        "cuda.get_device_capability": lambda device=None: capability,
+        "cuda.get_device_properties": lambda device=None: properties,
     }
 
 
 @contextlib.contextmanager
-def fake_cuda(guard: Path) -> Iterator[DeviceLog]:
-    """While this lasts, tensors may be on `cuda:0`. `guard` is what `build_guard` made."""
+def fake_cuda(guard: Path, arch: int = 90) -> Iterator[DeviceLog]:
+    """While this lasts, tensors may be on `cuda:0`, a GPU of compute capability `arch`. `guard` is what `build_guard`
+    made."""
     from rayllm_kernels.launch import observed
 
     ctypes.CDLL(str(guard))
     log = DeviceLog()
     with contextlib.ExitStack() as stack:
-        for name, value in _patches(log).items():
+        for name, value in _patches(log, arch).items():
             stack.enter_context(mock.patch(f"torch.{name}", value))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist_with(log)))
         stack.enter_context(observed(log.launched))

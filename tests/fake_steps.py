@@ -256,8 +256,8 @@ def _plans(case: Case) -> list[StepPlan]:
     return [first, *(_plan(step, rows, counts, new, case.sampling) for step in (2, 3, 4))]
 
 
-def _measured(case: Case, folder: Path, log: Any) -> Counts:
-    """The last step's counts."""
+def run(case: Case, folder: Path, log: Any) -> dict[str, int]:
+    """Leaves in `log` (`fake_device.DeviceLog`) what the last step did; what `launch` waited for is returned."""
     runner = _runner(case, folder, log)
     *earlier, last = _plans(case)
     with (
@@ -272,6 +272,11 @@ def _measured(case: Case, folder: Path, log: Any) -> Counts:
         log.waits.clear()
         runner.finish(in_flight)
     log.is_on = False
+    return waits
+
+
+def _measured(case: Case, folder: Path, log: Any) -> Counts:
+    waits = run(case, folder, log)
     return Counts(
         launches=dict(log.launches),
         collectives=dict(log.collectives),
