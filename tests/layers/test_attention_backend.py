@@ -27,7 +27,8 @@ SLOPES = tuple(2.0 ** -(head + 1) for head in range(NUM_HEADS))
 class Step:
     """One step of `ROWS` over a pool that holds the keys and values of the tokens before it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> None:
+        self.block_size = block_size
         draw = torch.Generator().manual_seed(0)
         self.keys, self.values = (
             [torch.randn(done + new, NUM_KV_HEADS, HEAD_DIM, generator=draw).to(dtype) for done, new in ROWS]
@@ -35,21 +36,23 @@ class Step:
         )
         num_tokens = sum(new for _, new in ROWS)
         self.q_THD = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, generator=draw).to(dtype)
-        num_blocks = [-(-(done + new) // BLOCK_SIZE) for done, new in ROWS]
+        num_blocks = [-(-(done + new) // self.block_size) for done, new in ROWS]
         blocks = list(range(sum(num_blocks)))
         random.Random(1).shuffle(blocks)
         self.tables = [[blocks.pop() for _ in range(count)] for count in num_blocks]
-        self.pool = KVPool([KVSpec(NUM_KV_HEADS, (HEAD_DIM, HEAD_DIM))], sum(num_blocks) + 1, BLOCK_SIZE, dtype, CPU)
+        self.pool = KVPool(
+            [KVSpec(NUM_KV_HEADS, (HEAD_DIM, HEAD_DIM))], sum(num_blocks) + 1, self.block_size, dtype, CPU
+        )
         self.pool.clear(range(sum(num_blocks) + 1))
         for (done, _), table, row_keys, row_values in zip(ROWS, self.tables, self.keys, self.values):
             for position in range(done):
                 for cache, row in zip(self.pool.layers[0], (row_keys, row_values)):
-                    cache[table[position // BLOCK_SIZE], :, position % BLOCK_SIZE] = row[position]
+                    cache[table[position // self.block_size], :, position % self.block_size] = row[position]
 
     def batch(self) -> Batch:
         positions = [list(range(done, done + new)) for done, new in ROWS]
         slots = [
-            table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            table[position // self.block_size] * self.block_size + position % self.block_size
             for table, row in zip(self.tables, positions)
             for position in row
         ]
@@ -66,14 +69,14 @@ class Step:
             block_table_SRB=torch.tensor([table], dtype=torch.int32),
             logits_indices_N=torch.tensor([], dtype=torch.int64),
             num_decode_rows=sum(new == 1 for _, new in ROWS),
-            block_size=BLOCK_SIZE,
+            block_size=self.block_size,
         )
 
     def spoil_unwritten_slots(self) -> None:
-        written = torch.zeros(len(self.pool.layers[0][0]), BLOCK_SIZE, dtype=torch.bool)
+        written = torch.zeros(len(self.pool.layers[0][0]), self.block_size, dtype=torch.bool)
         for (done, _), table in zip(ROWS, self.tables):
             for position in range(done):
-                written[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = True
+                written[table[position // self.block_size], position % self.block_size] = True
         for cache in self.pool.layers[0]:
             cache.transpose(1, 2)[~written] = torch.nan
 
@@ -159,3 +162,16 @@ def test_kernels_put_into_pages_and_hand_on_what_the_cpu_does(in_pairs: bool | N
     for expected, each in zip(*found, strict=True):
         torch.testing.assert_close(each, expected, atol=1e-6, rtol=1e-5)
     assert not torch.equal(found[0][1], step.pool.layers[0][0])
+
+
+@pytest.mark.parametrize("has_alibi", [False, True])
+def test_kernels_that_read_pages_equal_float64(has_alibi: bool, interpreted_kernels: None) -> None:
+    step = Step(torch.float32, block_size=16)
+    step.spoil_unwritten_slots()
+    layer = LayerAttention(AttentionGroup(NUM_KV_HEADS, HEAD_DIM, 12, SLOPES if has_alibi else ()), SCALE, 0.7)
+    backend = TritonBackend([[layer.group]], torch.float32, CPU)
+    [metadata], kv = backend.prepare(step.batch().with_device_rows()), step.pool.layers[0]
+    k_TKD, v_TKD = step.new(step.keys), step.new(step.values)
+    backend.write(k_TKD, v_TKD, kv, metadata, layer)
+    found_THD = backend.forward(step.q_THD, k_TKD, v_TKD, kv, metadata, layer)
+    torch.testing.assert_close(found_THD.double(), _expected(step, layer), atol=1e-5, rtol=1e-5)
