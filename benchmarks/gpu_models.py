@@ -232,7 +232,6 @@ def _generate_s(settings: dict[str, Any], num_prompts: int, prompt_len: int, out
         outputs = llm.generate(prompts, params)
         elapsed_s = time.perf_counter() - began_s
     assert all(len(output.outputs[0].token_ids) == output_len for output in outputs), "an answer was cut short"
-    free()
     return elapsed_s
 
 
@@ -254,9 +253,9 @@ def beside_transformers(bench: Bench) -> Iterator[Row]:
         dtype = "float32" if bench.is_smoke else "float16"
         settings = _settings(folder, bench, max_model_len=512, dtype=dtype)
         ours_s = _generate_s(settings, num_prompts, prompt_len, output_len)
+        free()
         yield Row(f"{shape}, RayLLM", num_tokens / ours_s, "tok/s")
         theirs_s = _transformers_s(folder, bench, getattr(torch, dtype), num_prompts, prompt_len, output_len)
-        free()
     yield Row(f"{shape}, transformers", num_tokens / theirs_s, "tok/s")
     target = None if bench.is_smoke else 4
     yield Row(f"{shape}, ratio", theirs_s / ours_s, "times", at_least=target)

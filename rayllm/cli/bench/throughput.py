@@ -31,6 +31,7 @@ ENGINE_FLAGS = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "enforce_eager",
+    "cuda_graphs",
     "kv_cache_dtype",
     "distributed_executor_backend",
     "max_model_len",
