@@ -33,6 +33,9 @@ BUDGETS_S = {
 """Of the sections with whole models; each family of kernels has `KERNEL_BUDGET_S`. Under eight minutes in all."""
 KERNEL_BUDGET_S = 15.0
 
+_INTERPRETED = ("kernels", "decode steps")
+"""Sections that with `--smoke` take the path of a GPU, in Triton's interpreter; the others take a CPU's."""
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,7 +106,8 @@ def main() -> int:
     print(*(f"{name} {value}" for name, value in found.items()), sep=", ")
     for name, (budget_s, run) in sections(bench).items():
         if args.only is None or any(word in name for word in args.only):
-            with interpreted() if args.smoke and name.startswith("kernels") else contextlib.nullcontext():
+            interprets = args.smoke and name.startswith(_INTERPRETED)
+            with interpreted() if interprets else contextlib.nullcontext():
                 report.run(name, budget_s, run)
             free()
     elapsed_s = round(time.perf_counter() - began_s, 1)

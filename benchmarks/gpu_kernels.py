@@ -283,6 +283,45 @@ def decode_attention(bench: Bench) -> Iterator[Row]:
     yield Row(f"paged_decode, {many} rows, float8 cache", us / narrow_us, "times", at_least=target)
 
 
+def latent_attention(bench: Bench) -> Iterator[Row]:
+    """Of DeepSeek-V2-Lite's shape, or a share of DeepSeek-V3's heads."""
+    from rayllm_kernels.attention import PagedLines
+    from rayllm_kernels.latent_attention import paged_latent_decode
+
+    heads, width, latent = 16, bench.size(576, 48), bench.size(512, 32)
+    page, scale = bench.size(64, 16), bench.size(192, 24) ** -0.5
+    ints = {"dtype": torch.int32, "device": bench.device}
+    arrivals = torch.zeros(65536, **ints)
+
+    def inputs(num_lines: int, kv_len: int, seed: int) -> tuple[Any, ...]:
+        blocks = -(-kv_len // page)
+        lines = PagedLines(
+            torch.arange(num_lines, **ints),
+            torch.full((num_lines,), kv_len, **ints),
+            torch.randperm(num_lines * blocks, device=bench.device).view(num_lines, blocks).int(),
+            torch.arange(num_lines + 1, **ints),
+        )
+        cache = bench.random(num_lines * blocks, 1, page, width, seed=seed)
+        q_NHW = bench.random(num_lines, heads, width, seed=seed + 1)
+        return q_NHW, cache, lines, scale, arrivals, torch.full_like(q_NHW[..., :latent], math.nan)
+
+    given = inputs(3, bench.size(777, 21), 0)
+    paged_latent_decode(*given)
+    q_NHW, cache, lines, *_, found = given
+    kept_NLW = cache.double()[lines.block_table_MB.long(), 0].flatten(1, 2)[:, : int(lines.kv_lens_N[0])]
+    weights_NHL = (q_NHW.double() @ kept_NLW.transpose(1, 2) * scale).softmax(-1)
+    expected = weights_NHL @ kept_NLW[..., :latent]
+    yield bench.error("paged_latent_decode", found, expected, _ATTENTION_TOLERANCES)
+    num_lines, context = bench.size(64, 1), bench.size(4096, 16)
+
+    def make(seed: int) -> Callable[[], Any]:
+        given = inputs(num_lines, context, seed)
+        return lambda: paged_latent_decode(*given)
+
+    num_bytes = num_lines * context * width * bench.dtype.itemsize
+    yield from bench.bandwidth(f"paged_latent_decode, {num_lines} rows of {context} tokens", make, num_bytes, None)
+
+
 def prefill_attention(bench: Bench) -> Iterator[Row]:
     pages = Pages.make(bench, 2, bench.size(333, 20), bench.size(200, 9))
     pages.prefill()
@@ -301,5 +340,6 @@ KERNELS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "kernels: activation": activation,
     "kernels: rotation and KV write": rope,
     "kernels: decode attention": decode_attention,
+    "kernels: latent attention": latent_attention,
     "kernels: prefill attention": prefill_attention,
 }
