@@ -15,7 +15,9 @@ from peer_memory import HostPeerMemory
 from rayllm.distributed import all_reduce
 from rayllm.distributed.all_reduce import CustomAllReduce, SizeLimits
 from rayllm.distributed.exchange import Exchange
+from rayllm.distributed.fabric import check_links, swap_in_group
 from rayllm.distributed.groups import TensorParallel
+from rayllm.distributed.links import Link
 
 
 def reduce_ranks(tp: TensorParallel) -> tuple[list[float], bool]:
@@ -102,3 +104,17 @@ def fall_back(tp: TensorParallel, folder: str, make_memory: Any) -> tuple[bool, 
         return custom.reduce(torch.ones(4)), lines
     finally:
         log.removeHandler(handler)
+
+
+def check_link(tp: TensorParallel, folder: str, timeout_s: float, hangs: bool) -> tuple[list[Link], float]:
+    """This rank's links over gloo, where rank 1 `hangs` in place of sending anything; and seconds."""
+
+    def swap(sent: torch.Tensor, peer: int) -> torch.Tensor:
+        if hangs and tp.rank == 1:
+            time.sleep(60.0)
+        return swap_in_group(sent, peer)
+
+    exchange = Exchange(torch.distributed.FileStore(folder, tp.size), tp.rank, tp.size)
+    exchange.gather("begin", "")
+    began_s = time.perf_counter()
+    return check_links(exchange, swap, torch.device("cpu"), timeout_s), time.perf_counter() - began_s

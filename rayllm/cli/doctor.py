@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rayllm.cli.flags import Parser
 from rayllm.cli.table import amount
@@ -17,11 +18,15 @@ from rayllm.errors import ConfigError
 from rayllm.machine.folders import home_folder
 from rayllm.machine.ray_token import token_file
 
+if TYPE_CHECKING:
+    from rayllm.distributed.links import Link
+
 _LEAST_MEMORY_BYTES = 2 * 2**30
 _LEAST_SHM_BYTES = 256 * 2**20
 _LEAST_DISK_BYTES = 2 * 2**30
 _LEAST_FILES = 4096
 _LEAST_PROCESSES = 1024
+_CPU_RANKS = 2
 _LEAST_RAY, _FIRST_RAY_TOO_NEW = (2, 50), (3,)
 _LEAST_DRIVER_CUDA_12, _LEAST_DRIVER_CUDA_13 = (525, 60), (580,)
 
@@ -38,6 +43,11 @@ class Finding:
 
 def parser() -> Parser:
     made = Parser(prog="rayllm doctor", description="Check this machine and what is installed on it.")
+    made.add_argument(
+        "--fabric",
+        action="store_true",
+        help="also check the link between each two GPUs of this machine (without GPUs: between two processes)",
+    )
     made.add_argument("--json", action="store_true", help="print one line of JSON")
     return made
 
@@ -46,6 +56,8 @@ def run(argv: Sequence[str]) -> int:
     """Prints the findings; 1 when one of them keeps RayLLM from working."""
     given = parser().parse(argv)
     findings = examine()
+    if given.get("fabric"):
+        findings += examine_fabric()
     if given.get("json"):
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -86,6 +98,35 @@ def examine() -> list[Finding]:
         _token(),
         _port(),
     ]
+
+
+def examine_fabric() -> list[Finding]:
+    """Has each two GPUs of this machine exchange messages, from processes that are started for it."""
+    from rayllm.config import count_gpus
+    from rayllm.errors import EngineError
+    from rayllm.executor.local_fabric import check_local_links
+
+    num_gpus = count_gpus()
+    if num_gpus == 1:
+        return [Finding("fabric", True, "one GPU: there is no link to check")]
+    try:
+        links = check_local_links(num_gpus or _CPU_RANKS, "cuda" if num_gpus else "cpu")
+    except EngineError as error:
+        return [Finding("fabric", False, "not checked", str(error))]
+    kind = "link of gpus" if num_gpus else "link of processes"
+    by_pair: dict[tuple[int, int], list[Link]] = {}
+    for link in links:
+        by_pair.setdefault((min(link.rank, link.peer), max(link.rank, link.peer)), []).append(link)
+    return [_link(f"{kind} {a}-{b}", seen) for (a, b), seen in sorted(by_pair.items())]
+
+
+def _link(name: str, seen: Sequence[Link]) -> Finding:
+    """A pair, as its two ends saw it."""
+    if problems := [f"{link.rank} {link.problem}" for link in seen if link.problem]:
+        fix = "see 'nvidia-smi topo -m' and the kernel's log, disable PCIe ACS; pairs not shown were not checked"
+        return Finding(name, False, ", ".join(problems), fix)
+    latency_us, rate = max(link.latency_us for link in seen), min(link.gigabytes_per_s for link in seen)
+    return Finding(name, True, f"{latency_us:.0f} us, {rate:.3g} GB/s")
 
 
 def _libraries() -> list[Finding]:

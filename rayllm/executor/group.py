@@ -43,7 +43,8 @@ class WorkerGroup:
 
     Ready when constructed; `on_stage` is given, in a few words, what is being waited for. Raises `ConfigError`
     where the cluster has no room, the runner's own error where a rank cannot load, `WorkerDiedError` where
-    one dies on the way. Without a `placement_group` it makes one, and removes it at `close`.
+    one dies on the way, `EngineError` where two ranks do not reach each other. Without a `placement_group` it makes
+    one, and removes it at `close`.
 
     A group of ranks that compute together lives until one of them is lost. `recover` fills the place of the lost one,
     from the standby where there is one, and joins all in a new group: new store, new sockets, new token, so that
@@ -69,6 +70,7 @@ class WorkerGroup:
         self.max_inflight_steps = self._layout.max_inflight_steps
         self.num_blocks = 0
         self._links: WorkerLinks | None = None
+        self._has_checked_links = False
         self._run_refs: dict[int, Any] = {}
         self._watcher: threading.Thread | None = None
         self._stopwatch = Stopwatch()
@@ -204,6 +206,11 @@ class WorkerGroup:
             lap("open store")
             actors.call(self.ranks, "join", store, actors.share_a_node())
             lap("join")
+            if not self._has_checked_links:
+                self._on_stage("checking links between workers")
+                log.info(actors.check_links())
+                self._has_checked_links = True
+                lap("check links")
         actors.call(self.ranks, "start", self.num_blocks)
         lap("warm up")
         self._links = WorkerLinks(self._connect(), self._layout.answering_rank)

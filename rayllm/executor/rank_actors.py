@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from rayllm.config import ResolvedConfig
+from rayllm.distributed.links import bad_links, summary
 from rayllm.errors import EngineError, WorkerDiedError
 from rayllm.executor.bundles import Bundles
 from rayllm.executor.rank_calls import raise_ended
@@ -222,6 +223,23 @@ class RankActors:
         refs = list(calls.values())
         _, stuck = ray.wait(refs, num_returns=len(refs), timeout=_START_ANSWER_TIMEOUT_S) if refs else ([], [])
         return {rank for rank, ref in calls.items() if ref in stuck}
+
+    def check_links(self) -> str:
+        """Has each pair of joined ranks exchange messages; what was measured, in a line. Raises `EngineError`, which
+        names the pairs that do not reach each other."""
+        links = [link for found in self.call(self.ranks, "check_links").values() for link in found]
+        if bad := bad_links(links, self._rank_and_place):
+            raise EngineError(
+                f"workers do not reach each other: {'; '.join(bad)}. Check cables, switches, firewalls and the "
+                "interface that NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names; 'rayllm doctor --fabric' checks the "
+                "links within a node",
+                code="bad_link",
+            )
+        return summary(links)
+
+    def _rank_and_place(self, rank: int) -> str:
+        place = self.places[rank]
+        return f"rank {rank} (node {place.node_id[:8]}, host {place.host}, {', '.join(place.devices)})"
 
     # ------------------------------------------------------------------------------------------------ health
 

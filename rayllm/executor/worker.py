@@ -26,6 +26,7 @@ from rayllm.weights.progress import LoadProgress
 if TYPE_CHECKING:
     from rayllm.distributed.all_reduce import CustomAllReduce
     from rayllm.distributed.groups import TensorParallel
+    from rayllm.distributed.links import Link
 
 _PREPARE_NICENESS = 10
 
@@ -133,6 +134,18 @@ class WorkerLoop:
 
             exchange = Exchange(self._group.store, self.rank, self._config.engine.layout.num_ranks)
             self._all_reduce.connect(exchange, one_node=one_node)
+
+    def check_links(self) -> list[Link]:
+        """What this rank sees of its links to its peers; see `rayllm.distributed.fabric`."""
+        import torch
+
+        from rayllm.distributed.exchange import Exchange
+        from rayllm.distributed.fabric import check_links, swap_in_group
+
+        assert self.rank is not None
+        exchange = Exchange(self._group.store, self.rank, self._config.engine.layout.num_ranks)
+        device = torch.device("cuda", self._gpu_index) if self._config.device == "cuda" else torch.device("cpu")
+        return check_links(exchange, swap_in_group, device)
 
     def abort(self) -> None:
         """See `ProcessGroup`; called from another thread."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from rayllm.config import ResolvedConfig
+from rayllm.distributed.links import Link
 from rayllm.executor.channel import Address, connect
 from rayllm.executor.worker import RunnerFactory, WorkerLoop
 from rayllm.executor.worker_process import WorkerPlace, worker_place
@@ -65,6 +66,9 @@ class WorkerActor:
 
     def join(self, store: tuple[str, int], one_node: bool) -> None:
         self._loop.join(store, one_node)
+
+    def check_links(self) -> list[Link]:
+        return self._loop.check_links()
 
     def start(self, num_blocks: int) -> None:
         self._loop.start(num_blocks)

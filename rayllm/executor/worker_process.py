@@ -121,12 +121,11 @@ def worker_environment(config: ResolvedConfig, single_node: bool) -> dict[str, s
     if config.device == "cuda":
         variables |= NCCL_ENVIRONMENT
     if single_node:
-        variables |= {
-            "GLOO_SOCKET_IFNAME": _loopback_interface(),
-            "NCCL_SOCKET_IFNAME": _loopback_interface(),
-        }
+        variables |= loopback_interfaces()
     return variables
 
 
-def _loopback_interface() -> str:
-    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+def loopback_interfaces() -> dict[str, str]:
+    """Variables that keep the sockets of a group within this node."""
+    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}

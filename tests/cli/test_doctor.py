@@ -5,6 +5,8 @@ import pytest
 
 from rayllm.cli import doctor
 from rayllm.cli.main import main
+from rayllm.distributed.links import Link
+from rayllm.errors import EngineError
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,45 @@ def test_one_failure_is_exit_code_1_with_its_fix(
     [line] = [line for line in capsys.readouterr().out.splitlines() if "/dev/shm" in line]
     assert line.startswith("FAIL")
     assert "--shm-size=1g" in line
+
+
+def _fabric(monkeypatch: pytest.MonkeyPatch, num_gpus: int, links: list[Link] | Exception) -> list[doctor.Finding]:
+    asked: list[tuple[int, str]] = []
+
+    def check(num_ranks: int, device: str) -> list[Link]:
+        asked.append((num_ranks, device))
+        if isinstance(links, Exception):
+            raise links
+        return links
+
+    monkeypatch.setattr("rayllm.config.count_gpus", lambda: num_gpus)
+    monkeypatch.setattr("rayllm.executor.local_fabric.check_local_links", check)
+    findings = doctor.examine_fabric()
+    assert asked == ([] if num_gpus == 1 else [(num_gpus, "cuda")] if num_gpus else [(2, "cpu")])
+    return findings
+
+
+def test_each_two_gpus_have_a_finding_with_the_slower_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = [Link(0, 1, 10.0, 200.0), Link(1, 0, 12.4, 190.0), Link(1, 2, problem="got no answer within 5 s")]
+    good, bad = _fabric(monkeypatch, 3, links)
+    assert (good.name, good.ok, good.value) == ("link of gpus 0-1", True, "12 us, 190 GB/s")
+    assert (bad.name, bad.ok, bad.value) == ("link of gpus 1-2", False, "1 got no answer within 5 s")
+    assert "nvidia-smi topo -m" in bad.fix
+
+
+def test_one_gpu_has_no_link_and_a_check_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _fabric(monkeypatch, 1, []) == [doctor.Finding("fabric", True, "one GPU: there is no link to check")]
+    [failed] = _fabric(monkeypatch, 4, EngineError("rank 2 died"))
+    assert (failed.ok, failed.fix) == (False, "rank 2 died")
+
+
+def test_without_gpus_two_processes_are_checked_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [finding] = _fabric(monkeypatch, 0, [Link(0, 1, 90.0, 1.5), Link(1, 0, 80.0, 1.25)])
+    assert (finding.name, finding.value) == ("link of processes 0-1", "90 us, 1.25 GB/s")
+    main(["doctor", "--fabric"])
+    assert "link of processes 0-1" in capsys.readouterr().out
 
 
 def test_a_token_that_others_can_read_is_found(home: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fakes import fake_config
 
+from rayllm.distributed.links import Link
 from rayllm.errors import EngineError, WorkerDiedError
 from rayllm.executor import rank_actors
 from rayllm.executor.rank_actors import RankActors
@@ -113,6 +114,21 @@ def test_silent_ranks_are_those_that_do_not_answer_and_first_those_on_lost_nodes
 def test_survivors_that_do_not_leave_their_step_are_found_though_aborted() -> None:
     assert _actors().settle({0: ("run", 0), 1: ("nothing", 1)}, settle_s=0.0) == {1}
     assert _actors().settle({}, settle_s=0.0) == set()
+
+
+def test_links_are_summed_up_and_a_bad_one_is_named_with_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = _actors(("node-a-very-long-id", "node-b-very-long-id"))
+    seen = {0: [Link(0, 1, 12.0, 40.0)], 1: [Link(1, 0, 15.0, 38.5)]}
+    monkeypatch.setattr(actors, "call", lambda ranks, method: seen)
+    assert actors.check_links() == "1 links between ranks: 12-15 us, 38.5-40 GB/s"
+    seen[1] = [Link(1, 0, problem="got no answer within 5 s")]
+    with pytest.raises(EngineError) as raised:
+        actors.check_links()
+    assert str(raised.value).startswith(
+        "workers do not reach each other: rank 0 (node node-a-v, host host, cpu) and rank 1 (node node-b-v, host host, "
+        "cpu): rank 1 got no answer within 5 s. Check cables"
+    )
+    assert raised.value.code == "bad_link"
 
 
 def test_survivors_of_a_failed_start_that_are_not_free_again_are_found() -> None:
