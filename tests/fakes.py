@@ -87,6 +87,74 @@ def expected_tokens(request: Request, choice: int = 0) -> list[int]:
     return tokens[len(request.prompt_token_ids) :]
 
 
+class OneStepAtATime:
+    """The part of a runner that computes a plan when it is finished: `execute` does."""
+
+    max_launched_steps = 1
+
+    def may_launch_ahead(self, plan: StepPlan) -> bool:
+        return False
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        return plan
+
+    def is_done(self, launched: StepPlan) -> bool:
+        return True
+
+    def finish(self, launched: StepPlan) -> StepResult:
+        return self.execute(launched)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise NotImplementedError
+
+
+class LaunchingRunner:
+    """A runner whose device computes beside the host: `calls` has what was launched and finished, in order. A step is
+    done once it is in `done`; those in `bound` may not be launched ahead, `fails_at_launch` and `fails_at_finish` fail.
+    """
+
+    max_launched_steps = 2
+
+    def __init__(
+        self, bound: Iterable[int] = (), fails_at_launch: Iterable[int] = (), fails_at_finish: Iterable[int] = ()
+    ):
+        self.calls: list[str] = []
+        self.done: set[int] = set()
+        self._bound, self._fails_at_launch, self._fails_at_finish = set(bound), {*fails_at_launch}, {*fails_at_finish}
+
+    def num_blocks_available(self) -> int:
+        return 33
+
+    def start(self, num_blocks: int) -> None:
+        self.calls.append(f"start {num_blocks}")
+
+    def warm_up(self) -> None:
+        self.calls.append("warm_up")
+
+    def may_launch_ahead(self, plan: StepPlan) -> bool:
+        return plan.step not in self._bound
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        self.calls.append(f"launch {plan.step}")
+        if plan.step in self._fails_at_launch:
+            raise RuntimeError(f"no memory to launch {plan.step}")
+        return plan
+
+    def is_done(self, launched: StepPlan) -> bool:
+        return launched.step in self.done
+
+    def finish(self, launched: StepPlan) -> StepResult:
+        self.calls.append(f"finish {launched.step}")
+        if launched.step in self._fails_at_finish:
+            raise RuntimeError(f"step {launched.step} was not computed")
+        return StepResult(launched.step, launched.epoch, b"", b"", {}, {}, 0.5)
+
+
+def empty_plan(step: int, epoch: int = 0) -> StepPlan:
+    """A plan of no rows."""
+    return StepPlan(step, epoch, b"", [], b"", b"", b"", b"", 0)
+
+
 class FakeExecutor:
     """Workers with no tensors: keeps rows as a real one does and answers with `next_token`.
 

@@ -167,6 +167,15 @@ class Channel:
             self._fill(deadline)
         return frame
 
+    def receive_now(self) -> memoryview | None:
+        """The next frame where it is here already, valid until the next call. Never blocks. Raises `PeerGoneError` at
+        the end of the stream."""
+        frame = self._reader.next_frame()
+        if frame is None:
+            self._fill_now()
+            frame = self._reader.next_frame()
+        return frame
+
     @property
     def has_frame(self) -> bool:
         """Whether `receive` ends at once, without reading from the socket."""
@@ -177,14 +186,7 @@ class Channel:
 
         Raises `PeerGoneError` at the end of the stream.
         """
-        try:
-            self._count(self.sock.recv_into(self._reader.space(), 0, socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            return []
-        except PeerGoneError:
-            raise
-        except OSError as error:
-            raise self._gone(error) from error
+        self._fill_now()
         frames = []
         while (frame := self._reader.next_frame()) is not None:
             frames.append(frame)
@@ -204,6 +206,16 @@ class Channel:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+
+    def _fill_now(self) -> None:
+        try:
+            self._count(self.sock.recv_into(self._reader.space(), 0, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return
+        except PeerGoneError:
+            raise
+        except OSError as error:
+            raise self._gone(error) from error
 
     def _fill(self, deadline: float | None) -> None:
         try:

@@ -29,7 +29,7 @@ class Executor(Protocol):
 
     @property
     def max_inflight_steps(self) -> int:
-        """Steps that may be in flight at once: 1 in process, 2 with worker processes."""
+        """Steps that may be in flight at once: 2 with worker processes and on a GPU, else 1."""
 
     @property
     def num_blocks(self) -> int:

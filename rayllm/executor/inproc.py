@@ -1,42 +1,27 @@
-"""One worker in this process, without Ray: the plan is computed when its result is asked for."""
+"""One worker in this process, without Ray. On a CPU a plan is computed when its result is asked for."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
 from rayllm.config import ResolvedConfig
 from rayllm.errors import WorkerDiedError
 from rayllm.executor.executor import Selectable
+from rayllm.executor.pipeline import StepPipeline, StepRunner
 from rayllm.messages import StepPlan, StepResult
 from rayllm.weights.progress import LoadProgress
 
 
-class StepRunner(Protocol):
-    """What an executor needs of `rayllm.runner.runner.Runner`."""
-
-    def num_blocks_available(self) -> int: ...
-
-    def start(self, num_blocks: int) -> None:
-        """Allocates the KV pool when first called; begins with no rows every time."""
-
-    def execute(self, plan: StepPlan) -> StepResult: ...
-
-    def warm_up(self) -> None: ...
-
-
 class InprocExecutor:
-    """Runs plans on the caller's thread, one at a time; a failing runner is a dead worker of rank 0."""
-
-    max_inflight_steps = 1
+    """Runs plans on the caller's thread; a failing runner is a dead worker of rank 0."""
 
     def __init__(self, runner: StepRunner):
         self.num_blocks = runner.num_blocks_available()
         runner.start(self.num_blocks)
         runner.warm_up()
+        self.max_inflight_steps = runner.max_launched_steps
         self._runner = runner
-        self._plans: deque[StepPlan] = deque()
+        self._pipeline = StepPipeline(runner)
         self._failure: WorkerDiedError | None = None
 
     @classmethod
@@ -49,18 +34,21 @@ class InprocExecutor:
         return cls(Runner(config, TensorParallel(), progress=progress))
 
     def send(self, plan: StepPlan) -> None:
-        self._plans.append(plan)
+        self._pipeline.add(plan)
 
     def receive(self, timeout_s: float | None) -> StepResult:
-        """Computes the oldest plan; `timeout_s` bounds only the wait for a plan that was never sent."""
+        """Computes the oldest plan, or waits for the device that does; `timeout_s` bounds only the wait for a plan that
+        was never sent."""
         self.check()
-        if not self._plans:
+        if not self._pipeline:
             raise TimeoutError("no plan was sent")
         try:
-            return self._runner.execute(self._plans.popleft())
+            result = self._pipeline.finish().result
         except Exception as error:
             self._failure = WorkerDiedError(0, one_line(error))
             raise self._failure from error
+        self._pipeline.launch_ahead()
+        return result
 
     def check(self) -> None:
         if self._failure is not None:
@@ -81,7 +69,7 @@ class InprocExecutor:
 
     def recover(self, lost: Sequence[int]) -> dict[str, float]:
         """The same runner with its rows forgotten: what failed was a step."""
-        self._plans.clear()
+        self._pipeline.clear()
         self._runner.start(self.num_blocks)
         self._failure = None
         return {}
@@ -90,7 +78,7 @@ class InprocExecutor:
         return "it runs in this process"
 
     def close(self) -> None:
-        self._plans.clear()
+        self._pipeline.clear()
 
 
 def one_line(error: BaseException) -> str:

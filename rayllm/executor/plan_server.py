@@ -10,11 +10,16 @@ import time
 import msgspec
 
 from rayllm.executor.channel import Channel, PeerGoneError
-from rayllm.executor.inproc import StepRunner, one_line
+from rayllm.executor.inproc import one_line
+from rayllm.executor.pipeline import StepPipeline, StepRunner
 from rayllm.messages import StepPlan, WorkerFailure
 from rayllm.observability.trace import Tracer
 
 log = logging.getLogger(__name__)
+
+
+_POLL_S = 20e-6
+"""How long to sleep between looks for another plan and for the end of the step that the device computes."""
 
 
 def serve_plans(
@@ -25,22 +30,24 @@ def serve_plans(
     decoder = msgspec.msgpack.Decoder(StepPlan)
     gc.collect()
     gc.freeze()  # weights and modules are not garbage: the collector need not look at them during a step
-    epoch, idle_since = 0, time.perf_counter()
+    pipeline = StepPipeline(runner)
+    epoch, idle_since, waited_s = 0, time.perf_counter(), 0.0
     while True:
         try:
-            frame = channel.receive()
-        except PeerGoneError:
-            return None
-        waited_s = time.perf_counter() - idle_since
-        try:
-            plan = decoder.decode(frame)
-            epoch = plan.epoch
-            started_at = time.monotonic()
-            result = runner.execute(plan)
+            frame = _next_plan(channel, pipeline)
+            if frame is not None:
+                if not pipeline:
+                    waited_s = time.perf_counter() - idle_since
+                plan = decoder.decode(frame)
+                epoch = plan.epoch
+                pipeline.add(plan)
+                continue
+            finished = pipeline.finish()
             if tracer is not None:
-                trace_starts(tracer, plan, rank, started_at)
+                trace_starts(tracer, finished.plan, rank, finished.launched_at)
             if answers:
-                channel.send(msgspec.structs.replace(result, waited_s=waited_s))
+                channel.send(msgspec.structs.replace(finished.result, waited_s=waited_s))
+            pipeline.launch_ahead()
         except PeerGoneError:
             return None
         except Exception as error:
@@ -49,7 +56,19 @@ def serve_plans(
             with contextlib.suppress(PeerGoneError):
                 channel.send(WorkerFailure(rank, epoch, reason))
             return reason
-        idle_since = time.perf_counter()
+        idle_since, waited_s = time.perf_counter(), 0.0
+
+
+def _next_plan(channel: Channel, pipeline: StepPipeline) -> memoryview | None:
+    """The driver's next plan; None where the oldest one is to be finished first."""
+    if not pipeline:
+        return channel.receive()
+    while pipeline.may_launch_more and not pipeline.is_done:
+        frame = channel.receive_now()
+        if frame is not None:
+            return frame
+        time.sleep(_POLL_S)
+    return None
 
 
 def trace_starts(tracer: Tracer, plan: StepPlan, rank: int, started_at: float) -> None:

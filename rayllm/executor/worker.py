@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rayllm.config import ResolvedConfig
 from rayllm.executor.channel import Channel
-from rayllm.executor.inproc import StepRunner
+from rayllm.executor.pipeline import StepRunner
 from rayllm.executor.plan_server import serve_plans
 from rayllm.executor.process_group import ProcessGroup
 from rayllm.observability.trace import open_tracer

@@ -58,6 +58,7 @@ class InFlight:
     """None where the step reaches no row's end."""
     prompt_logprobs: list[list[Logprobs]]
     """For each of `step.spans`, one slice of positions after another."""
+    download: Download
 
 
 class Runner:
@@ -118,6 +119,7 @@ class Runner:
         self._kv: KVPool | None = None
         self._has_windows = any(span.window is not None for span in config.kv_spans())
         self._unclean: set[int] = set()
+        self._finished_s = 0.0
 
     def _no_rows(self, num_blocks: int) -> Rows:
         return Rows(
@@ -192,16 +194,26 @@ class Runner:
         for row in range(num_rows):
             self._sampler.clear_row(row)
 
+    @property
+    def max_launched_steps(self) -> int:
+        """Steps that may be launched and not finished."""
+        return 2 if self._model.backend.uses_device_rows else 1
+
+    def may_launch_ahead(self, plan: StepPlan) -> bool:
+        """Whether the plan may be launched while the one before it is not finished: not with rows that a grammar binds,
+        whose masks follow from the tokens of that one."""
+        return not (
+            any(new.params.structured_outputs is not None for new in plan.new_rows)
+            or self._structured.bind_any(unpack_ids(plan.rows))
+        )
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Does one step: `launch`, then `finish`."""
         return self.finish(self.launch(plan))
 
     def launch(self, plan: StepPlan) -> InFlight:
-        """Begins a step: everything that the device is to compute is on its way. Plans come in order, none left out.
-
-        Step n + 1 may be launched before n is finished, except with rows that a grammar binds: their masks follow from
-        the tokens of step n.
-        """
+        """Begins a step: everything that the device is to compute is on its way. Plans come in order, none left out;
+        step n + 1 may be launched before n is finished where `may_launch_ahead` says so."""
         began_s = time.perf_counter()
         with torch.inference_mode():
             self._apply(plan)
@@ -232,7 +244,11 @@ class Runner:
             prompt_logprobs = self._prompt_logprobs(step, hidden_ND[len(rows) :], download)
             download.start()
             self._rows.advance(row_ids, counts, step.sampled_rows)
-        return InFlight(plan, step, began_s, sampled, prompt_logprobs)
+        return InFlight(plan, step, began_s, sampled, prompt_logprobs, download)
+
+    def is_done(self, in_flight: InFlight) -> bool:
+        """Whether `finish` would not wait for the device."""
+        return in_flight.download.is_done
 
     def finish(self, in_flight: InFlight) -> StepResult:
         """Waits for a launched step and reads it back, in the order of launching. The result is the same on every
@@ -250,6 +266,8 @@ class Runner:
             for row in invalid_rows:
                 self._unclean.update(self._rows.blocks(row))
         token_ids = np.empty(0, np.int32) if sampled is None else sampled.token_ids_N.array.astype(np.int32)
+        began_s = max(in_flight.began_s, self._finished_s)  # before that, the device was at the step before
+        self._finished_s = time.perf_counter()
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
@@ -261,7 +279,7 @@ class Runner:
             },
             ends={} if sampled is None else self._ends(sampled, token_ids.tolist()),
             invalid_rows=pack_ids(sorted(invalid_rows)),
-            elapsed_s=time.perf_counter() - in_flight.began_s,
+            elapsed_s=self._finished_s - began_s,
         )
 
     def _apply(self, plan: StepPlan) -> None:

@@ -89,6 +89,10 @@ class StructuredRows:
         """The row is free. Ending a free row does nothing."""
         self._rows.pop(row, None)
 
+    def bind_any(self, rows: Sequence[int]) -> bool:
+        """Whether any of `rows` follows a grammar."""
+        return any(row in self._rows for row in rows) if self._rows else False
+
     def masks(self, rows: Sequence[int]) -> tuple[list[int], np.ndarray] | None:
         """Which of `rows` are bound, as indices, and for each the bits of its next tokens: uint8 [G, bytes], the
         lowest bit first. Waits for the thread. None where none is bound."""

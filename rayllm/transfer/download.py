@@ -54,6 +54,11 @@ class Download:
         self._event = torch.cuda.Event()
         self._event.record()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not wait."""
+        return self._event is None or bool(self._event.query())
+
     def wait(self) -> None:
         """Until all has come."""
         if self._has_come:

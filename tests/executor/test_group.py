@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
 from fakes import fake_config
 
@@ -30,8 +31,11 @@ def reducing_runner(
 ) -> RunnerFactory:
     """Runners whose result is the sum over ranks of (rank + 1) * step, by a real all-reduce. The class is made
     here so that it travels to the workers by value: they cannot import the tests."""
+    import ray
 
-    class Runner:
+    ray.cloudpickle.register_pickle_by_value(fakes)
+
+    class Runner(fakes.OneStepAtATime):
         def __init__(self, config: ResolvedConfig, tp: Any):
             if load_error is not None and tp.rank == tp.size - 1:
                 raise load_error

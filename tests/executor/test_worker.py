@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 from call_in_thread import call_in_thread
-from fakes import fake_config
+from fakes import OneStepAtATime, fake_config
 
 from rayllm.executor.channel import Channel
 from rayllm.executor.worker import WorkerLoop
 from rayllm.messages import StepPlan, StepResult, WorkerFailure
 
 
-class _Runner:
+class _Runner(OneStepAtATime):
     def __init__(self, *_: Any) -> None:
         self.warm = False
 

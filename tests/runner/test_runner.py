@@ -13,7 +13,7 @@ from rayllm.config import EngineConfig
 from rayllm.distributed.groups import TensorParallel
 from rayllm.engine.owner.resolve import resolve
 from rayllm.messages import RowParams, RowStart, RowTable, StepPlan, StepResult
-from rayllm.request import pack_ids, unpack_ids
+from rayllm.request import StructuredOutputsParams, pack_ids, unpack_ids
 from rayllm.runner.runner import Runner
 
 PROMPT = [5, 9, 30, 31, 77, 100, 12]
@@ -144,3 +144,12 @@ def test_a_step_may_be_launched_before_the_one_before_it_is_finished(
     results = [runner.finish(step) for step in in_flight]
     assert [result.step for result in results] == [0, 1, 2]
     assert [_tokens(result)[1] for result in results] == [int(expected.argmax()) for expected in reference[:3]]
+
+
+def test_a_plan_is_launched_ahead_unless_a_grammar_binds_one_of_its_rows(runner: Runner) -> None:
+    bound = _start(0, [3, 4], structured_outputs=StructuredOutputsParams(regex="[a-z]{9}"))
+    assert runner.max_launched_steps == 1  # it computes on a CPU
+    assert not runner.may_launch_ahead(_plan(0, {0: len(PROMPT)}, [bound]))
+    runner.execute(_plan(0, {0: len(PROMPT), 1: len(PROMPT)}, [bound, _start(1, [8, 2])]))
+    assert not runner.may_launch_ahead(_plan(1, {0: 1, 1: 1}))
+    assert runner.may_launch_ahead(_plan(1, {1: 1}))

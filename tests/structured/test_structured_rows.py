@@ -152,6 +152,15 @@ def test_after_its_end_a_row_says_nothing(rows: StructuredRows, token_bytes: lis
     assert rows.advance([0], [5]) == {}
 
 
+def test_rows_that_follow_a_grammar_are_known(rows: StructuredRows) -> None:
+    assert not rows.bind_any([0, 1])
+    rows.begin(1, params(Structured(regex="a")), [])
+    assert rows.bind_any([0, 1])
+    assert not rows.bind_any([0, 2])
+    rows.end(1)
+    assert not rows.bind_any([1])
+
+
 @pytest.mark.parametrize(
     ("structured", "emitted", "reason"),
     [

@@ -345,7 +345,7 @@ def _runner_factory() -> Any:
 
     ray.cloudpickle.register_pickle_by_value(fakes)
 
-    class Runner:
+    class Runner(fakes.OneStepAtATime):
         def __init__(self, config: ResolvedConfig, tp: Any):
             pass
 
