@@ -3,29 +3,38 @@ them into the same memory. Requests get the tokens of the CPU's path."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from graph_recording import RecordingDouble
+from models.architectures import test_deepseek_v2, test_gemma2
+from tiny import make_checkpoint, make_config
 from triton_interpreter import corrected
 
 import rayllm.runner.runner
 from rayllm import LLM, SamplingParams
+from rayllm.config import EngineConfig
+from rayllm.distributed.groups import TensorParallel
+from rayllm.engine.owner.resolve import resolve
+from rayllm.linear import PackedLinear
 from rayllm.runner.graphs import open_graphs
+from rayllm.runner.runner import Runner
 from rayllm.transfer.upload import Upload
 from rayllm_kernels.device import interpreted
 
-PROMPTS = [[5, 6, 7], list(range(10, 43)), list(range(60, 81)), [9] * 12]
+PROMPTS = [[5, 6, 7], list(range(10, 43)), [9] * 12]
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=9, ignore_eos=True),
-    SamplingParams(temperature=0.9, seed=1, max_tokens=7, ignore_eos=True),
-    SamplingParams(temperature=1.1, seed=2, top_k=20, max_tokens=9, ignore_eos=True),
-    SamplingParams(temperature=0, max_tokens=6, repetition_penalty=1.3, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+    SamplingParams(temperature=1.1, seed=2, top_k=20, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=5, repetition_penalty=1.3, ignore_eos=True),
 ]
-SIZES = {"block_size": 16, "num_kv_blocks": 40, "max_num_batched_tokens": 32, "max_model_len": 64, "max_num_seqs": 4}
+SIZES = {"block_size": 16, "num_kv_blocks": 40, "max_num_batched_tokens": 16, "max_model_len": 64, "max_num_seqs": 3}
 
 
 class UploadToOnePlace(Upload):
@@ -49,19 +58,56 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> RecordingDouble:
 
 
 def _tokens(path: Path, **settings: Any) -> list[list[int]]:
-    with LLM(str(path), device="cpu", **{**SIZES, **settings}) as llm:
+    with LLM(str(path), device="cpu", skip_tokenizer_init=True, **{**SIZES, **settings}) as llm:
         return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)]
+
+
+def _check(folder: Path, config: Any, recorder: RecordingDouble, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    path = make_checkpoint(folder, config, tokenizer=False)
+    expected = _tokens(path)
+    assert not recorder.graphs
+    monkeypatch.setattr(PackedLinear, "supports", lambda weight: False)  # so that layers write their residual in place
+    with corrected(), interpreted():
+        found = _tokens(path, cuda_graphs=when)
+    assert found == expected
+    assert len(recorder.replays) > 10
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "gemma2, two KV groups": lambda: transformers.Gemma2Config(**{**test_gemma2.TINY, "sliding_window": 20}),
+    "deepseek_v2, latents": lambda: transformers.DeepseekV2Config(
+        **test_deepseek_v2.TINY | {"first_k_dense_replace": 2}
+    ),
+}
 
 
 @pytest.mark.kernels
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # padding's
-@pytest.mark.parametrize("when", ["auto", "full"])
-def test_tokens_by_graphs_are_those_of_the_cpu(llama_path: Path, recorder: RecordingDouble, when: str) -> None:
-    expected = _tokens(llama_path)
-    assert not recorder.graphs
-    with corrected(), interpreted():
-        found = _tokens(llama_path, cuda_graphs=when)
-    assert found == expected
-    assert len(recorder.replays) > 10
-    if when == "full":  # decode steps of 1, 2 and 4 rows, mixed steps of 16 and 32 tokens in three pieces each
-        assert len(recorder.graphs) == 3 + 2 * 3
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_by_graphs_are_those_of_the_cpu(
+    name: str, tmp_path: Path, recorder: RecordingDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _check(tmp_path, CONFIGS[name](), recorder, monkeypatch, "auto")
+
+
+@pytest.mark.kernels
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # padding's
+def test_graphs_of_all_sizes_are_captured_at_start(
+    tmp_path: Path, recorder: RecordingDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _check(tmp_path, make_config("llama"), recorder, monkeypatch, "full")
+    assert len(recorder.graphs) == 3 + 3  # decode steps of 1, 2 and 3 rows; steps of 16 tokens, in three pieces
+
+
+def test_graphs_belong_to_an_epoch(llama_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    graphs = SimpleNamespace(begin=lambda: calls.append("begin"), drop=lambda: calls.append("drop"))
+    monkeypatch.setattr(rayllm.runner.runner, "open_graphs", lambda config, model: graphs)
+    tp = TensorParallel()
+    runner = Runner(resolve(EngineConfig(model=str(llama_path), device="cpu", num_kv_blocks=40)), tp)
+    assert not calls  # no KV pool yet
+    runner.start(40)
+    for release in tp.before_abort:
+        release()
+    runner.start(40)
+    assert calls == ["begin", "drop", "begin"]
