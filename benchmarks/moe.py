@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
@@ -27,6 +28,18 @@ from rayllm.spec import ExpertSpec, RouterSpec, SparseMlpSpec
 from rayllm.weights.source import DummyWeights, ExpertPart, Outputs
 
 WAYS = ("separate", "stacked", "batched")
+
+
+class OneTensorExperts(ExpertLinear):
+    """A product for each expert that has rows, of slices of one tensor."""
+
+    def __init__(self, weight_EOI: Tensor, activation: str | None = None):
+        self._weight, self._activation = weight_EOI, activation
+
+    def __call__(self, x_NI: Tensor, counts: Sequence[int]) -> Tensor:
+        rows = x_NI.split(list(counts))
+        out = torch.cat([F.linear(rows[expert], self._weight[expert]) for expert, count in enumerate(counts) if count])
+        return out if self._activation is None else gated(out, self._activation)
 
 
 class BatchedExperts(ExpertLinear):
@@ -50,17 +63,19 @@ class BenchmarkWeights(DummyWeights):
 
     def __init__(self, way: str, dtype: torch.dtype):
         super().__init__(0, dtype, torch.device("cpu"))
-        self._kind = BatchedExperts if way == "batched" else lambda weight, act=None: StackedExperts(weight, None, act)
+        self._kind = BatchedExperts if way == "batched" else OneTensorExperts
         self._separate = way == "separate"
 
-    def expert_linear(self, outputs: Outputs, num_inputs: int, experts: ExpertPart, **options: object) -> ExpertLinear:
+    def expert_linear(
+        self, outputs: Outputs, num_inputs: int, experts: ExpertPart, **options: object
+    ) -> ExpertLinear | StackedExperts:
         if self._separate:
             return super().expert_linear(outputs, num_inputs, experts, **options)  # type: ignore[arg-type]
         return self._kind(self._stack(num_inputs, experts, outputs))
 
     def expert_gated_linear(
         self, gate: Outputs, up: Outputs, num_inputs: int, experts: ExpertPart, activation: str, **options: object
-    ) -> ExpertLinear:
+    ) -> ExpertLinear | StackedExperts:
         if self._separate:
             return super().expert_gated_linear(gate, up, num_inputs, experts, activation)
         return self._kind(self._stack(num_inputs, experts, gate, up), activation)

@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_HEADS, "intermediate_size": 14336},
     "qwen2": {"model_type": "qwen2", **_HEADS, "intermediate_size": 18944},
     "qwen3": {"model_type": "qwen3", **_HEADS, "intermediate_size": 12288},
+    "mixtral": {"model_type": "mixtral", **_HEADS, "intermediate_size": 14336, "num_local_experts": 8},
 }
 """Configs of well-known models, but for the number of layers and the vocabulary."""
 

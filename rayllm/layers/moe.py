@@ -12,8 +12,10 @@ from torch import Tensor
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.mlp import Mlp
 from rayllm.layers.router import Router
-from rayllm.spec import SparseMlpSpec
+from rayllm.linear import ExpertLinear, StackedExperts
+from rayllm.spec import ClampedSwiglu, SparseMlpSpec
 from rayllm.weights.source import ExpertPart, Outputs, WeightSource
+from rayllm_kernels.moe import ExpertWeights, mix_experts
 
 
 class Experts:
@@ -26,8 +28,8 @@ class Experts:
         self._held = tp.shard(total, "num_experts") if tp.expert_parallel else range(total)
         part = ExpertPart(self._held, total)
         gate, up = (Outputs(f"{prefix}.{name}", expert.intermediate_size, inner) for name in ("gate", "up"))
-        self._projection = weights.expert_gated_linear(gate, up, width, part, expert.activation, bias=expert.bias)
-        self._down = weights.expert_linear(
+        projection = weights.expert_gated_linear(gate, up, width, part, expert.activation, bias=expert.bias)
+        down = weights.expert_linear(
             Outputs(f"{prefix}.down", width),
             expert.intermediate_size,
             part,
@@ -37,9 +39,61 @@ class Experts:
         )
         self._num_experts = total
         self._scores_weigh_inputs = spec.scores_weigh_inputs
+        self._stacked: ExpertWeights | None = None
+        if isinstance(projection, StackedExperts) and isinstance(down, StackedExperts):
+            self._stacked = self._weights_of(projection, down)
+        else:
+            assert isinstance(projection, ExpertLinear)
+            assert isinstance(down, ExpertLinear)
+            self._projection, self._down = projection, down
 
-    def __call__(self, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor) -> Tensor:
-        """The sum over the experts that each token takes of those this rank holds, `[T, D]`."""
+    def _weights_of(self, projection: StackedExperts, down: StackedExperts) -> ExpertWeights:
+        activation, alpha, limit = projection.activation, 1.0, 0.0
+        assert activation is not None
+        if isinstance(activation, ClampedSwiglu):
+            alpha, limit = activation.alpha, activation.limit
+            activation = "clamped_swiglu"
+        return ExpertWeights(
+            projection.weight_EOI,
+            projection.bias_EO,
+            down.weight_EOI,
+            down.bias_EO,
+            activation,
+            alpha,
+            limit,
+            first=self._held.start,
+            total=self._num_experts,
+            scores_weigh_inputs=self._scores_weigh_inputs,
+        )
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        scores_TK: Tensor,
+        *,
+        shared_TD: Tensor | None = None,
+        shared_gate_T1: Tensor | None = None,
+        residual_TD: Tensor | None = None,
+    ) -> Tensor:
+        """The sum over the experts that each token takes of those this rank holds, `[T, D]`; plus shared, times
+        sigmoid(shared_gate) where there is one; plus residual. Shared and its gate may be changed."""
+        if self._stacked is not None:
+            return mix_experts(
+                x_TD,
+                experts_TK,
+                scores_TK,
+                self._stacked,
+                shared_TD=shared_TD,
+                shared_gate_T1=shared_gate_T1,
+                residual_TD=residual_TD,
+            )
+        out_TD = self._one_after_another(x_TD, experts_TK, scores_TK)
+        if shared_TD is not None:
+            out_TD.add_(shared_TD if shared_gate_T1 is None else shared_TD.mul_(shared_gate_T1.sigmoid_()))
+        return out_TD if residual_TD is None else out_TD.add_(residual_TD)
+
+    def _one_after_another(self, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor) -> Tensor:
         num_tokens, top_k = experts_TK.shape
         held = self._held
         choices = experts_TK.flatten()
@@ -76,16 +130,16 @@ class SparseMlp:
 
     def plus(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
         """The whole sum plus residual, on every rank."""
-        partial_TD = self._partial(x_TD)
-        if self._tp.rank == 0:  # the residual enters the ranks' sum once
-            partial_TD.add_(residual_TD)
-        return self._tp.all_reduce(partial_TD)
+        # the residual enters the ranks' sum once
+        return self._tp.all_reduce(self._partial(x_TD, residual_TD if self._tp.rank == 0 else None))
 
-    def _partial(self, x_TD: Tensor) -> Tensor:
-        out_TD = self._experts(x_TD, *self._router(x_TD))
-        if self._shared is not None:
-            shared_TD = self._shared.partial(x_TD)
-            if self._shared_gate is not None:
-                shared_TD.mul_(self._shared_gate(x_TD).sigmoid_())
-            out_TD.add_(shared_TD)
-        return out_TD
+    def _partial(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+        experts_TK, scores_TK = self._router(x_TD)
+        return self._experts(
+            x_TD,
+            experts_TK,
+            scores_TK,
+            shared_TD=None if self._shared is None else self._shared.partial(x_TD),
+            shared_gate_T1=None if self._shared_gate is None else self._shared_gate(x_TD),
+            residual_TD=residual_TD,
+        )

@@ -25,7 +25,7 @@ class Router:
         self._spec = spec
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(experts_TK int64, scores_TK float32)."""
+        """(experts_TK, scores_TK float32)."""
         spec = self._spec
         return choose_experts(
             self._linear(x_TD.float() if spec.float32 else x_TD),

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from rayllm.linear.gated import gated, gated_linear
+from rayllm.linear.gated import gated_linear
 from rayllm.linear.select import dense_linear
 from rayllm.spec import ClampedSwiglu
-from rayllm_kernels.moe import grouped_linear
+from rayllm_kernels.device import uses_triton
 
 Parameters = tuple[Tensor, Tensor | None]
 """An expert's weight and bias."""
@@ -46,33 +47,32 @@ class SeparateExperts(ExpertLinear):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class StackedExperts(ExpertLinear):
-    """One tensor for the weights of all experts, and one for their biases."""
+@dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """One tensor for the weights of all experts, and one for their biases: a kernel multiplies a layer's two products
+    for all rows at once (`rayllm_kernels.moe.mix_experts`)."""
 
-    def __init__(self, weight_EOI: Tensor, bias_EO: Tensor | None, activation: str | ClampedSwiglu | None = None):
-        """With an `activation`, the weights are [gate; up] by rows, and activation(gate(x)) * up(x) is computed."""
-        self._weight, self._bias, self._activation = weight_EOI, bias_EO, activation
-
-    def __call__(self, x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-        out_NO = grouped_linear(x_NI, self._weight, self._bias, counts)
-        return out_NO if self._activation is None else gated(out_NO, self._activation)
+    weight_EOI: Tensor
+    bias_EO: Tensor | None
+    activation: str | ClampedSwiglu | None = None
+    """With one, the weights are [gate; up] by rows, and activation(gate(x)) * up(x) is meant."""
 
 
-def expert_linear(experts: Iterable[Parameters], num_experts: int) -> ExpertLinear:
+def expert_linear(experts: Iterable[Parameters], num_experts: int) -> ExpertLinear | StackedExperts:
     """x @ weight.T + bias by each expert, for plain weights on this device; they are taken one after another."""
     first, experts = _peek(experts)
-    if first[0].device.type == "cpu":
+    if not uses_triton(first[0]):
         return SeparateExperts((dense_linear(*expert) for expert in experts), first[0].shape[0])
     return StackedExperts(*_stacked(experts, num_experts))
 
 
 def expert_gated_linear(
     gates: Iterable[Parameters], ups: Iterable[Parameters], num_experts: int, activation: str | ClampedSwiglu
-) -> ExpertLinear:
+) -> ExpertLinear | StackedExperts:
     """activation(gate(x)) * up(x) by each expert, as `expert_linear`."""
     first, gates = _peek(gates)
     pairs = zip(gates, ups, strict=True)
-    if first[0].device.type == "cpu":
+    if not uses_triton(first[0]):
         return SeparateExperts((gated_linear(*pair, activation) for pair in pairs), first[0].shape[0])
     joined = ((torch.cat((gate[0], up[0])), _joined_bias(gate[1], up[1])) for gate, up in pairs)
     return StackedExperts(*_stacked(joined, num_experts), activation)

@@ -15,6 +15,7 @@ from rayllm.linear import (
     ExpertLinear,
     GatedLinear,
     Linear,
+    StackedExperts,
     dense_linear,
     expert_gated_linear,
     expert_linear,
@@ -109,7 +110,7 @@ class WeightSource(ABC):
         inputs: range | None = None,
         bias: bool = False,
         holds_bias: bool = True,
-    ) -> ExpertLinear:
+    ) -> ExpertLinear | StackedExperts:
         """`linear` of one module, by each of a mixture's `experts`."""
         if bias and not holds_bias:
             self.leave_to_others(f"{outputs.module}.bias", (experts.total, outputs.size))
@@ -125,7 +126,7 @@ class WeightSource(ABC):
         activation: str | ClampedSwiglu,
         *,
         bias: bool = False,
-    ) -> ExpertLinear:
+    ) -> ExpertLinear | StackedExperts:
         """`gated_linear` by each of a mixture's `experts`."""
         gates, ups = (self._expert_parameters(each, num_inputs, experts, None, bias=bias) for each in (gate, up))
         return expert_gated_linear(gates, ups, len(experts.held), activation)

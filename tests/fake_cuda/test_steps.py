@@ -42,6 +42,7 @@ BUDGETS = {
     Case(kind="mixed"): Budget(10, 4, 16),
     Case(model="qwen2"): Budget(9, 4, 16),
     Case(model="qwen3"): Budget(9, 4, 16),
+    Case(model="mixtral"): Budget(12, 3, 16),
     Case(tp=2): Budget(9, 4, 17),
     Case(tp=8): Budget(9, 4, 17),
     Case(graphs=True): Budget(0, 0, 12),

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_interpreter import corrected
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.moe import Experts, SparseMlp
-from rayllm.spec import ExpertSpec, MlpSpec, RouterSpec, SparseMlpSpec
+from rayllm.spec import ClampedSwiglu, ExpertSpec, MlpSpec, RouterSpec, SparseMlpSpec
 from rayllm.weights.source import DummyWeights
+from rayllm_kernels.device import interpreted
 
 WIDTH, INNER, NUM_EXPERTS = 16, 12, 6
 SPEC = SparseMlpSpec(RouterSpec(NUM_EXPERTS, 2, "softmax", renormalize=True), ExpertSpec(INNER, "silu"))
@@ -94,6 +97,25 @@ def test_a_step_may_want_no_token(expert_parallel: bool) -> None:
     spec = SparseMlpSpec(router, SPEC.expert, MlpSpec(20, "silu", gated=True), shared_gate=True)
     layer = SparseMlp(_weights(), "l", spec, WIDTH, TensorParallel(1, 2, expert_parallel=expert_parallel))
     assert layer._partial(_random(0, WIDTH)).shape == (0, WIDTH)
+
+
+CLAMPED = replace(SPEC, expert=ExpertSpec(INNER, ClampedSwiglu(1.702, 0.5), bias=True), scores_weigh_inputs=True)
+SHARED = replace(SPEC, shared=MlpSpec(20, "silu", gated=True), shared_gate=True)
+
+
+@pytest.mark.parametrize("spec", [CLAMPED, SHARED], ids=["clamped", "shared"])
+@pytest.mark.parametrize("fields", [{"size": 1}, {"size": 2}, {"size": 2, "expert_parallel": True}], ids=str)
+def test_kernels_compute_what_the_cpu_does(
+    spec: SparseMlpSpec, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorParallel, "all_reduce", lambda self, part: part)
+    x, residual = _random(5, WIDTH), _random(5, WIDTH, seed=1)
+    for rank in range(fields["size"]):
+        tp = TensorParallel(rank, **fields)
+        expected = SparseMlp(_weights(), "l", spec, WIDTH, tp).plus(x, residual)
+        with corrected(), interpreted():
+            found = SparseMlp(_weights(), "l", spec, WIDTH, tp).plus(x, residual)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("fields", "name"), [({"expert_parallel": True}, "num_experts=6"), ({}, "moe_inter.*=12")])

@@ -29,18 +29,13 @@ def _products(x: Tensor, parameters: list[tuple[Tensor, Tensor | None]]) -> Tens
     return torch.stack(rows)
 
 
-def _stacked(parameters: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    weights, biases = zip(*parameters)
-    return torch.stack(weights), None if biases[0] is None else torch.stack(biases)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_are_multiplied_by_their_own_expert(bias: bool) -> None:
     x, parameters = _random(6, 8, seed=0), _parameters(5, bias, seed=1)
     expected = _products(x, parameters)
-    layers: list[ExpertLinear] = [expert_linear(iter(parameters), 4), StackedExperts(*_stacked(parameters))]
-    for layer in layers:
-        torch.testing.assert_close(layer(x, COUNTS), expected, atol=1e-5, rtol=1e-5)
+    layer = expert_linear(iter(parameters), 4)
+    assert isinstance(layer, ExpertLinear)
+    torch.testing.assert_close(layer(x, COUNTS), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -53,25 +48,32 @@ def test_gates_and_ups_are_those_of_their_own_expert(activation: str | ClampedSw
         expected = (up.clamp(-2.0, 2.0) + 1) * gate * torch.sigmoid(1.5 * gate)
     else:
         expected = ACTIVATIONS[activation](gate) * up
-    joined = [
-        (torch.cat((g, u)), None if b is None or c is None else torch.cat((b, c)))
-        for (g, b), (u, c) in zip(gates, ups, strict=True)
-    ]
-    layers = [
-        expert_gated_linear(iter(gates), iter(ups), 4, activation),
-        StackedExperts(*_stacked(joined), activation),
-    ]
-    for layer in layers:
-        torch.testing.assert_close(layer(x, COUNTS), expected, atol=1e-5, rtol=1e-5)
+    layer = expert_gated_linear(iter(gates), iter(ups), 4, activation)
+    assert isinstance(layer, ExpertLinear)
+    torch.testing.assert_close(layer(x, COUNTS), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cpu_has_a_layer_for_each_expert_and_another_device_one_tensor() -> None:
+def test_a_cpu_has_a_layer_for_each_expert() -> None:
     assert isinstance(expert_linear(iter(_parameters(5, bias=False, seed=0)), 4), SeparateExperts)
-    elsewhere = [(weight.to("meta"), None) for weight, _ in _parameters(5, bias=False, seed=0)]
-    assert isinstance(expert_linear(iter(elsewhere), 4), StackedExperts)
-    assert isinstance(expert_gated_linear(iter(elsewhere), iter(elsewhere), 4, "silu"), StackedExperts)
+
+
+@pytest.mark.usefixtures("interpreted_kernels")
+def test_a_gpu_has_one_tensor_for_all_experts_gates_before_ups() -> None:
+    gates, ups = _parameters(5, bias=True, seed=1), _parameters(5, bias=True, seed=3)
+    stacked = expert_linear(iter(gates), 4)
+    assert isinstance(stacked, StackedExperts)
+    assert torch.equal(stacked.weight_EOI, torch.stack([weight for weight, _ in gates]))
+    joined = expert_gated_linear(iter(gates), iter(ups), 4, "silu")
+    assert isinstance(joined, StackedExperts)
+    assert joined.bias_EO is not None
+    for expert, ((gate, gate_bias), (up, up_bias)) in enumerate(zip(gates, ups, strict=True)):
+        assert gate_bias is not None
+        assert up_bias is not None
+        assert torch.equal(joined.weight_EOI[expert], torch.cat((gate, up)))
+        assert torch.equal(joined.bias_EO[expert], torch.cat((gate_bias, up_bias)))
 
 
 def test_a_rank_whose_experts_nobody_takes_gives_no_rows() -> None:
     layer = expert_linear(iter(_parameters(5, bias=False, seed=0)), 4)
+    assert isinstance(layer, ExpertLinear)
     assert layer(torch.empty(0, 8), [0, 0, 0, 0]).shape == (0, 5)

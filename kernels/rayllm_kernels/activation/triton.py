@@ -65,10 +65,17 @@ def _gated_activation(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
-    # Comparisons, not minimum and maximum, which lose NaN: a fault must stay visible in the logits.
     gate_ptr = gate_up_ptr + token * stride_token
     gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + width + column, mask=mask, other=0.0).to(tl.float32)
+    out = gate_times_up(gate, up, alpha, limit, ACTIVATION)
+    tl.store(out_ptr + token * width + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_times_up(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
+    """activation(gate) * up in float32. Comparisons, not minimum and maximum, which lose NaN: a fault must stay visible
+    in the logits."""
     if ACTIVATION == "silu":
         out = gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "relu":
@@ -81,4 +88,4 @@ def _gated_activation(
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         out = (up + 1.0) * gate * tl.sigmoid(alpha * gate)
-    tl.store(out_ptr + token * width + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+    return out

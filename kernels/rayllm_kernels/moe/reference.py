@@ -1,16 +1,17 @@
 """Mixtures of experts in plain torch.
 
-Shape letters: T tokens, E experts, K experts a token takes, G groups of experts, N rows sorted by expert, I inputs,
-O outputs.
+Shape letters: T tokens, E experts, K experts a token takes, G groups of experts, N tokens of one expert, D hidden
+width, I inner width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rayllm_kernels.activation.reference import ACTIVATIONS, clamped_swiglu
+from rayllm_kernels.moe.weights import ExpertWeights
 
 
 def choose_experts(
@@ -48,13 +49,41 @@ def _of_best_groups(choice_TE: Tensor, num_groups: int, top_groups: int, num_sum
     return choice_TGE.masked_fill(out_TG.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: Sequence[int]) -> Tensor:
-    """x @ weight[e].T + bias[e] for rows sorted by expert, of which expert e has `counts[e]`; `[N, O]`."""
-    out_NO = x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            rows = slice(start, start + count)
-            out_NO[rows] = F.linear(x_NI[rows], weight_EOI[expert], None if bias_EO is None else bias_EO[expert])
-            start += count
-    return out_NO
+def mix_experts(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    scores_TK: Tensor,
+    weights: ExpertWeights,
+    *,
+    shared_TD: Tensor | None = None,
+    shared_gate_T1: Tensor | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """`[T, D]`: the sum over the experts that each token takes of those held, each times its score, in the order of
+    the choices; plus shared * sigmoid(shared_gate), where there is no gate shared alone; plus residual."""
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    for choice in range(experts_TK.shape[1]):
+        for place, expert in enumerate(weights.held):
+            tokens_N = (experts_TK[:, choice] == expert).nonzero()[:, 0]
+            scores_N1 = scores_TK[tokens_N, choice, None]
+            x_ND = x_TD[tokens_N]
+            if weights.scores_weigh_inputs:
+                x_ND = (x_ND * scores_N1).to(x_TD.dtype)
+            y_ND = _expert(x_ND, weights, place)
+            out_TD[tokens_N] += y_ND if weights.scores_weigh_inputs else y_ND * scores_N1
+    if shared_TD is not None:
+        out_TD += shared_TD if shared_gate_T1 is None else shared_TD * shared_gate_T1.sigmoid()
+    if residual_TD is not None:
+        out_TD += residual_TD
+    return out_TD.to(x_TD.dtype)
+
+
+def _expert(x_ND: Tensor, weights: ExpertWeights, place: int) -> Tensor:
+    bias_E2I, bias_ED = weights.gate_up_bias_E2I, weights.down_bias_ED
+    gate_up_N2I = F.linear(x_ND, weights.gate_up_E2ID[place], None if bias_E2I is None else bias_E2I[place])
+    if weights.activation == "clamped_swiglu":
+        inner_NI = clamped_swiglu(gate_up_N2I, weights.alpha, weights.limit)
+    else:
+        gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
+        inner_NI = ACTIVATIONS[weights.activation](gate_NI) * up_NI
+    return F.linear(inner_NI, weights.down_EDI[place], None if bias_ED is None else bias_ED[place])

@@ -1,12 +1,13 @@
-"""The choice of experts against its definition, one token at a time; grouped products against single ones."""
+"""The choice of experts and their sums against their definitions, one token at a time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from expert_cases import CASES, NO_TOKEN, Case
 from kernel_accuracy import TOLERANCES, random_tensor, relative_error
 
-from rayllm_kernels.moe.reference import choose_experts, grouped_linear
+from rayllm_kernels.moe.reference import choose_experts, mix_experts
 
 
 def _choice(logits: list[float], top_k: int, scoring: str, bias: list[float] | None, groups: tuple[int, int, int]):
@@ -61,13 +62,11 @@ def test_sigmoids_that_vanish_give_zeros() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_grouped_products_are_those_of_each_expert(with_bias: bool, dtype: torch.dtype) -> None:
-    counts = [3, 0, 1, 5]
-    x, weight = random_tensor(9, 7, dtype=dtype), random_tensor(4, 5, 7, dtype=dtype)
-    bias = random_tensor(4, 5, dtype=dtype) if with_bias else None
-    expert_of = torch.tensor([0, 0, 0, 2, 3, 3, 3, 3, 3])
-    expected = (weight.double()[expert_of] @ x.double().unsqueeze(2)).squeeze(2)
-    if bias is not None:
-        expected += bias.double()[expert_of]
-    assert relative_error(grouped_linear(x, weight, bias, counts), expected) < TOLERANCES[dtype]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_are_the_sums_of_their_experts_and_what_is_added(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    assert relative_error(mix_experts(*inputs.args, **inputs.added), inputs.expected()) < TOLERANCES[dtype]
+
+
+def test_no_token_gives_no_row() -> None:
+    assert mix_experts(*NO_TOKEN.inputs(torch.float32).args).shape == (0, NO_TOKEN.width)
