@@ -91,7 +91,7 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # shapes are too small to share
     import torch
-    from gpu_kernels import Bench
+    from gpu_bench import Bench
     from gpu_models import free
     from gpu_report import Report
 

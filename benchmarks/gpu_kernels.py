@@ -1,4 +1,5 @@
-"""Each kernel of `gpu.py`: its error against float64 on small inputs, and its time against its floor on large ones.
+"""Each kernel of `gpu.py` but attention: its error against float64 on small inputs, and its time against its floor on
+large ones.
 
 Shapes are Llama-3-8B's. Floors and tolerances are those of `kernels/README.md`. With `--smoke` the same code runs on
 tiny shapes in Triton's interpreter.
@@ -6,93 +7,15 @@ tiny shapes in Triton's interpreter.
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+from gpu_attention import decode_attention, latent_attention, prefill_attention
+from gpu_bench import TOLERANCES, Bench
 from gpu_report import Row
 from torch import Tensor
-
-BYTES_PER_S = 4.3e12
-"""What a copy reaches on one H200; targets are shares of it."""
-_L2_BYTES = 50 * 2**20
-_MAX_SETS = 16
-_NUM_REPLAYS = 11
-_TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
-_ATTENTION_TOLERANCES = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where kernels run, and how large."""
-
-    device: torch.device
-    is_smoke: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.is_smoke else torch.bfloat16  # the interpreter is wrong in bfloat16
-
-    def size(self, full: int, smoke: int) -> int:
-        return smoke if self.is_smoke else full
-
-    def random(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(shape, generator=generator, device=self.device, dtype=dtype or self.dtype)
-
-    def sets(self, make: Callable[[int], Callable[[], Any]], num_bytes: int) -> list[Callable[[], Any]]:
-        """Calls on different buffers, so many that none finds its inputs in the cache of the GPU."""
-        count = 1 if self.is_smoke else min(_MAX_SETS, 1 + math.ceil(4 * _L2_BYTES / num_bytes))
-        return [make(seed) for seed in range(count)]
-
-    def microseconds(self, calls: Sequence[Callable[[], Any]]) -> float:
-        """The median of one call's time, without the host: on a GPU the calls are replayed as a CUDA graph."""
-        for call in calls:
-            call()
-        if self.device.type == "cpu":
-            began_s = time.perf_counter()
-            calls[0]()
-            return (time.perf_counter() - began_s) * 1e6
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        times_us = []
-        for _ in range(_NUM_REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times_us.append(begin.elapsed_time(end) * 1e3 / len(calls))
-        graph.reset()
-        return statistics.median(times_us[1:])
-
-    def bandwidth(
-        self, name: str, make: Callable[[int], Callable[[], Any]], num_bytes: int, share: float | None
-    ) -> Iterator[Row]:
-        """Time, and the share of `BYTES_PER_S` at which `num_bytes` are moved; a target where there is a `share`."""
-        us = self.microseconds(self.sets(make, num_bytes))
-        reached = num_bytes / us * 1e6 / BYTES_PER_S
-        floor_us = num_bytes / BYTES_PER_S * 1e6
-        note = f"{us:.1f} µs, floor {floor_us:.1f}"
-        yield Row(name, reached, "of copy", at_least=None if self.is_smoke else share, note=note)
-
-    def latency(
-        self, name: str, make: Callable[[int], Callable[[], Any]], num_bytes: int, at_most_us: float | None
-    ) -> Iterator[Row]:
-        us = self.microseconds(self.sets(make, num_bytes))
-        yield Row(name, us, "µs", at_most=None if self.is_smoke else at_most_us)
-
-    def error(self, name: str, found: Tensor, expected: Tensor, tolerances: dict[torch.dtype, float]) -> Row:
-        """‖found − expected‖ / ‖expected‖ in float64."""
-        error = float((found.double() - expected.double()).norm() / expected.double().norm())
-        return Row(f"{name}: error", error, "", at_most=tolerances[self.dtype])
 
 
 def ceilings(bench: Bench) -> Iterator[Row]:
@@ -122,10 +45,10 @@ def norm(bench: Bench) -> Iterator[Row]:
 
     x_TD, residual_TD = inputs(5, 0)
     expected = reference.rms_norm(x_TD.double(), weight_D.double(), 1e-5)
-    yield bench.error("rms_norm", rms_norm(x_TD, weight_D, 1e-5), expected, _TOLERANCES)
+    yield bench.error("rms_norm", rms_norm(x_TD, weight_D, 1e-5), expected, TOLERANCES)
     summed = x_TD.double() + residual_TD.double()
     found, _ = add_rms_norm(x_TD, residual_TD.clone(), weight_D, 1e-5)
-    yield bench.error("add_rms_norm", found, reference.rms_norm(summed, weight_D.double(), 1e-5), _TOLERANCES)
+    yield bench.error("add_rms_norm", found, reference.rms_norm(summed, weight_D.double(), 1e-5), TOLERANCES)
 
     def make(num_tokens: int) -> Callable[[int], Callable[[], Any]]:
         def of_set(seed: int) -> Callable[[], Any]:
@@ -145,7 +68,7 @@ def activation(bench: Bench) -> Iterator[Row]:
 
     width, many = bench.size(14336, 80), bench.size(8192, 4)
     x = bench.random(5, 2 * width)
-    yield bench.error("silu_mul", silu_mul(x), reference.silu_mul(x.double()), _TOLERANCES)
+    yield bench.error("silu_mul", silu_mul(x), reference.silu_mul(x.double()), TOLERANCES)
 
     def make(seed: int) -> Callable[[], Any]:
         x = bench.random(many, 2 * width, seed=seed)
@@ -177,9 +100,9 @@ def rope(bench: Bench) -> Iterator[Row]:
     caches = k_expected.double(), v_expected.double()
     wide = Rotation(rotation.cos_TR.double(), rotation.sin_TR.double())
     expected = reference.rope_and_write(qkv_TAD.double(), *caches, given[3], wide)
-    yield bench.error("rope_and_write, queries", found, expected, _TOLERANCES)
-    yield bench.error("rope_and_write, keys", k_cache, caches[0], _TOLERANCES)
-    yield bench.error("rope_and_write, values", v_cache, caches[1], _TOLERANCES)
+    yield bench.error("rope_and_write, queries", found, expected, TOLERANCES)
+    yield bench.error("rope_and_write, keys", k_cache, caches[0], TOLERANCES)
+    yield bench.error("rope_and_write, values", v_cache, caches[1], TOLERANCES)
 
     def make(num_tokens: int) -> Callable[[int], Callable[[], Any]]:
         def of_set(seed: int) -> Callable[[], Any]:
@@ -194,144 +117,42 @@ def rope(bench: Bench) -> Iterator[Row]:
     yield from bench.bandwidth(f"rope_and_write, {many} tokens", make(many), many * row_bytes, 0.75)
 
 
-@dataclass(frozen=True)
-class Pages:
-    """Keys and values of lines of equal length in shuffled blocks, and queries at their ends."""
+def sampling(bench: Bench) -> Iterator[Row]:
+    """A step's draws, with all that the sampler does on the device."""
+    from rayllm.messages import RowParams
+    from rayllm.sampling.sampler import Sampler
+    from rayllm.transfer.upload import Upload
 
-    q_THD: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    lines: Any
-    scoring: Any
-    arrivals: Tensor
-    out_THD: Tensor
+    num_rows, vocab_size = bench.size(64, 2), bench.size(151936, 300)
 
-    @classmethod
-    def make(
-        cls, bench: Bench, num_lines: int, kv_len: int, num_queries: int, seed: int = 0, *, in_float8: bool = False
-    ) -> Pages:
-        from rayllm_kernels.attention import PagedLines, Scoring
+    def prepared(device: torch.device, params: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        sizes = {"max_rows": num_rows, "vocab_size": vocab_size, "max_model_len": 64, "eos_token_ids": (2,)}
+        sampler, upload = Sampler(**sizes, device=device), Upload(device)
+        for row in range(num_rows):
+            sampler.set_row(row, RowParams(**params), 7 + row, 0, [1, 2, 3], 3)
+        draws = sampler.prepare(upload, list(range(num_rows)))
+        upload.send()
+        last_token_M = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        return lambda logits_NV: sampler.sample(logits_NV, draws, last_token_M).token_ids_N
 
-        heads, kv_heads, width, page = bench.size(32, 4), bench.size(8, 2), bench.size(128, 16), bench.size(64, 16)
-        blocks = -(-kv_len // page)
-        caches = [bench.random(num_lines * blocks, kv_heads, page, width, seed=seed + i) for i in range(2)]
-        if in_float8:
-            caches = [(cache * 8).to(torch.float8_e4m3fn) for cache in caches]
-        cache_scale = 1 / 8 if in_float8 else 1.0
-        table_MB = torch.randperm(num_lines * blocks, device=bench.device).view(num_lines, blocks).int()
-        ints = {"dtype": torch.int32, "device": bench.device}
-        lines = PagedLines(
-            torch.arange(num_lines, **ints),
-            torch.full((num_lines,), kv_len, **ints),
-            table_MB,
-            torch.arange(0, num_lines * num_queries + 1, num_queries, **ints),
-        )
-        q_THD = bench.random(num_lines * num_queries, heads, width, seed=seed + 2)
-        arrivals = torch.zeros(65536, **ints)
-        scoring = Scoring(width**-0.5, k_scale=cache_scale, v_scale=cache_scale)
-        return cls(q_THD, *caches, lines, scoring, arrivals, torch.full_like(q_THD, math.nan))
+    logits_NV = 3 * bench.random(num_rows, vocab_size, dtype=torch.float32)
+    for name, params, target in (
+        ("greedy", {"temperature": 0.0}, 25),
+        ("temperature", {"temperature": 0.8}, 25),
+        ("top-k and top-p", {"temperature": 0.8, "top_k": 50, "top_p": 0.9}, 80),
+        ("top-p of a flat row", {"temperature": 2.0, "top_p": 0.95}, 80),
+    ):
+        draw = prepared(bench.device, params)
+        with mock.patch("rayllm_kernels.device._interpreted", False):  # the CPU's own path
+            expected = prepared(torch.device("cpu"), params)(logits_NV.cpu())
+        num_others = int((draw(logits_NV).cpu() != expected).sum())
+        yield Row(f"sample, {name}: tokens other than the CPU's", num_others, "", at_most=0)
 
-    def decode(self) -> None:
-        from rayllm_kernels.attention import paged_decode
+        def make(seed: int, draw: Callable[[Tensor], Tensor] = draw) -> Callable[[], Any]:
+            logits_NV = 3 * bench.random(num_rows, vocab_size, seed=seed, dtype=torch.float32)
+            return lambda: draw(logits_NV)
 
-        paged_decode(self.q_THD, self.k_cache, self.v_cache, self.lines, self.scoring, self.arrivals, self.out_THD)
-
-    def prefill(self) -> None:
-        from rayllm_kernels.attention import paged_prefill
-
-        paged_prefill(self.q_THD, self.k_cache, self.v_cache, self.lines, self.scoring, self.out_THD)
-
-    @property
-    def expected(self) -> Tensor:
-        """By torch alone, in float64."""
-        lengths, tables_MB = self.lines.kv_lens_N.tolist(), self.lines.block_table_MB.long()
-        group = self.q_THD.shape[1] // self.k_cache.shape[1]
-        outs = []
-        for q_THD, length, table_B in zip(self.q_THD.double().chunk(len(lengths)), lengths, tables_MB, strict=True):
-            k_HLD, v_HLD = (
-                cache.double()[table_B].transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, dim=0)
-                for cache in (self.k_cache, self.v_cache)
-            )
-            scores_HTL = q_THD.transpose(0, 1) @ k_HLD.transpose(1, 2) * (self.scoring.scale * self.scoring.k_scale)
-            later_TL = torch.ones_like(scores_HTL[0], dtype=torch.bool).triu(length - len(q_THD) + 1)
-            weights_HTL = scores_HTL.masked_fill(later_TL, -math.inf).softmax(-1)
-            outs.append((weights_HTL @ v_HLD).transpose(0, 1) * self.scoring.v_scale)
-        return torch.cat(outs)
-
-
-def decode_attention(bench: Bench) -> Iterator[Row]:
-    for name, in_float8 in (("paged_decode", False), ("paged_decode, float8 cache", True)):
-        pages = Pages.make(bench, 3, bench.size(777, 21), 1, in_float8=in_float8)
-        pages.decode()
-        yield bench.error(name, pages.out_THD, pages.expected, _ATTENTION_TOLERANCES)
-    context = bench.size(1024, 16)
-    kv_elements = context * 2 * pages.k_cache.shape[1] * pages.k_cache.shape[3]
-
-    def make(num_lines: int, in_float8: bool = False) -> Callable[[int], Callable[[], Any]]:
-        return lambda seed: Pages.make(bench, num_lines, context, 1, seed, in_float8=in_float8).decode
-
-    few, many = bench.size(32, 1), bench.size(256, 2)
-    for num_lines in (few, many):
-        kv_bytes = num_lines * kv_elements * bench.dtype.itemsize
-        yield from bench.bandwidth(
-            f"paged_decode, {num_lines} rows of {context} tokens", make(num_lines), kv_bytes, 0.75
-        )
-    us, narrow_us = (
-        bench.microseconds(bench.sets(make(many, in_float8), many * kv_elements)) for in_float8 in (False, True)
-    )
-    target = None if bench.is_smoke else 1.6
-    yield Row(f"paged_decode, {many} rows, float8 cache", us / narrow_us, "times", at_least=target)
-
-
-def latent_attention(bench: Bench) -> Iterator[Row]:
-    """Of DeepSeek-V2-Lite's shape, or a share of DeepSeek-V3's heads."""
-    from rayllm_kernels.attention import PagedLines
-    from rayllm_kernels.latent_attention import paged_latent_decode
-
-    heads, width, latent = 16, bench.size(576, 48), bench.size(512, 32)
-    page, scale = bench.size(64, 16), bench.size(192, 24) ** -0.5
-    ints = {"dtype": torch.int32, "device": bench.device}
-    arrivals = torch.zeros(65536, **ints)
-
-    def inputs(num_lines: int, kv_len: int, seed: int) -> tuple[Any, ...]:
-        blocks = -(-kv_len // page)
-        lines = PagedLines(
-            torch.arange(num_lines, **ints),
-            torch.full((num_lines,), kv_len, **ints),
-            torch.randperm(num_lines * blocks, device=bench.device).view(num_lines, blocks).int(),
-            torch.arange(num_lines + 1, **ints),
-        )
-        cache = bench.random(num_lines * blocks, 1, page, width, seed=seed)
-        q_NHW = bench.random(num_lines, heads, width, seed=seed + 1)
-        return q_NHW, cache, lines, scale, arrivals, torch.full_like(q_NHW[..., :latent], math.nan)
-
-    given = inputs(3, bench.size(777, 21), 0)
-    paged_latent_decode(*given)
-    q_NHW, cache, lines, *_, found = given
-    kept_NLW = cache.double()[lines.block_table_MB.long(), 0].flatten(1, 2)[:, : int(lines.kv_lens_N[0])]
-    weights_NHL = (q_NHW.double() @ kept_NLW.transpose(1, 2) * scale).softmax(-1)
-    expected = weights_NHL @ kept_NLW[..., :latent]
-    yield bench.error("paged_latent_decode", found, expected, _ATTENTION_TOLERANCES)
-    num_lines, context = bench.size(64, 1), bench.size(4096, 16)
-
-    def make(seed: int) -> Callable[[], Any]:
-        given = inputs(num_lines, context, seed)
-        return lambda: paged_latent_decode(*given)
-
-    num_bytes = num_lines * context * width * bench.dtype.itemsize
-    yield from bench.bandwidth(f"paged_latent_decode, {num_lines} rows of {context} tokens", make, num_bytes, None)
-
-
-def prefill_attention(bench: Bench) -> Iterator[Row]:
-    pages = Pages.make(bench, 2, bench.size(333, 20), bench.size(200, 9))
-    pages.prefill()
-    yield bench.error("paged_prefill", pages.out_THD, pages.expected, _ATTENTION_TOLERANCES)
-    length = bench.size(8192, 16)
-    whole = Pages.make(bench, 1, length, length)
-    us = bench.microseconds([whole.prefill])
-    num_flops = 2 * length**2 * whole.q_THD.shape[1] * whole.q_THD.shape[2]
-    name = f"paged_prefill, {length} tokens, causal"
-    yield Row(name, num_flops / us / 1e6, "TFLOP/s", at_least=None if bench.is_smoke else 400, note=f"{us:.0f} µs")
+        yield from bench.latency(f"sample, {name}, {num_rows} rows", make, logits_NV.nbytes, target)
 
 
 KERNELS: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -342,4 +163,5 @@ KERNELS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "kernels: decode attention": decode_attention,
     "kernels: latent attention": latent_attention,
     "kernels: prefill attention": prefill_attention,
+    "kernels: sampling": sampling,
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import Bench
+from gpu_bench import Bench
 from gpu_report import Row
 
 _LLAMA_3_8B = {
