@@ -18,6 +18,7 @@ from rayllm_kernels.all_reduce import Peers, one_shot, shared_bytes, two_shot
 log = logging.getLogger(__name__)
 
 _KIB, _MIB = 2**10, 2**20
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRIAL_TIMEOUT_S = 30.0
 """For the first sums, which ranks may compile for at their own pace."""
 
@@ -76,7 +77,7 @@ class CustomAllReduce:
         make_memory: Callable[[], PeerMemory] | None = None,
     ):
         self._rank, self._size, self._device, self._limits = rank, size, device, limits
-        self._disabled = disabled
+        self._disabled, self._one_node = disabled, False
         self._make_memory = make_memory or (lambda: CudaPeerMemory(device.index))
         self._memory: PeerMemory | None = None
         self._addresses: list[int] = []
@@ -87,14 +88,8 @@ class CustomAllReduce:
         """Maps the peers' memory and tries it out. Where any rank cannot, NCCL sums everything; a line in rank 0's log
         says which sizes go which way, or why."""
         self.close()
-        stages = (
-            lambda exchange: self._check(one_node),
-            self._reach,
-            self._allocate,
-            self._share,
-            self._map,
-            self._try,
-        )
+        self._one_node = one_node
+        stages = (self._check, self._reach, self._allocate, self._share, self._map, self._try)
         for number, stage in enumerate(stages):
             if problem := _agreed_problem(exchange, number, stage):
                 self.close()
@@ -104,7 +99,7 @@ class CustomAllReduce:
 
     def reduce(self, x: Tensor) -> bool:
         """Sums `x` over all ranks, in place, or returns False where that is NCCL's task."""
-        if self._peers is None or self._limits is None or not x.is_contiguous() or not x.is_floating_point():
+        if self._peers is None or self._limits is None or not x.is_contiguous() or x.dtype not in _DTYPES:
             return False
         if x.nbytes > self._limits.two_shot_bytes:
             return False
@@ -120,22 +115,26 @@ class CustomAllReduce:
         """Gives the shared memory back when no kernel uses it any more. Called by the thread that computes."""
         self.abort()
         memory, self._memory, self._peers = self._memory, None, None
+        while self._fds:
+            os.close(self._fds.popitem()[1])
         if memory is not None:
             self._synchronize()
             memory.close()
 
     # ------------------------------------------------------------------------------------------ the stages of connect
 
-    def _check(self, one_node: bool) -> None:
+    def _check(self, exchange: Exchange) -> None:
         if self._disabled:
             raise RuntimeError("disable_custom_all_reduce is set")
-        if not one_node:
+        if not self._one_node:
             raise RuntimeError("the ranks are on several nodes")
         if self._limits is None:
             raise RuntimeError(f"there are no size limits for {self._size} ranks on GPUs of this kind")
 
     def _reach(self, exchange: Exchange) -> None:
         gpus = [int(index) for index in exchange.gather("gpu", str(self._device.index or 0))]
+        if len({*exchange.gather("limits", str(self._limits))}) > 1:
+            raise RuntimeError("the ranks' GPUs are of different kinds")
         if self._device.type == "cpu":
             return
         if len({*gpus}) < len(gpus):
@@ -154,11 +153,10 @@ class CustomAllReduce:
 
     def _map(self, exchange: Exchange) -> None:
         assert self._memory is not None
-        for rank, fd in self._fds.items():
-            if rank == self._rank:
-                os.close(fd)
-            else:
-                self._addresses[rank] = self._memory.map(fd, self._num_bytes())
+        os.close(self._fds.pop(self._rank))
+        while self._fds:
+            rank, fd = self._fds.popitem()
+            self._addresses[rank] = self._memory.map(fd, self._num_bytes())
 
     def _try(self, exchange: Exchange) -> None:
         assert self._limits is not None
@@ -203,7 +201,7 @@ def _agreed_problem(exchange: Exchange, number: int, stage: Callable[[Exchange],
     problem = ""
     try:
         stage(exchange)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # of the driver, of Triton's compiler, of a socket
         problem = " ".join(str(error).split()) or type(error).__name__
     problems = exchange.gather(f"stage {number}", problem)
     return next((f"{problem} (rank {rank})" for rank, problem in enumerate(problems) if problem), "")

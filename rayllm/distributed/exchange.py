@@ -26,14 +26,16 @@ class Exchange:
     def share_fd(self, key: str, fd: int) -> dict[int, int]:
         """Gives this rank's file descriptor to every other rank of this node, and returns a descriptor for theirs, by
         rank."""
-        with contextlib.ExitStack() as stack:
-            # A folder that no other user may enter: a descriptor opens the memory to whoever holds it.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rayllm-"))
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        # A folder that no other user may enter: a descriptor opens the memory to whoever holds it.
+        with tempfile.TemporaryDirectory(prefix="rayllm-") as folder, socket.socket(socket.AF_UNIX) as listener:
             listener.settimeout(_TIMEOUT_S)
-            listener.bind(os.path.join(folder, "socket"))
-            listener.listen(self.size)
+            path = os.path.join(folder, "socket")
+            with contextlib.suppress(OSError):  # a path that is too long: peers learn it by an empty one
+                listener.bind(path)
+                listener.listen(self.size)
             paths = self.gather(key, listener.getsockname())
+            if "" in paths:
+                raise OSError(f"rank {paths.index('')} cannot listen on a socket in its folder for temporary files")
             try:
                 for rank in range(self.size):
                     if rank != self.rank:

@@ -13,8 +13,9 @@ from torch import Tensor
 from rayllm.distributed.exchange import Exchange
 from rayllm.distributed.links import Link, opponents
 
-TIMEOUT_S = 5.0
-"""For a pair. A good link connects and exchanges within some tens of milliseconds."""
+TIMEOUT_S = {"cpu": 5.0, "cuda": 10.0}
+"""For a pair. A good link connects and exchanges within some tens of milliseconds, NCCL between nodes within a second
+or two."""
 _LARGE_BYTES = {"cpu": 2**20, "cuda": 2**25}
 _REPEATS = 3
 """The first exchange also connects: the fastest one counts."""
@@ -23,9 +24,10 @@ Swap = Callable[[Tensor, int], Tensor]
 """Sends a tensor to a peer and returns, when both are done, what the peer sent: a tensor of the same shape."""
 
 
-def check_links(exchange: Exchange, swap: Swap, device: torch.device, timeout_s: float = TIMEOUT_S) -> list[Link]:
+def check_links(exchange: Exchange, swap: Swap, device: torch.device, timeout_s: float | None = None) -> list[Link]:
     """What this rank sees of its links. All ranks call it; in each round those that are not in the same pair do not
     disturb each other. After a round with a bad link there is no other: the group may be unusable."""
+    timeout_s = TIMEOUT_S[device.type] if timeout_s is None else timeout_s
     links: list[Link] = []
     for number, peer in enumerate(opponents(exchange.rank, exchange.size)):
         problem = ""

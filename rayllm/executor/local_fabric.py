@@ -13,7 +13,7 @@ from typing import Any
 from rayllm.distributed.links import Link
 from rayllm.errors import EngineError
 from rayllm.executor.inproc import one_line
-from rayllm.executor.process_group import NCCL_ENVIRONMENT, ProcessGroup
+from rayllm.executor.process_group import CUDA_ENVIRONMENT, ProcessGroup
 from rayllm.executor.worker_process import LOOPBACK, loopback_interfaces
 
 _START_TIMEOUT_S = 120.0
@@ -61,7 +61,7 @@ def _answer(pipes: Sequence[Connection], rank: int, deadline: float) -> Any:
 def _check(pipe: Connection, rank: int, num_ranks: int, device: str) -> None:
     try:
         # Before torch is imported.
-        os.environ.update({**NCCL_ENVIRONMENT, **loopback_interfaces()})
+        os.environ.update({**CUDA_ENVIRONMENT, **loopback_interfaces()})
         pipe.send(_links(pipe, rank, num_ranks, device))
     except Exception as error:
         pipe.send(RuntimeError(one_line(error)))

@@ -12,6 +12,8 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any
 
@@ -24,13 +26,15 @@ on a GPU their first steps may compile kernels, each at its own pace.
 ABORT_TIMEOUT_S = 10.0
 """For NCCL to give its communicator up once its kernels were told to end. The survivor that was observed was free after
 0.15 s (NVIDIA-NeMo/RL #3591)."""
-NCCL_ENVIRONMENT = {
+CUDA_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 """Must be set before torch is imported. With torch's defaults its watchdog ends the process of a survivor whose peer
-died, and the survivor's weights with it; the driver watches over steps.
+died, and the survivor's weights with it; the driver watches over steps. By the last one a library that asks whether
+there is a GPU does not start CUDA, so that a standby can still be shown its GPUs.
 
 Communicators stay blocking. A nonblocking one could be aborted while it forms, but NCCL then starts a thread for every
 single collective (`ncclGroupEndInternal` in its src/group.cc). A rank that stays stuck in forming one is replaced.
@@ -52,6 +56,7 @@ class ProcessGroup:
         self._store: Any = None
         self._abort_lock = threading.Lock()
         self._aborting: threading.Thread | None = None
+        self._is_stuck = False
 
     @property
     def store(self) -> Any:
@@ -63,6 +68,7 @@ class ProcessGroup:
         """Opens the rendezvous store of a new process group on this node, listening on `host` alone."""
         import torch.distributed as dist
 
+        self._refuse_if_stuck()
         self.leave()
         sock = listen_tcp(host)
         port = sock.getsockname()[1]
@@ -78,6 +84,7 @@ class ProcessGroup:
         import torch.distributed as dist
 
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S[self._device])
+        self._refuse_if_stuck()
         if rank != 0:
             self.leave()
             host, port = store
@@ -95,9 +102,41 @@ class ProcessGroup:
         import torch.distributed as dist
 
         arguments: dict[str, Any] = {"store": self._store, "rank": rank, "world_size": self._size, "timeout": timeout}
-        if self._device == "cuda":  # the communicator forms here, not in the first collective
-            arguments["device_id"] = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl" if self._device == "cuda" else "gloo", **arguments)
+        if self._device == "cpu":
+            dist.init_process_group("gloo", **arguments)
+            return
+        device = torch.device("cuda", torch.cuda.current_device())
+
+        def form() -> None:
+            torch.cuda.set_device(device)
+            # By `device_id` the communicator forms here, not in the first collective.
+            dist.init_process_group("nccl", device_id=device, **arguments)
+
+        self._form_in_time(form, timeout)
+
+    def _form_in_time(self, form: Callable[[], None], timeout: timedelta) -> None:
+        """NCCL itself would wait for a peer that it cannot reach without a limit."""
+        forming: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                form()
+                forming.set_result(None)
+            except BaseException as error:
+                forming.set_exception(error)
+
+        threading.Thread(target=run, name="nccl-join", daemon=True).start()
+        limit_s = timeout.total_seconds()
+        try:
+            forming.result(limit_s)
+        except FutureTimeoutError:
+            if forming.done():  # what was raised is the store's own
+                raise
+            self._is_stuck = True
+            raise TimeoutError(
+                f"NCCL did not connect {self._size} ranks within {limit_s:g} s: look at the links between them, at "
+                "firewalls and at NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO shows what it waits for"
+            ) from None
 
     def abort(self) -> None:
         """Makes a collective, or a `join`, that another thread of this process waits in fail. On a GPU it returns at
@@ -124,6 +163,10 @@ class ProcessGroup:
             with contextlib.suppress(Exception):  # a broken group may fail to shut down
                 dist.destroy_process_group()
         self._store = None
+
+    def _refuse_if_stuck(self) -> None:
+        if self._is_stuck:
+            raise RuntimeError("a thread of this process still waits in NCCL: it cannot join another group")
 
     def _begin_abort(self) -> threading.Thread | None:
         """The thread in which the group is aborted; None where there is none to abort."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from rayllm.config import ResolvedConfig
 from rayllm.errors import without_paths
 from rayllm.executor.inproc import one_line
-from rayllm.executor.process_group import NCCL_ENVIRONMENT
+from rayllm.executor.process_group import CUDA_ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def worker_environment(config: ResolvedConfig, single_node: bool) -> dict[str, s
     """Variables that a worker process needs before torch is imported."""
     variables = {"OMP_NUM_THREADS": str(config.num_threads)}
     if config.device == "cuda":
-        variables |= NCCL_ENVIRONMENT
+        variables |= CUDA_ENVIRONMENT
     if single_node:
         variables |= loopback_interfaces()
     return variables

@@ -85,6 +85,17 @@ def test_what_rules_the_kernels_out_is_said_before_memory_is_shared(
     custom.close()
 
 
+def test_ranks_on_gpus_of_different_kinds_would_part_at_different_sizes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", all_reduce.log.name)
+    others = {"gpu": ["0", "1"], "limits": [str(SIZE_LIMITS[8, 2]), str(SIZE_LIMITS[9, 2])]}
+    monkeypatch.setattr(_Alone, "gather", lambda self, key, value: others.get(key, [value] * 2))
+    custom = CustomAllReduce(0, 2, torch.device("cuda:0"), SIZE_LIMITS[8, 2], make_memory=pytest.fail)
+    custom.connect(_Alone(2), one_node=True)
+    assert "GPUs are of different kinds" in caplog.text
+
+
 def test_gpus_without_peer_access_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", all_reduce.log.name)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other != 3)

@@ -51,6 +51,7 @@ class _Nccl:
         monkeypatch.setattr(dist, "init_process_group", self._form)
         monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("it would wait for the peers"))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr("rayllm.torch_private.abort_collectives", self._abort)
 
     def _form(self, backend: str, **arguments: object) -> None:
@@ -130,3 +131,17 @@ def test_a_join_on_a_gpu_that_has_not_formed_is_ended_at_the_store(
     group.abort()
     assert waiting.exception(5.0) is not None
     assert nccl.events == []
+
+
+def test_nccl_that_does_not_connect_is_an_error_in_time_and_its_process_joins_no_other_group(
+    nccl: _Nccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(process_group.COLLECTIVE_TIMEOUT_S, "cuda", 0.1)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **arguments: nccl.let_go.wait(10.0))
+    group = ProcessGroup("cuda", 2)
+    with pytest.raises(TimeoutError, match=r"NCCL did not connect 2 ranks within 0\.1 s: look at the links"):
+        group.join(0, group.open_store("127.0.0.1"))
+    with pytest.raises(RuntimeError, match="cannot join another group"):
+        group.open_store("127.0.0.1")
+    with pytest.raises(RuntimeError, match="cannot join another group"):
+        group.join(1, ("127.0.0.1", 1))

@@ -15,12 +15,13 @@ def test_workers_of_one_node_talk_over_loopback_with_their_own_threads() -> None
     assert worker_environment(config, single_node=False) == {"OMP_NUM_THREADS": "3"}
 
 
-def test_on_gpus_torchs_watchdog_must_not_end_the_survivors_of_a_lost_rank() -> None:
+def test_on_gpus_torchs_watchdog_must_not_end_survivors_and_no_library_may_start_cuda() -> None:
     assert worker_environment(fake_config(device="cuda", num_threads=3), single_node=False) == {
         "OMP_NUM_THREADS": "3",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
 
 
