@@ -81,7 +81,9 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
         description="Context length in tokens; default: auto, the longest that the model has and that fits.",
     )
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Maximum number of sequences that run at once.")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="Maximum number of tokens per step.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Maximum number of tokens per step; default: 2048 on CPU, 8192 on GPU."
+    )
     max_queued_requests: int | None = Field(
         1024, ge=1, description="Maximum number of waiting sequences; more are refused. LLM: no limit."
     )

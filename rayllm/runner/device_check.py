@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from rayllm.config import ResolvedConfig
-from rayllm.errors import WorkerDiedError
+from rayllm.errors import ConfigError, WorkerDiedError
 
 _TILE = 64
 _NUM_TILES = {"cpu": 1, "cuda": 32}
 """Repetitions of the product's tile in each direction: on a GPU, enough for every multiprocessor to have a part."""
 _PATTERN_BYTES = {"cpu": 2**16, "cuda": 2**26}
+_LEAST_CAPABILITY = {"bfloat16": (8, 0)}
+"""What a GPU must have to compute in a dtype at its full speed, or at all."""
 
 
 def check_device(config: ResolvedConfig, rank: int, device: torch.device) -> None:
-    """Raises `WorkerDiedError` with what was computed and what was expected. No peer takes part. It costs nothing on a
-    CPU; on a GPU, a few milliseconds and 200 MB for as long."""
+    """Raises `WorkerDiedError` with what was computed and what was expected, `ConfigError` for a dtype that the device
+    does not have. No peer takes part. It costs nothing on a CPU; on a GPU, which compares by itself, a few milliseconds
+    and 250 MB for as long."""
     try:
+        check_capability(config.dtype, device)
         fault = (
             _memory_shortage(config, device)
             or _multiplication_fault(device, getattr(torch, config.dtype))
@@ -31,6 +35,19 @@ def check_device(config: ResolvedConfig, rank: int, device: torch.device) -> Non
         torch.cuda.empty_cache()  # the KV pool is to have it
     if fault:
         raise WorkerDiedError(rank, f"its device ({device_name(device)}) {fault}")
+
+
+def check_capability(dtype: str, device: torch.device) -> None:
+    """Raises `ConfigError` where the device's instructions lack the dtype."""
+    least = _LEAST_CAPABILITY.get(dtype)
+    if least is None or device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < least:
+        raise ConfigError(
+            f"dtype={dtype!r} needs a GPU of compute capability {least[0]}.{least[1]}, and {device_name(device)} has "
+            f"{found[0]}.{found[1]}: use --dtype half"
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -58,7 +75,7 @@ def _multiplication_fault(device: torch.device, dtype: torch.dtype) -> str | Non
     a, b = count * 7 % 5 - 2, count * 11 % 3 - 1
     times = _NUM_TILES[device.type]
     found = multiply(a.to(device, dtype).repeat(times, 1), b.to(device, dtype).repeat(1, times))
-    return _difference("computed", found, (a @ b).repeat(times, times))
+    return _difference("computed", found, (a @ b).to(device, dtype).repeat(times, times))
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -67,21 +84,21 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _memory_fault(device: torch.device) -> str | None:
-    """A pattern and its opposite, written and read back."""
-    pattern = torch.arange(_PATTERN_BYTES[device.type] // 4, dtype=torch.int32)
-    for written in (pattern, ~pattern):
-        if fault := _difference("stored", written.to(device).clone(), written):
-            return fault
-    return None
+    """A pattern and its opposite, written and read back; what is expected was written elsewhere."""
+    pattern, expected = (
+        torch.arange(_PATTERN_BYTES[device.type] // 4, dtype=torch.int32, device=device) for _ in range(2)
+    )
+    return _difference("stored", pattern.clone(), expected) or _difference("stored", (~pattern).clone(), ~expected)
 
 
 def _difference(action: str, found: Tensor, expected: Tensor) -> str | None:
-    found, expected = found.cpu().double(), expected.double()
-    wrong = (found != expected).nonzero()
-    if not len(wrong):
+    """Compared where they are: only a count comes back, unless it is not 0."""
+    wrong = found != expected
+    num_wrong = int(wrong.sum())
+    if not num_wrong:
         return None
-    first = tuple(wrong[0].tolist())
+    first = tuple(wrong.nonzero()[0].tolist())
     return (
-        f"{action} {len(wrong)} of {expected.numel()} values incorrectly; the first, at {list(first)}, is "
-        f"{found[first]:g} instead of {expected[first]:g}"
+        f"{action} {num_wrong} of {expected.numel()} values incorrectly; the first, at {list(first)}, is "
+        f"{float(found[first]):g} instead of {float(expected[first]):g}"
     )

@@ -22,6 +22,7 @@ from rayllm.linear import (
     gated_linear,
 )
 from rayllm.spec import ClampedSwiglu
+from rayllm_kernels.random_weights import uniform_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,8 @@ def pad_to(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 class DummyWeights(WeightSource):
-    """Random weights, each a function of (seed, name): all ranks cut the same full tensor, whatever their number."""
+    """Random weights, each a function of (seed, name): all ranks cut the same full tensor, whatever their number. On a
+    GPU they are drawn there, as other numbers than on a CPU."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device):
         self._seed = seed
@@ -191,20 +193,20 @@ class DummyWeights(WeightSource):
         part: range | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
+        part = range(shape[dim]) if part is None else part
         dtype = dtype or self._dtype
-        if name.endswith("bias"):
-            full = torch.zeros(shape, dtype=dtype)
-        elif len(shape) == 1:
-            full = torch.ones(shape, dtype=dtype)
-        else:
-            digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            bound = math.sqrt(3.0 / shape[-1])  # a variance of 1 / fan-in keeps activations of order one
-            full = torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
-        if part is not None:
-            inside = clip(part, shape[dim])
-            full = pad_to(full.narrow(dim, inside.start, len(inside)), dim, len(part))
-        return full.contiguous().to(self._device)
+        if len(shape) == 1 or name.endswith("bias"):
+            full = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=self._device)
+            return _cut(full, dim, part)
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little") >> 1
+        bound = math.sqrt(3.0 / shape[-1])  # a variance of 1 / fan-in keeps activations of order one
+        if self._device.type == "cuda":
+            own = (*shape[:dim], len(part), *shape[dim + 1 :])
+            return uniform_part(torch.empty(own, dtype=dtype, device=self._device), shape, dim, part, seed, bound)
+        generator = torch.Generator().manual_seed(seed)
+        full = torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        return _cut(full, dim, part).to(self._device)
 
     def expert_tensors(
         self, name: str, shape: tuple[int, ...], experts: range, *, dim: int = 0, part: range | None = None
@@ -214,3 +216,8 @@ class DummyWeights(WeightSource):
 
     def leave_to_others(self, name: str, shape: tuple[int, ...]) -> None:
         pass
+
+
+def _cut(full: Tensor, dim: int, part: range) -> Tensor:
+    inside = clip(part, full.shape[dim])
+    return pad_to(full.narrow(dim, inside.start, len(inside)), dim, len(part)).contiguous()

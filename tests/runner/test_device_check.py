@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from fakes import fake_config
 from torch import Tensor
 
-from rayllm.errors import WorkerDiedError
+from rayllm.errors import ConfigError, WorkerDiedError
 from rayllm.runner import device_check
-from rayllm.runner.device_check import check_device
+from rayllm.runner.device_check import check_capability, check_device
 
 CPU = torch.device("cpu")
 
@@ -63,3 +64,22 @@ def test_a_gpu_that_others_fill_is_refused_before_weights_are_loaded(monkeypatch
     assert fault is not None
     assert fault.startswith("has 2.0 of 80.0 GiB free, so gpu_memory_utilization=0.92 leaves nothing for this engine")
     assert device_check._memory_shortage(fake_config(engine={"num_kv_blocks": 2}), torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_refused"),
+    [((7, 5), "bfloat16", True), ((8, 0), "bfloat16", False), ((7, 5), "float16", False)],
+)
+def test_a_dtype_that_a_gpu_has_no_instructions_for_is_refused_with_what_to_use(
+    capability: tuple[int, int], dtype: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    refusal = pytest.raises(ConfigError) if is_refused else contextlib.nullcontext()
+    with refusal as caught:
+        check_capability(dtype, torch.device("cuda"))
+    if is_refused:
+        assert str(caught.value) == (
+            "dtype='bfloat16' needs a GPU of compute capability 8.0, and Tesla T4 has 7.5: use --dtype half"
+        )
+    check_capability(dtype, CPU)

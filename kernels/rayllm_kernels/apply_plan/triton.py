@@ -32,7 +32,7 @@ def apply_plan(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_words", "num_tokens"))  # they vary from step to step
 def _apply_plan(
     state_ptr,
     indices_ptr,

@@ -76,7 +76,7 @@ def store_rounded(x, out_ptr, mask, scale, FP8: tl.constexpr):
     tl.store(out_ptr, x.to(out_ptr.dtype.scalar.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slots_ptr",))  # a KV group's row of an odd number of tokens
 def _write_kv(
     k_ptr,
     v_ptr,
@@ -108,7 +108,7 @@ def _write_kv(
     store_rounded(v.to(tl.float32), v_cache_ptr + place, mask, v_scale, FP8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slots_ptr",))  # a KV group's row of an odd number of tokens
 def _write_latent(
     latent_ptr, cache_ptr, slots_ptr, stride_token, scale, W: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -93,7 +93,7 @@ def _num_warps(tile_size: int) -> int:
     return min(16, max(1, tile_size // 512))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))  # it varies from step to step
 def _rms_norm(
     x_ptr,
     residual_ptr,
@@ -126,7 +126,7 @@ def _rms_norm(
     tl.store(out_ptr + wide_row * D + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))  # it varies from step to step
 def _layer_norm(
     x_ptr,
     weight_ptr,

@@ -26,7 +26,7 @@ def cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cos_sin`."""
     num_tokens, width = positions_T.shape[0], frequencies_R.shape[0]
-    both = torch.empty((2, num_tokens, width), dtype=dtype, device=positions_T.device)
+    cos_TR, sin_TR = (torch.empty((num_tokens, width), dtype=dtype, device=positions_T.device) for _ in range(2))
     beyond_T, beyond_frequencies_R, beyond_factor = beyond or (None, None, 1.0)
     launch(
         _cos_sin,
@@ -35,8 +35,8 @@ def cos_sin(
         frequencies_R,
         beyond_T,
         beyond_frequencies_R,
-        both[0],
-        both[1],
+        cos_TR,
+        sin_TR,
         num_tokens * width,
         factor,
         beyond_factor,
@@ -44,7 +44,7 @@ def cos_sin(
         BLOCK=_ANGLES,
         num_warps=4,
     )
-    return both[0], both[1]
+    return cos_TR, sin_TR
 
 
 def rope_and_write(
@@ -98,7 +98,7 @@ def rope_and_write(
     return q_THD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_angles",))  # it varies from step to step
 def _cos_sin(
     positions_ptr,
     frequencies_ptr,
@@ -137,7 +137,7 @@ def _cos_sin(
     tl.store(sin_ptr + at, (turned_sin * factor).to(sin_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slots_ptr",))  # a KV group's row of an odd number of tokens
 def _rope_and_write(
     qkv_ptr,
     k_cache_ptr,

@@ -26,6 +26,8 @@ from rayllm.weights.hub_model import MODELSCOPE_PREFIX, HubModel
 
 _CPU_BLOCK_SIZE = 8
 _GPU_BLOCK_SIZE = 64
+_CPU_STEP_TOKENS = 2048
+_GPU_STEP_TOKENS = 8192
 
 
 def resolve(
@@ -70,7 +72,8 @@ def resolve(
         max_model_len=max_model_len,
         block_size=block_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens
+        or (_GPU_STEP_TOKENS if device == "cuda" else _CPU_STEP_TOKENS),
         shape=ModelShape(
             vocab_size=spec.vocab_size,
             eos_token_ids=_end_token_ids(config, path, tokenizer, spec.vocab_size),

@@ -29,7 +29,7 @@ def test_show_says_where_each_setting_comes_from(
     assert found["model"] == (str(llama_path), "flag")
     assert found["max_num_seqs"] == (8, "file")
     assert found["seed"] == (4, "flag")
-    assert found["max_num_batched_tokens"] == (2048, "default")
+    assert found["max_num_batched_tokens"] == (2048, "machine")
     assert found["dtype"] == ("float32", "model")
     assert found["block_size"] == (8, "machine")
     assert found["RLLM_LOG_DIR"] == ("/logs", "env")

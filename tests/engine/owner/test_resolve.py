@@ -27,7 +27,8 @@ def test_what_the_config_leaves_open_follows_from_model_and_machine(llama_path: 
 
 def test_a_gpu_is_used_where_there_is_one(llama_path: Path) -> None:
     resolved = resolve(_config(llama_path), num_gpus=2, num_cores=4)
-    assert (resolved.device, resolved.block_size) == ("cuda", 64)
+    assert (resolved.device, resolved.block_size, resolved.max_num_batched_tokens) == ("cuda", 64, 8192)
+    assert resolve(_config(llama_path), num_gpus=0, num_cores=4).max_num_batched_tokens == 2048
 
 
 def test_no_model_means_the_built_in_one() -> None:
