@@ -21,7 +21,7 @@ _TEXT_ONLY = "RayLLM reads text only"
 _NO_EXPERTS = "it is for mixtures of experts"
 _NO_MAMBA = "it is for state-space models"
 _NO_LORA = "it is for LoRA adapters, which RayLLM does not have yet"
-_ONE_BACKEND = "each device has one implementation of attention"
+_ONE_BACKEND = "see --attention-backend"
 _LLGUIDANCE = "structured outputs are always matched by llguidance"
 _SLICES = "each rank reads its slices of the weights alone"
 _PREFILLS = "prompts share the token budget of a step, see --max-num-batched-tokens"
@@ -92,7 +92,6 @@ _WITH_VALUE = {
     "-O": _NO_COMPILER,
     "--optimization-level": _NO_COMPILER,
     "--performance-mode": _NO_COMPILER,
-    "--attention-backend": _ONE_BACKEND,
     "--attention-config": _ONE_BACKEND,
     "--gdn-prefill-backend": _ONE_BACKEND,
     "--moe-backend": _NO_EXPERTS,

@@ -21,6 +21,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["ray", "inproc"]
 ModelImpl = Literal["auto", "native", "transformers"]
+AttentionBackendName = Literal["auto", "triton", "flash-attn", "flashinfer", "gathered"]
 CudaGraphs = Literal["auto", "full", "off"]
 LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 Standby = Literal["off", "process", "weights"]
@@ -99,6 +100,11 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
         None,
         ge=1,
         description="Bytes of KV cache per worker; default: from gpu_memory_utilization, or a fraction of CPU memory.",
+    )
+    attention_backend: AttentionBackendName = Field(
+        "auto",
+        description="What computes attention: triton (RayLLM's kernels), flash-attn or flashinfer (those for prompts, "
+        "by a library that is installed), gathered (torch; the only one of a CPU), or auto (the fastest usable).",
     )
     enforce_eager: bool = Field(False, description="Use no CUDA graphs, as --cuda-graphs off.")
     cuda_graphs: CudaGraphs = Field(
@@ -208,6 +214,13 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     @classmethod
     def _native_has_vllms_name(cls, value: Any) -> Any:
         return "native" if value == "vllm" else value
+
+    @field_validator("attention_backend", mode="before")
+    @classmethod
+    def _backends_have_vllms_names(cls, value: Any) -> Any:
+        """`FLASH_ATTN`, `FLASHINFER`, `TRITON_ATTN`."""
+        name = value.lower().replace("_", "-") if isinstance(value, str) else value
+        return "triton" if name == "triton-attn" else name
 
     @field_validator("hf_overrides", mode="before")
     @classmethod

@@ -67,13 +67,16 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     architecture_module: str = "",
+    attention_backend: str = "auto",
+    block_size: int = 64,
     progress: LoadProgress | None = None,
 ) -> Model:
     """This rank's share of the model in folder `model_path`, read slice by slice.
 
     `load_format`: "auto", "safetensors" or "pt" reads the folder; "dummy" draws weights from `seed`, whatever the
     number of ranks, and needs no weight file. `architecture_module`: where the architecture is not in this process's
-    registry (`ResolvedConfig.architecture_module`). `progress` counts the bytes that are read. Faults of the folder are
+    registry (`ResolvedConfig.architecture_module`). `attention_backend` and `block_size`: see
+    `layers.attention.choose_backend`. `progress` counts the bytes that are read. Faults of the folder are
     `ConfigError`.
     """
     from rayllm.models.registry import left_out, weight_names
@@ -87,26 +90,35 @@ def load_model(
         from rayllm.models.decoder import kv_specs
         from rayllm.models.fallback.build import load_decoder
 
-        decoder, backend = load_decoder(model_path, spec, tp, dtype, device, load_format, seed, progress)
+        decoder, backend = load_decoder(
+            model_path, spec, tp, dtype, device, load_format, seed, progress, attention_backend, block_size
+        )
         return Model(decoder, backend, kv_specs(spec, tp.size), dtype, device)
     if load_format == "dummy":
-        return build_model(spec, DummyWeights(seed, dtype, device), tp, dtype, device)
+        return build_model(spec, DummyWeights(seed, dtype, device), tp, dtype, device, attention_backend, block_size)
     weights = CheckpointWeights(
         Checkpoint(model_path, load_format, progress), weight_names(spec, architecture_module), dtype, device
     )
-    model = build_model(spec, weights, tp, dtype, device)
+    model = build_model(spec, weights, tp, dtype, device, attention_backend, block_size)
     if tp.rank == 0:  # what is not used is the same on every rank
         weights.report_unused(left_out(spec, architecture_module))
     return model
 
 
 def build_model(
-    spec: DecoderSpec, weights: WeightSource, tp: TensorParallel, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec,
+    weights: WeightSource,
+    tp: TensorParallel,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_backend: str = "auto",
+    block_size: int = 64,
 ) -> Model:
     """A rank's model with parameters from `weights`. The spec can be split over the ranks: see `models.split`."""
     from rayllm.layers.attention import choose_backend
-    from rayllm.models.decoder import Decoder, attention_groups, kv_specs
+    from rayllm.models.decoder import Decoder, attention_groups, attention_needs, kv_specs
 
-    backend = choose_backend(attention_groups(spec, tp.rank, tp.size), dtype, device)
+    needs = attention_needs(spec, tp.size, block_size, dtype, device)
+    backend = choose_backend(attention_groups(spec, tp.rank, tp.size), needs, attention_backend)
     decoder = Decoder(spec, weights, tp, backend, dtype, device)
     return Model(decoder, backend, kv_specs(spec, tp.size), dtype, device)

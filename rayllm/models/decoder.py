@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.kv_layout import group_and_part, kv_groups, kv_parts
-from rayllm.layers.attention import AttentionBackend, AttentionGroup
+from rayllm.layers.attention import AttentionBackend, AttentionGroup, AttentionNeeds
 from rayllm.layers.batch import Batch
 from rayllm.layers.embedding import LearnedPositions, OutputHead, VocabEmbedding, vocab_part
 from rayllm.layers.kv_cache import KVSpec, LayerKV
@@ -38,6 +38,13 @@ def attention_groups(spec: DecoderSpec, rank: int, tp_size: int) -> list[list[At
         found = (ATTENTION_LAYERS[type(each)].group(each, rank, tp_size) for each in attentions)
         groups.append(list(dict.fromkeys(found)))
     return groups
+
+
+def attention_needs(
+    spec: DecoderSpec, tp_size: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> AttentionNeeds:
+    """What a rank's attention backend is chosen by."""
+    return AttentionNeeds(tuple(dict.fromkeys(spec.attentions())), tp_size, block_size, dtype, device)
 
 
 class Decoder:

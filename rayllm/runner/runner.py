@@ -91,6 +91,8 @@ class Runner:
             load_format=config.engine.load_format,
             seed=config.engine.seed,
             architecture_module=config.architecture_module,
+            attention_backend=config.engine.attention_backend,
+            block_size=config.block_size,
             progress=progress,
         )
         log.info("read %.2f GB of weights in %.1f s", progress.bytes_read / 1e9, time.perf_counter() - began_s)

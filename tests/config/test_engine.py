@@ -40,6 +40,12 @@ def test_eager_steps_have_no_graphs() -> None:
     assert EngineConfig().cuda_graphs == "auto"
 
 
+def test_attention_backends_may_have_vllms_names() -> None:
+    names = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "gathered")
+    found = [EngineConfig.parse({"attention_backend": name}).attention_backend for name in names]
+    assert found == ["flash-attn", "flashinfer", "triton", "gathered"]
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         EngineConfig().max_num_seqs = 3  # type: ignore[misc]
@@ -47,6 +53,7 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_the_fields_of_the_config_are_frozen_in_a_list() -> None:
     assert sorted(EngineConfig.model_fields.keys() - CompatibilitySettings.model_fields.keys()) == [
+        "attention_backend",
         "block_size",
         "chat_template",
         "chat_template_content_format",

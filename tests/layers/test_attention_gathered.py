@@ -8,6 +8,7 @@ import pytest
 import torch
 from teacher import PagedRun, load, log_probs
 from tiny import make_checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayllm.distributed.groups import TensorParallel
 from rayllm.layers.attention import AttentionGroup, GatheredBackend, gathered, kv_heads_of
@@ -82,6 +83,16 @@ def test_the_group_limit_never_shows_in_the_result(folder: Path, monkeypatch: py
     apart = log_probs(decoder, sequences, [1] * 4, BLOCK_SIZE)
     for one, other in zip(whole, apart, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+def test_torchs_plain_attention_gives_a_lone_prompt_and_a_lone_chunk_the_same(folder: Path) -> None:
+    """What it gives has other strides than that of the fused kernels: a GPU without them takes it."""
+    sequences, decoder = [[7 * i % 200 for i in range(23)]], load(TensorParallel(), folder)
+    for chunk in (23, 9):
+        fused = log_probs(decoder, sequences, [chunk], BLOCK_SIZE)
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = log_probs(decoder, sequences, [chunk], BLOCK_SIZE)
+        torch.testing.assert_close(plain[0], fused[0], atol=2e-5, rtol=0)
 
 
 def test_a_step_touches_no_slot_but_its_own(folder: Path) -> None:

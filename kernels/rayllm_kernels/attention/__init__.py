@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rayllm_kernels.attention import reference
 from rayllm_kernels.attention.gathered import attend, gather_pages, gathered_chunk, gathered_decode, prompt_attention
-from rayllm_kernels.attention.paged import PagedLines, Scoring
+from rayllm_kernels.attention.paged import PagedLines, Scoring, refusal_of_kernels
 from rayllm_kernels.device import uses_triton
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "paged_decode",
     "paged_prefill",
     "prompt_attention",
+    "refusal_of_kernels",
 ]
 
 

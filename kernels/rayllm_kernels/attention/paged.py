@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+MIN_PAGE_SIZE = 16
+MAX_HEAD_DIM = 256
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedLines:
@@ -43,3 +46,12 @@ class Scoring:
     """Keys are the cache's numbers times this; 1 unless the cache is in float8."""
     v_scale: float = 1.0
     """The same of values."""
+
+
+def refusal_of_kernels(head_dim: int, page_size: int) -> str:
+    """Why the Triton kernels do not take heads so wide, or pages of this size; empty where they do."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim={head_dim} is above {MAX_HEAD_DIM}, the widest that RayLLM's kernels take"
+    if page_size % MIN_PAGE_SIZE:
+        return f"block_size={page_size} is not a multiple of {MIN_PAGE_SIZE}, as RayLLM's kernels need"
+    return ""

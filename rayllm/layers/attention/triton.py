@@ -98,8 +98,21 @@ class TritonBackend(AttentionBackend):
         if count:
             paged_decode(q_THD[:count], k_cache, v_cache, metadata.decode, scoring, self._arrivals, out_THD[:count])
         if count < len(q_THD):
-            paged_prefill(q_THD[count:], k_cache, v_cache, metadata.prefill, scoring, out_THD[count:])
+            self.prefill(q_THD[count:], k_cache, v_cache, metadata, scoring, out_THD[count:])
         return out_THD
+
+    def prefill(
+        self,
+        q_THD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: PagedStep,
+        scoring: Scoring,
+        out_THD: Tensor,
+    ) -> None:
+        """The attention of lines with several tokens, whose queries these are; a subclass may have a faster kernel.
+        Never part of a CUDA graph."""
+        paged_prefill(q_THD, k_cache, v_cache, metadata.prefill, scoring, out_THD)
 
     def write_latent(self, latent_TW: Tensor, kv: LayerKV, metadata: PagedStep, layer: LatentLayerAttention) -> None:
         write_latent(latent_TW, kv[0], metadata.slots_T)

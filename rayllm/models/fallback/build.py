@@ -16,7 +16,7 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import ConfigError
 from rayllm.layers.attention import AttentionBackend, choose_backend
 from rayllm.layers.embedding import vocab_part
-from rayllm.models.decoder import attention_groups
+from rayllm.models.decoder import attention_groups, attention_needs
 from rayllm.models.fallback import attention, parallel
 from rayllm.models.fallback.decoder import TransformersDecoder
 from rayllm.models.fallback.names import stored_parameters
@@ -207,6 +207,8 @@ def load_decoder(
     load_format: str,
     seed: int,
     progress: LoadProgress | None = None,
+    attention_backend: str = "auto",
+    block_size: int = 64,
 ) -> tuple[TransformersDecoder, AttentionBackend]:
     """This rank's share of the model in a folder, tried with a few tokens; arguments are those of `load_model`.
     `ConfigError` says what cannot be read, or what the model does that cannot be served."""
@@ -215,7 +217,8 @@ def load_decoder(
             log.info("%s", line)
     model = empty_model(spec, model_path, dtype)
     _choose_experts(model, tp)
-    backend = choose_backend(attention_groups(spec, tp.rank, tp.size), dtype, device)
+    needs = attention_needs(spec, tp.size, block_size, dtype, device)
+    backend = choose_backend(attention_groups(spec, tp.rank, tp.size), needs, attention_backend)
     weights: WeightSource = DummyWeights(seed, dtype, device)
     if load_format != "dummy":
         checkpoint = Checkpoint(model_path, load_format, progress)

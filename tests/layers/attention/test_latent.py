@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rayllm.layers.attention import (
+    GatheredBackend,
     LatentAttention,
     LatentLayerAttention,
     TritonBackend,
-    choose_backend,
     gathered_latent,
 )
 from rayllm.layers.batch import Batch
@@ -107,7 +107,7 @@ def test_attention_equals_float64_absorbed_or_expanded(
         monkeypatch.setattr(gathered_latent, "expanding_is_cheaper", lambda *_: expands)
     step = Step(dtype, replace(SPEC, value_dim=value_dim))
     layer = step.layer
-    backend = choose_backend([[layer.group]], dtype, CPU)
+    backend = GatheredBackend([[layer.group]], dtype, CPU)
     [metadata], kv = backend.prepare(step.batch()), step.pool.layers[0]
     backend.write_latent(step.new_latents(), kv, metadata, layer)
     found_THV = backend.forward_latent(step.q_THD, step.new_latents(), kv, metadata, layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rayllm_kernels.attention.paged import PagedLines, Scoring
+from rayllm_kernels.attention.paged import PagedLines, Scoring, refusal_of_kernels
 from rayllm_kernels.attention.triton.decode import decode_kernel
 from rayllm_kernels.attention.triton.prefill import prefill_kernel
 from rayllm_kernels.attention.triton.split import num_splits, parts
@@ -87,6 +87,8 @@ def paged_prefill(
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> tuple[int, int, int]:
     """Key/value heads, page size, head width."""
     _, num_kv_heads, page_size, head_dim = k_cache.shape
+    if refusal := refusal_of_kernels(head_dim, page_size):
+        raise ValueError(refusal)
     assert k_cache.shape == v_cache.shape, "keys and values have one shape"
     assert all(x.is_contiguous() for x in (k_cache, v_cache, out)), "caches and out are contiguous"
     assert (q.stride(2), q.shape) == (1, out.shape), "a head's channels stand together"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 MIN_TILE = 16
-"""Rows and columns of the smallest product of tensor cores."""
+"""Rows of the smallest product of tensor cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,7 @@ class Tiles:
 
     def for_pages(self, page_size: int) -> Tiles:
         """With no tile longer than a page, or over the end of one."""
-        keys = min(self.keys, page_size & -page_size)
-        if keys < MIN_TILE:
-            raise ValueError(
-                f"block_size={page_size} is not a multiple of {MIN_TILE}, which the attention kernels need: "
-                f"give --block-size 16, 32 or 64, or --attention-backend gathered"
-            )
-        return replace(self, keys=keys)
+        return replace(self, keys=min(self.keys, page_size & -page_size))
 
 
 _DECODE = {
@@ -72,8 +66,6 @@ def prefill_tiles(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, h
 
 
 def _key(head_dim: int, major: int) -> tuple[int, int]:
-    if padded(head_dim) > 256:
-        raise ValueError(f"head_dim={head_dim} is above 256, which the attention kernels take at most")
     return min(max(major, 8), 9), max(64, padded(head_dim))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayllm_kernels.attention.paged import PagedLines
+from rayllm_kernels.attention.paged import PagedLines, refusal_of_kernels
 from rayllm_kernels.attention.triton.split import num_splits, parts
 from rayllm_kernels.attention.triton.tile import factors
 from rayllm_kernels.attention.triton.tiles import Tiles, device_shape, padded
@@ -59,6 +59,8 @@ def paged_latent_prefill(q_THW: Tensor, cache: Tensor, lines: PagedLines, scale:
 
 def _tiles(table: dict[int, Tiles], q: Tensor, cache: Tensor, out: Tensor) -> tuple[Tiles, int]:
     """How tiles are cut, and the GPU's multiprocessors."""
+    if refusal := refusal_of_kernels(1, cache.shape[2]):
+        raise ValueError(refusal)
     assert cache.shape[1] == 1, "one vector a token for all heads"
     assert all(x.is_contiguous() for x in (cache, out)), "cache and out are contiguous"
     assert (q.stride(2), q.shape[:2], q.shape[2]) == (1, out.shape[:2], cache.shape[3]), (

@@ -45,6 +45,8 @@ def test_float8_in_the_cache_is_widened_and_scaled(dtype: torch.dtype, buffers: 
     assert relative_error(found, expected) < KERNEL_TOLERANCES[dtype]
 
 
-def test_pages_that_tensor_cores_cannot_take_are_refused(buffers: Buffers) -> None:
+def test_pages_and_heads_that_the_kernels_do_not_take_are_refused(buffers: Buffers) -> None:
     with pytest.raises(ValueError, match="block_size=24 is not a multiple of 16"):
         Step(Case(page=24), buffers).decode(buffers)
+    with pytest.raises(ValueError, match="head_dim=264 is above 256"):
+        Step(Case(head_dim=264), buffers).decode(buffers)
