@@ -40,8 +40,8 @@ SIZES = {"block_size": 16, "num_kv_blocks": 40, "max_num_batched_tokens": 16, "m
 class UploadToOnePlace(Upload):
     """An upload as a GPU has it: arrays of the same sizes come to the same addresses."""
 
-    def __init__(self, device: torch.device):
-        super().__init__(torch.device("cuda"), 2**16)
+    def __init__(self, device: torch.device, num_bytes: int):
+        super().__init__(torch.device("cuda"), num_bytes)
 
     def _allocate(self, num_bytes: int) -> None:
         self._on_device = torch.zeros(num_bytes, dtype=torch.uint8)

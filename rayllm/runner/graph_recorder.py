@@ -58,6 +58,7 @@ class CudaRecorder:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # while a graph is recorded, the allocator gives back nothing that it caches
         collects = gc.isenabled()
         gc.disable()  # what the collector frees (events, graphs) may call CUDA, which ends a recording
         try:

@@ -101,7 +101,7 @@ class Runner:
         self._graphs = open_graphs(config, self._model)
         if self._graphs is not None:
             tp.before_abort.append(self._graphs.drop)
-        self._upload = Upload(self._device)
+        self._upload = Upload(self._device, _upload_bytes(config))
         self._max_blocks = -(-config.max_model_len // config.block_size)
         on_device = self._max_blocks if backend.uses_device_rows else 0
         self._state = DeviceState(config.max_num_seqs, len(self._model.kv_groups), on_device, self._device)
@@ -352,6 +352,13 @@ class Runner:
             tensors = compute_logprobs(logits_NV, ids_N, [span.num_top] * len(ids_N))
             found.append(tensors.to_host(download))
         return found
+
+
+def _upload_bytes(config: ResolvedConfig) -> int:
+    """What a large step uploads: CUDA graphs are recorded anew where the upload's buffer must grow. Prompts of rows
+    with penalties may need more."""
+    masks = config.max_num_seqs * config.spec.vocab_size // 8
+    return 2**20 + masks + 64 * config.max_num_batched_tokens
 
 
 def _own_device(config: ResolvedConfig) -> torch.device:

@@ -23,7 +23,7 @@ class _Cuda:
         self.num_pools = 0
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("Stream", "stream", "synchronize", "graph_pool_handle", "CUDAGraph"):
+        for name in ("Stream", "stream", "synchronize", "empty_cache", "graph_pool_handle", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def Stream(self, device: torch.device) -> str:
@@ -37,6 +37,9 @@ class _Cuda:
 
     def synchronize(self, device: torch.device) -> None:
         self.calls.append(("synchronize",))
+
+    def empty_cache(self) -> None:
+        self.calls.append(("empty_cache",))
 
     def graph_pool_handle(self) -> tuple[int, int]:
         self.num_pools += 1
@@ -70,7 +73,8 @@ def test_pieces_are_captured_on_a_stream_of_their_own_into_one_pool(cuda: _Cuda)
             recorder.end()
     assert gc.isenabled()
     piece = [("begin", (0, 1), "thread_local"), ("end",)]
-    assert cuda.calls == [("synchronize",), ("enter", "side stream"), *piece, *piece, ("leave", "side stream")]
+    first = [("synchronize",), ("empty_cache",)]
+    assert cuda.calls == [*first, ("enter", "side stream"), *piece, *piece, ("leave", "side stream")]
     recorder.forget_pool()
     with recorder.session():
         recorder.begin()
