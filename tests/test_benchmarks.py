@@ -63,6 +63,17 @@ def test_all_ways_of_the_benchmark_of_experts_compute_the_same(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ms"]["bfloat16"].keys() == {"1", "3"}
 
 
+def test_the_benchmark_of_sums_over_ranks_measures_gloo_where_there_is_no_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "all_reduce.py"), "--device", "cpu", "--ranks", "2"]
+    command += ["--sizes", "64", "4096", "--repeat", "2"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    times = json.loads(ended.stdout.splitlines()[-1])["microseconds"]
+    assert times.keys() == {"gloo"}
+    assert times["gloo"].keys() == {"64", "4096"}
+    assert min(times["gloo"].values()) > 0
+
+
 def _run_gpu_benchmark(arguments: str, folder: Path) -> dict[str, Any]:
     """The rows of a run in a process of its own, as a user starts it, from another folder."""
     script = ROOT / "benchmarks" / "gpu.py"

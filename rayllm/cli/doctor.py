@@ -104,7 +104,7 @@ def examine_fabric() -> list[Finding]:
     """Has each two GPUs of this machine exchange messages, from processes that are started for it."""
     from rayllm.config import count_gpus
     from rayllm.errors import EngineError
-    from rayllm.executor.local_fabric import check_local_links
+    from rayllm.executor.local_ranks import check_local_links
 
     num_gpus = count_gpus()
     if num_gpus == 1:

@@ -48,7 +48,7 @@ def _fabric(monkeypatch: pytest.MonkeyPatch, num_gpus: int, links: list[Link] | 
         return links
 
     monkeypatch.setattr("rayllm.config.count_gpus", lambda: num_gpus)
-    monkeypatch.setattr("rayllm.executor.local_fabric.check_local_links", check)
+    monkeypatch.setattr("rayllm.executor.local_ranks.check_local_links", check)
     findings = doctor.examine_fabric()
     assert asked == ([] if num_gpus == 1 else [(num_gpus, "cuda")] if num_gpus else [(2, "cpu")])
     return findings

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rayllm.errors import EngineError
-from rayllm.executor.local_fabric import check_local_links
+from rayllm.executor.local_ranks import check_local_links
 
 
 def test_processes_of_this_machine_check_their_link() -> None:
@@ -13,5 +13,5 @@ def test_processes_of_this_machine_check_their_link() -> None:
 
 
 def test_a_rank_that_cannot_take_part_is_named() -> None:
-    with pytest.raises(EngineError, match="rank 0 could not check its links: "):
+    with pytest.raises(EngineError, match="rank 0 failed: "):
         check_local_links(1, "cuda")
