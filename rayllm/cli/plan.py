@@ -139,11 +139,12 @@ def _as_text(fit: Fit, device_bytes: int, commands: Sequence[str]) -> str:
         device = f"{size} x GPU of {amount(device_bytes)}, of which {config.engine.gpu_memory_utilization:.0%} are used"
     else:
         device = f"CPU with {amount(device_bytes)} free, {size} rank{'s' if size > 1 else ''}"
+    how = "estimated: measured at start" if config.device == "cuda" else "at most"
     rows = [
         ("model", f"{config.served_model_name} ({spec.architecture}, {spec.num_layers} layers, {config.dtype})"),
         ("device", device),
         (f"weights per {where} rank", amount(needs.weights)),
-        ("activations", f"{amount(needs.activations)} (at most, {config.max_num_batched_tokens} tokens per step)"),
+        ("activations", f"{amount(needs.activations)} ({how}, {config.max_num_batched_tokens} tokens per step)"),
         ("KV per token", amount(needs.kv_per_token)),
         ("room for KV", f"{amount(fit.kv_bytes)}: {fit.num_kv_tokens} tokens"),
         ("context", _context(fit)),

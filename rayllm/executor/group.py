@@ -190,18 +190,15 @@ class WorkerGroup:
         actors.show_gpus(new)
         lap("start processes")
         self._on_stage("loading weights")
-        num_blocks = actors.call(new, "load", on_wait=lambda: self._show_progress(new))
+        actors.call(new, "load", on_wait=lambda: self._show_progress(new))
         lap("load weights")
         actors.loaded.update(new)
-        # A replacement is given what the first one had: what its predecessor held is free, or about to be.
-        self.num_blocks = self.num_blocks or min(num_blocks.values())
-        actors.has_started = True
-        self._on_stage("warming up")
         # One that was lost meanwhile is better found now than by peers that wait for it to join; and one may still be
         # in a join that failed.
         actors.call(self.ranks, "alive")
         lap("ask all")
         if len(self.ranks) > 1:
+            self._on_stage("joining workers")
             store = actors.call([0], "open_store", LOOPBACK if actors.single_node else actors.places[0].host)[0]
             lap("open store")
             actors.call(self.ranks, "join", store, actors.share_a_node())
@@ -211,6 +208,12 @@ class WorkerGroup:
                 log.info(actors.check_links())
                 self._has_checked_links = True
                 lap("check links")
+        if not self.num_blocks:  # a replacement is given what the first one had: its predecessor's memory is free
+            self._on_stage("measuring memory")
+            self.num_blocks = min(actors.call(self.ranks, "count_blocks").values())
+            lap("measure memory")
+        actors.has_started = True
+        self._on_stage("warming up")
         actors.call(self.ranks, "start", self.num_blocks)
         lap("warm up")
         self._links = WorkerLinks(self._connect(), self._layout.answering_rank)

@@ -19,7 +19,8 @@ class StepRunner(Protocol):
         """Steps that may be launched and not finished: 1 where `launch` or `finish` computes, 2 where the device does
         while the host goes on."""
 
-    def num_blocks_available(self) -> int: ...
+    def num_blocks_available(self) -> int:
+        """Asked once, when all ranks have joined, and of all of them together: they may compute a step."""
 
     def start(self, num_blocks: int) -> None:
         """Allocates the KV pool when first called; begins with no rows every time."""

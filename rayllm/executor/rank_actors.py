@@ -64,7 +64,8 @@ class RankActors:
         self.loaded: set[int] = set()
         """Ranks that have their weights."""
         self.has_started = False
-        """Whether all ranks have loaded their weights once: from then on requests may wait for them."""
+        """Whether all ranks have loaded their weights and counted their KV blocks once: from then on requests may wait
+        for them."""
         self.lock = threading.Lock()
         self.closed = False
         self._config = config

@@ -34,8 +34,8 @@ RunnerFactory = Callable[[ResolvedConfig, "TensorParallel"], StepRunner]
 
 
 class WorkerLoop:
-    """One rank's life, without Ray: `load`, then for each group of peers `open_store` (rank 0), `join`, `start`,
-    `serve`, in this order.
+    """One rank's life, without Ray: `load`, then for each group of peers `open_store` (rank 0), `join`, in the
+    first one `count_blocks`, `start`, `serve`, in this order.
 
     A standby has no rank until it takes one; it may `prepare` before.
     """
@@ -77,15 +77,11 @@ class WorkerLoop:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(node_gpus)
         self._gpu_index = node_gpus.index(own_gpu)
 
-    def load(self) -> int:
-        """Loads the weights; returns the KV blocks there is room for.
-
-        Raises whatever the runner raises for a checkpoint it cannot load.
-        """
+    def load(self) -> None:
+        """Loads the weights. Raises whatever the runner raises for a checkpoint it cannot load."""
         assert self.rank is not None, "a standby takes a rank first"
         self._runner = self._spare.pop(self.rank, None) or self._make_runner(self.rank)
         self._spare.clear()
-        return self._runner.num_blocks_available()
 
     def _make_runner(self, rank: int) -> StepRunner:
         import torch
@@ -156,6 +152,11 @@ class WorkerLoop:
     def leave(self) -> None:
         """See `ProcessGroup`."""
         self._group.leave()
+
+    def count_blocks(self) -> int:
+        """The KV blocks there is room for. All ranks are asked together, once they have joined: they may compute a
+        step. Raises `ConfigError` where there is too little room."""
+        return self._loaded().num_blocks_available()
 
     def start(self, num_blocks: int) -> None:
         """Allocates the KV pool, when that is not done, forgets all rows, and computes a little with the peers."""

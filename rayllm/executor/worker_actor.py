@@ -54,8 +54,8 @@ class WorkerActor:
     def show_gpus(self, node_gpus: tuple[str, ...], own_gpu: str) -> None:
         self._loop.show_gpus(node_gpus, own_gpu)
 
-    def load(self) -> int:
-        return self._loop.load()
+    def load(self) -> None:
+        self._loop.load()
 
     def _name_logs(self, rank: int | None) -> None:
         process = "worker standby" if rank is None else f"worker {rank}"
@@ -69,6 +69,9 @@ class WorkerActor:
 
     def check_links(self) -> list[Link]:
         return self._loop.check_links()
+
+    def count_blocks(self) -> int:
+        return self._loop.count_blocks()
 
     def start(self, num_blocks: int) -> None:
         self._loop.start(num_blocks)

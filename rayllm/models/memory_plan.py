@@ -1,5 +1,6 @@
 """What a model needs of a rank's memory, from its spec and the settings alone: known before anything is loaded. Plain
-Python: no torch is imported. `rayllm plan` shows it, and the workers use the same numbers."""
+Python: no torch is imported. `rayllm plan` shows it. Workers use the same numbers, but measure what a step takes on a
+GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class MemoryNeeds:
 
     weights: int
     activations: int
-    """A bound for what one step allocates: the widest layer's intermediates and the logits."""
+    """An estimate of what one step allocates: the widest layer's intermediates and the logits. On a GPU, workers
+    measure it when they start."""
     kv_per_token: int
     """All layers together."""
     kv_per_block: int

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +18,7 @@ from rayllm.config import ResolvedConfig, count_cores
 from rayllm.distributed.groups import TensorParallel
 from rayllm.errors import NO_TOKEN_LEFT
 from rayllm.layers.kv_cache import KVPool
-from rayllm.messages import Finish, RowParams, RowStart, RowTable, StepPlan, StepResult
+from rayllm.messages import Finish, RowParams, StepPlan, StepResult
 from rayllm.models import load_model
 from rayllm.models.memory_plan import MemoryNeeds
 from rayllm.request import pack_ids, unpack_ids
@@ -25,8 +26,9 @@ from rayllm.runner.batch import PromptLogprobSpan, StagedStep, stage_step
 from rayllm.runner.device_check import check_device, device_name
 from rayllm.runner.device_state import DeviceState
 from rayllm.runner.graphs import open_graphs
-from rayllm.runner.memory import check_weights_fit, plan_num_blocks
+from rayllm.runner.memory import check_weights_fit, leaves_room_to_memory, measure_step_bytes, plan_num_blocks
 from rayllm.runner.rows import Rows
+from rayllm.runner.trial_steps import EVERY_RULE, GREEDY, end_of, largest_counts, next_token_of, step_of_new_rows
 from rayllm.sampling.logprobs import Logprobs, compute_logprobs
 from rayllm.sampling.sampler import Draws, SampledOnHost, Sampler
 from rayllm.structured.rows import StructuredRows
@@ -133,8 +135,27 @@ class Runner:
         )
 
     def num_blocks_available(self) -> int:
-        """KV blocks this rank could hold; the engine takes the least of all ranks."""
-        return plan_num_blocks(self._config, self._needs, self._device)
+        """KV blocks this rank could hold; the engine takes the least of all ranks, which call this together, once they
+        have joined: on a GPU they compute the largest step, to see what it takes."""
+        step_bytes = 0
+        if self._device.type == "cuda" and leaves_room_to_memory(self._config):
+            step_bytes = measure_step_bytes(self._config, self._device, self.compute_largest_step)
+        return plan_num_blocks(self._config, self._needs, self._device, step_bytes)
+
+    def compute_largest_step(self) -> None:
+        """As many tokens and rows as a step may have, by every rule of the sampler, in a KV pool that is gone after it.
+        Before `start`."""
+        config, backend = self._config, self._model.backend
+        counts = largest_counts(config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len)
+        # Only what the host prepares grows with the context.
+        num_computed = 0 if backend.uses_device_rows else config.max_model_len - max(counts)
+        self._rows = self._no_rows(1)
+        self._kv = self._model.allocate_kv(2, config.block_size)
+        self._kv.clear_all()
+        try:
+            self._compute_new_rows(counts, EVERY_RULE, num_computed)
+        finally:
+            self._kv = None
 
     def start(self, num_blocks: int) -> None:
         """Allocates the KV pool, once, and one block that no row is given; begins with no rows, every time. What the
@@ -159,17 +180,11 @@ class Runner:
 
     def warm_up(self) -> None:
         """One short prompt and one decode step, so that the first request does not pay for first uses (allocators,
-        library handles, collectives); with `cuda_graphs="full"` also what makes all graphs be captured. Leaves no row
-        behind; all ranks must call it."""
+        library handles, collectives, on a GPU the compiler); with `cuda_graphs="full"` also what makes all graphs be
+        captured. Leaves no row behind; all ranks must call it."""
         num_tokens = min(_WARM_UP_TOKENS, self._config.max_model_len, self._config.max_num_batched_tokens)
-        num_blocks = -(-min(num_tokens + 1, self._config.max_model_len) // self._config.block_size)
-        tables = [RowTable(pack_ids(range(num_blocks)))] * len(self._model.kv_groups)  # what it gives is of no use
-        params = RowParams(temperature=0)
-        start = RowStart(0, pack_ids([0] * num_tokens), num_tokens, 0, tables, params, 0, 0)
-        self.execute(StepPlan(0, 0, b"", [start], b"", b"", pack_ids([0]), pack_ids([num_tokens]), num_tokens))
-        if num_tokens < self._config.max_model_len:
-            self.execute(StepPlan(0, 0, b"", [], b"", b"", pack_ids([0]), pack_ids([1]), 1))
-        self._forget_rows(1)
+        for params in (GREEDY,) if self._device.type == "cpu" else (GREEDY, EVERY_RULE):
+            self._compute_new_rows([num_tokens], params, and_next=num_tokens < self._config.max_model_len)
         if self._graphs is not None and self._config.engine.cuda_graphs == "full":
             for bucket in self._graphs.buckets:
                 counts = [1] * bucket.num_tokens
@@ -177,22 +192,18 @@ class Runner:
                     num_whole, rest = divmod(bucket.num_tokens, self._config.max_model_len)
                     counts = [rest] * (rest > 0) + [self._config.max_model_len] * num_whole
                 for _ in range(2):  # the second one is captured
-                    self._compute_prompts(counts)
+                    self._compute_new_rows(counts)
 
-    def _compute_prompts(self, counts: list[int]) -> None:
-        """A step of new rows with so many tokens each, all in one block. What it gives is of no use."""
-        starts = []
-        for row, count in enumerate(counts):
-            blocks = pack_ids([0] * -(-count // self._config.block_size))
-            tables = [RowTable(blocks)] * len(self._model.kv_groups)
-            starts.append(RowStart(row, pack_ids([0] * count), count, 0, tables, RowParams(temperature=0), 0, 0))
-        rows = pack_ids(range(len(counts)))
-        self.execute(StepPlan(0, 0, b"", starts, b"", b"", rows, pack_ids(counts), sum(counts)))
-        self._forget_rows(len(counts))
-
-    def _forget_rows(self, num_rows: int) -> None:
-        """Ends rows from 0 on, as a plan would."""
-        self._rows.apply(StepPlan(0, 0, pack_ids(range(num_rows)), [], b"", b"", b"", b"", 0))
+    def _compute_new_rows(
+        self, counts: Sequence[int], params: RowParams = GREEDY, num_computed: int = 0, *, and_next: bool = False
+    ) -> None:
+        """A trial step, and with `and_next` one more token of each row; leaves no row behind."""
+        num_groups, num_rows = len(self._model.kv_groups), len(counts)
+        plan = step_of_new_rows(counts, self._config.block_size, num_groups, params, num_computed, room=int(and_next))
+        self.execute(plan)
+        if and_next:
+            self.execute(next_token_of(num_rows))
+        self._rows.apply(end_of(num_rows))
         for row in range(num_rows):
             self._sampler.clear_row(row)
 

@@ -152,8 +152,8 @@ def make_group() -> Iterator[Callable[..., WorkerGroup]]:
 def test_two_ranks_compute_together(pair: Pair) -> None:
     group = pair.group
     assert pair.stages == [
-        "placing workers", "starting 2 workers", "loading weights", "warming up",
-        "checking links between workers",
+        "placing workers", "starting 2 workers", "loading weights", "joining workers",
+        "checking links between workers", "measuring memory", "warming up",
     ]  # fmt: skip
     assert (group.num_blocks, group.max_inflight_steps) == (39, 2)
     group.send(_plan(1))

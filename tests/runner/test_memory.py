@@ -9,7 +9,7 @@ from fakes import fake_config, fake_spec
 from rayllm.errors import ConfigError
 from rayllm.models.memory_plan import MemoryNeeds
 from rayllm.runner import memory
-from rayllm.runner.memory import check_weights_fit, plan_num_blocks
+from rayllm.runner.memory import check_weights_fit, leaves_room_to_memory, measure_step_bytes, plan_num_blocks
 
 CPU = torch.device("cpu")
 
@@ -76,3 +76,68 @@ def test_a_window_needs_blocks_for_what_it_keeps_alone() -> None:
     assert plan_num_blocks(config, few, CPU) == 20, "128 tokens need 32 blocks without the window"
     assert plan_num_blocks(config.model_copy(update={"max_num_seqs": 2}), few, CPU) == 2 * per_sequence
     assert [windowed.max_tokens(num_blocks, 4096) for num_blocks in (0, 3, 4, 5)] == [0, 12, 16, 4096]
+
+
+class _Gpu:
+    """Memory of a GPU of 100 GiB, as `torch.cuda` tells it: 3 GiB are others', the rest is reserved by this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.reserved = self.peak = 20.0
+        self.cached = 1.5
+        """Of what is reserved."""
+        for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_reserved", "memory_reserved", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", self.mem_get_info)
+
+    def take(self, gib: float) -> None:
+        self.reserved += gib
+        self.peak = max(self.peak, self.reserved)
+
+    def empty_cache(self) -> None:
+        self.reserved, self.cached = self.reserved - self.cached, 0.0
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.peak = self.reserved
+
+    def max_memory_reserved(self, device: torch.device) -> int:
+        return int(self.peak * 2**30)
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return int(self.reserved * 2**30)
+
+    def synchronize(self, device: torch.device) -> None:
+        pass
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return int((97 - self.reserved) * 2**30), 100 * 2**30
+
+
+def test_a_gpus_kv_cache_gets_what_the_largest_step_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, device = _Gpu(monkeypatch), torch.device("cuda")
+    config = fake_config(device="cuda", engine={"gpu_memory_utilization": 0.9}, max_num_seqs=10**6)
+
+    def step() -> None:
+        gpu.take(7.0)
+        gpu.cached = 5.0  # the other two are tables that stay
+
+    step_bytes = measure_step_bytes(config, device, step)
+    assert step_bytes == 5 * 2**30
+    held = 18.5 + 2 + 3
+    room = plan_num_blocks(config, replace(needs(2**20), kv_per_block=2**20), device, step_bytes)
+    assert room == (90 - held - 5) * 2**10
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_makes_it_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Gpu(monkeypatch)
+
+    def step() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens=64 .* max_num_seqs=8 .* lower either.*9 GiB"):
+        measure_step_bytes(fake_config(device="cuda"), torch.device("cuda"), step)
+
+
+def test_memory_is_measured_where_nobody_said_how_much_the_cache_gets() -> None:
+    assert leaves_room_to_memory(fake_config())
+    assert not leaves_room_to_memory(fake_config(engine={"num_kv_blocks": 7}))
+    assert not leaves_room_to_memory(fake_config(engine={"kv_cache_memory_bytes": 10**6}))

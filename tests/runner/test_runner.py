@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from triton_interpreter import corrected
 
 from rayllm.config import EngineConfig
 from rayllm.distributed.groups import TensorParallel
@@ -15,6 +17,7 @@ from rayllm.engine.owner.resolve import resolve
 from rayllm.messages import RowParams, RowStart, RowTable, StepPlan, StepResult
 from rayllm.request import StructuredOutputsParams, pack_ids, unpack_ids
 from rayllm.runner.runner import Runner
+from rayllm_kernels.device import interpreted
 
 PROMPT = [5, 9, 30, 31, 77, 100, 12]
 
@@ -153,3 +156,19 @@ def test_a_plan_is_launched_ahead_unless_a_grammar_binds_one_of_its_rows(runner:
     runner.execute(_plan(0, {0: len(PROMPT), 1: len(PROMPT)}, [bound, _start(1, [8, 2])]))
     assert not runner.may_launch_ahead(_plan(1, {0: 1, 1: 1}))
     assert runner.may_launch_ahead(_plan(1, {1: 1}))
+
+
+@pytest.mark.parametrize("on_device", [False, pytest.param(True, marks=pytest.mark.kernels)])
+def test_the_largest_step_is_computed_before_the_start_and_leaves_nothing_behind(
+    llama_path: Path, reference: list[torch.Tensor], on_device: bool
+) -> None:
+    settings = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 40, "max_model_len": 64}
+    with corrected() if on_device else nullcontext(), interpreted() if on_device else nullcontext():
+        config = resolve(EngineConfig(model=str(llama_path), device="cpu", num_kv_blocks=200, **settings))
+        runner = Runner(config, TensorParallel())
+        runner.compute_largest_step()
+        assert runner._kv is None
+        runner.start(200)
+        result = runner.execute(_plan(0, {1: len(PROMPT)}, [_start(1, [8, 2, 5, 1])]))
+    assert _tokens(result) == {1: int(reference[0].argmax())}
+    assert not result.invalid_rows
