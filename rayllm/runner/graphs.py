@@ -59,11 +59,13 @@ class Break:
     layer: LayerAttention | LatentLayerAttention
     out: Tensor
 
-    def run(self, metadata: list[Any]) -> None:
+    def run(self, metadata: list[Any], num_tokens: int) -> None:
+        """Of the step's own tokens: the backend does not see padding."""
         attend: Any = self.backend.forward
         if isinstance(self.layer, LatentLayerAttention):
             attend = self.backend.forward_latent
-        self.out.copy_(attend(*self.inputs, self.kv, metadata[self.kv_group], self.layer))
+        inputs = (tensor[:num_tokens] for tensor in self.inputs)
+        self.out[:num_tokens].copy_(attend(*inputs, self.kv, metadata[self.kv_group], self.layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,10 @@ class RecordedStep:
     addresses: tuple[int, ...]
     hidden_ND: Tensor
 
-    def replay(self, metadata: list[Any]) -> Tensor:
+    def replay(self, metadata: list[Any], num_tokens: int) -> Tensor:
         for graph, attention in zip(self.graphs, self.breaks):
             graph.replay()
-            attention.run(metadata)
+            attention.run(metadata, num_tokens)
         self.graphs[-1].replay()
         return self.hidden_ND
 
@@ -139,7 +141,8 @@ class StepGraphs:
             with self._lock:
                 if recorded := self._recording_of(batch, pool, bucket):
                     # The metadata of a graph without breaks is part of it.
-                    return recorded.replay(self._model.backend.prepare(batch) if recorded.breaks else [])
+                    metadata = self._model.backend.prepare(batch) if recorded.breaks else []
+                    return recorded.replay(metadata, batch.query_starts[-1])
         return self._model.forward(batch, pool)
 
     def _bucket_of(self, batch: Batch) -> Bucket | None:
