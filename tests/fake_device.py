@@ -260,6 +260,8 @@ def _patches(log: DeviceLog, arch: int) -> dict[str, Any]:
         "empty": _with_fake_pinned(torch.empty),
         "zeros": _with_fake_pinned(torch.zeros),
         "cuda.Event": event,
+        "cuda.is_available": lambda: True,
+        "_subclasses.fake_tensor.init_gpu_context": lambda device: None,
         "cuda.current_stream": lambda device=None: stream,
         "cuda.synchronize": lambda device=None: log.waited("device"),
         "cuda.current_device": lambda: 0,
@@ -289,6 +291,7 @@ def fake_cuda(guard: Path, arch: int = 90) -> Iterator[DeviceLog]:
         for name, value in _patches(log, arch).items():
             stack.enter_context(mock.patch(f"torch.{name}", value))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist_with(log)))
+        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(observed(log.launched))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(log)
