@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rayllm.distributed.cuda_memory import CudaPeerMemory, PeerMemory
 from rayllm.distributed.exchange import Exchange
+from rayllm.distributed.nvlink import has_nvlink
 from rayllm_kernels.all_reduce import Peers, one_shot, shared_bytes, two_shot
 
 log = logging.getLogger(__name__)
@@ -139,9 +140,15 @@ class CustomAllReduce:
             return
         if len({*gpus}) < len(gpus):
             raise RuntimeError(f"ranks are on the same GPUs: {gpus}")
+        own = self._device.index
         for gpu in gpus:
-            if gpu != self._device.index and not torch.cuda.can_device_access_peer(self._device.index, gpu):
-                raise RuntimeError(f"GPU {self._device.index} has no peer-to-peer access to GPU {gpu}")
+            if gpu == own:
+                continue
+            if not torch.cuda.can_device_access_peer(own, gpu):
+                raise RuntimeError(f"GPU {own} has no peer-to-peer access to GPU {gpu}")
+            # Each rank reads from all others at once: more than two share what PCIe has.
+            if self._size > 2 and not has_nvlink(_uuid(own), _uuid(gpu)):
+                raise RuntimeError(f"GPU {own} and GPU {gpu} are not linked by NVLink")
 
     def _allocate(self, exchange: Exchange) -> None:
         self._memory = self._make_memory()
@@ -194,6 +201,10 @@ class CustomAllReduce:
     def _log(self, text: str) -> None:
         if self._rank == 0:
             log.info("all-reduce over %d ranks: %s", self._size, text)
+
+
+def _uuid(gpu: int) -> str:
+    return f"GPU-{torch.cuda.get_device_properties(gpu).uuid}"
 
 
 def _agreed_problem(exchange: Exchange, number: int, stage: Callable[[Exchange], None]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import collectives
 import pytest
@@ -103,6 +104,22 @@ def test_gpus_without_peer_access_are_named(monkeypatch: pytest.MonkeyPatch, cap
     custom = CustomAllReduce(0, 2, torch.device("cuda:0"), SIZE_LIMITS[8, 2], make_memory=pytest.fail)
     custom.connect(_Alone(2), one_node=True)
     assert "GPU 0 has no peer-to-peer access to GPU 3" in caplog.text
+
+
+def test_more_than_two_gpus_must_be_linked_by_nvlink(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", all_reduce.log.name)
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid=f"u{gpu}"))
+    monkeypatch.setattr(all_reduce, "has_nvlink", lambda *uuids: asked.append(uuids) or "GPU-u2" not in uuids)
+    gathered = {"gpu": ["0", "1", "2", "3"]}
+    monkeypatch.setattr(_Alone, "gather", lambda self, key, value: gathered.get(key, [value] * self.size))
+    custom = CustomAllReduce(0, 4, torch.device("cuda:0"), SIZE_LIMITS[8, 4], make_memory=pytest.fail)
+    custom.connect(_Alone(4), one_node=True)
+    assert asked == [("GPU-u0", "GPU-u1"), ("GPU-u0", "GPU-u2")]
+    assert "GPU 0 and GPU 2 are not linked by NVLink (rank 0)" in caplog.text
 
 
 def test_the_sizes_are_those_of_the_gpu_and_a_kernel_can_take_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from call_in_thread import call_in_thread
+from fake_nccl import FakeNccl
 from fakes import OneStepAtATime, fake_config
 
 from rayllm.executor.channel import Channel
@@ -144,6 +145,57 @@ def test_ranks_on_gpus_share_memory_once_they_have_joined_and_let_it_go_before_t
     loop.abort()
     assert _AllReduce.events == [(1, 2, "cuda:1", "limits", disabled), ("connect", 1, 2, True), "abort"]
     assert [release.__name__ for release in loop._before_abort] == ["close"]
+
+
+def test_a_survivor_on_a_gpu_leaves_its_step_lets_all_go_and_computes_with_its_weights_in_the_next_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nccl = FakeNccl(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    monkeypatch.setattr("rayllm.distributed.all_reduce.CustomAllReduce", _AllReduce)
+    monkeypatch.setattr("rayllm.distributed.all_reduce.size_limits", lambda device, size: "limits")
+    runners: list[Any] = []
+
+    class Runner(_Runner):
+        """One that records graphs, whose steps wait for a peer that has died."""
+
+        def __init__(self, config: Any, tp: Any):
+            super().__init__()
+            tp.before_abort.append(nccl.drop_graphs)
+            runners.append(self)
+
+        def execute(self, plan: StepPlan) -> StepResult:
+            if plan.epoch == 0:
+                nccl.compute()
+            return StepResult(plan.step, plan.epoch, b"", b"", {}, {}, 0.5)
+
+    loop = WorkerLoop(fake_config(device="cuda", engine={"tensor_parallel_size": 2}), 0, Runner)
+    loop.show_gpus(("5", "2"), "2")
+    loop.load()
+    _AllReduce.events = nccl.events
+    for epoch in (0, 1):
+        loop.join(loop.open_store("127.0.0.1"), one_node=True)
+        loop.start(7)
+        ours, theirs = socket.socketpair()
+        driver, worker = Channel(ours, "worker"), Channel(theirs, "the driver")
+        serving = call_in_thread(lambda: loop.serve(worker))  # noqa: B023
+        driver.send(_plan(1, epoch))
+        if epoch == 0:
+            driver.close()
+            loop.abort()
+            assert serving.result(10.0) is None
+        else:
+            assert msgspec.msgpack.decode(driver.receive(5.0), type=StepResult).epoch == 1
+            driver.close()
+            serving.result(10.0)
+        worker.close()
+    joined = ["formed", ("connect", 0, 2, True)]
+    left = ["abort", "abort begins", "close", "graphs dropped", "abort ends"]
+    events = [event for event in nccl.events if event != "step returns"]
+    assert events[: 2 * len(joined) + len(left)] == [*joined, *left, *joined]
+    assert sorted(events[2 * len(joined) + len(left) :]) == sorted(left[1:])
+    assert nccl.events.index("step returns") < nccl.events.index("close")
+    assert len(runners) == 1
 
 
 def test_neither_driver_nor_worker_imports_what_it_does_not_need() -> None:
