@@ -22,6 +22,10 @@ class PerHeadLinear:
             return torch.bmm(x_HTI.float(), weight_HIO.float()).to(x_THI.dtype).transpose(0, 1)
         return torch.bmm(x_HTI, weight_HIO).transpose(0, 1)
 
+    def into(self, x_THI: Tensor, out_THO: Tensor) -> None:
+        """Writes the products to `out_THO`, which may be part of a wider tensor; the weight is not widened."""
+        torch.bmm(x_THI.transpose(0, 1), self._weight_HIO, out=out_THO.transpose(0, 1))
+
     def of_shared(self, x_TI: Tensor, heads: range, out_HTO: Tensor) -> None:
         """Writes the products of some heads with the same inputs to `out_HTO`, which may be part of a wider tensor."""
         weight_HIO = self._weight_HIO[heads.start : heads.stop]

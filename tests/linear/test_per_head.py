@@ -22,6 +22,11 @@ def test_each_head_has_a_product_of_its_own(
     expected_THO = torch.einsum("thi,hoi->tho", x_THI.double(), weight_HOI.double())
     torch.testing.assert_close(linear(x_THI).double(), expected_THO, atol=tolerance, rtol=tolerance)
 
+    wide_THW = torch.full((num_tokens, 3, 7), 9.0, dtype=dtype)
+    linear.into(x_THI, wide_THW[..., :5])
+    torch.testing.assert_close(wide_THW[..., :5].double(), expected_THO, atol=tolerance, rtol=tolerance)
+    assert (wide_THW[..., 5:] == 9).all()
+
     wide_HTW = torch.full((2, num_tokens, 7), 9.0, dtype=dtype)
     linear.of_shared(x_THI[:, 0], range(1, 3), wide_HTW[..., :5])
     expected_HTO = torch.einsum("ti,hoi->hto", x_THI[:, 0].double(), weight_HOI[1:3].double())

@@ -10,7 +10,7 @@ from rayllm_kernels.device import uses_triton
 from rayllm_kernels.rope import reference
 from rayllm_kernels.rope.reference import HeadNorm, Rotation, rope
 
-__all__ = ["HeadNorm", "Rotation", "cos_sin", "rope", "rope_and_write"]
+__all__ = ["HeadNorm", "Rotation", "cos_sin", "rope", "rope_and_write", "rope_and_write_latent"]
 
 
 def cos_sin(
@@ -44,3 +44,22 @@ def rope_and_write(
 
         return triton.rope_and_write(qkv_TAD, k_cache, v_cache, slots_T, rotation, norm, k_scale, v_scale)
     return reference.rope_and_write(qkv_TAD, k_cache, v_cache, slots_T, rotation, norm, k_scale, v_scale)
+
+
+def rope_and_write_latent(
+    q_THD: Tensor,
+    down_TW: Tensor,
+    cache: Tensor,
+    slots_T: Tensor,
+    rotation: Rotation,
+    weight_C: Tensor,
+    eps: float,
+    scale: float = 1.0,
+) -> None:
+    """Rotation of queries in place; latents, normed, and their keys, rotated, to their slots."""
+    if uses_triton(q_THD):
+        from rayllm_kernels.rope import triton
+
+        triton.rope_and_write_latent(q_THD, down_TW, cache, slots_T, rotation, weight_C, eps, scale)
+    else:
+        reference.rope_and_write_latent(q_THD, down_TW, cache, slots_T, rotation, weight_C, eps, scale)

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021). Shape letters: T tokens, H heads, D head width, R rotated width (R <= D;
 channels past R pass through unchanged). Of a layer's projections: A heads of queries, keys and values, B of queries and
-keys, K of keys.
+keys, K of keys. Of latent attention: C width of a latent, W = C + R.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rayllm_kernels.kv_cache.reference import write_kv
+from rayllm_kernels.kv_cache.reference import write_kv, write_latent
 from rayllm_kernels.norm.reference import rms_norm
 
 
@@ -83,6 +83,27 @@ def rope_and_write(
     k_TKD, v_TKD = qk_TBD[kept_T, num_heads:], v_TKD[kept_T]
     write_kv(k_TKD, v_TKD, k_cache, v_cache, slots_T[kept_T], None, k_scale, v_scale)
     return qk_TBD[:, :num_heads].contiguous()
+
+
+def rope_and_write_latent(
+    q_THD: Tensor,
+    down_TW: Tensor,
+    cache: Tensor,
+    slots_T: Tensor,
+    rotation: Rotation,
+    weight_C: Tensor,
+    eps: float,
+    scale: float = 1.0,
+) -> None:
+    """`rope_and_write` of latent attention: the last R channels of a query's heads are rotated in place; of `down_TW`
+    the first C channels, the latent, are normed and the last R, the key of all heads, rotated, and both go to the
+    token's slot of the cache `[blocks, 1, P, W]`."""
+    width, latent_dim = rotation.cos_TR.shape[-1], len(weight_C)
+    q_THD[..., -width:] = rope(q_THD[..., -width:], *rotation)
+    key_TR = rope(down_TW[:, latent_dim:].unsqueeze(1), *rotation).squeeze(1)
+    latent_TW = torch.cat((rms_norm(down_TW[:, :latent_dim], weight_C, eps), key_TR), dim=-1)
+    kept_T = slots_T >= 0
+    write_latent(latent_TW[kept_T], cache, slots_T[kept_T], scale)
 
 
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, in_pairs: bool = False) -> Tensor:

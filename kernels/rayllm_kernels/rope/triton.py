@@ -98,6 +98,48 @@ def rope_and_write(
     return q_THD
 
 
+def rope_and_write_latent(
+    q_THD: Tensor,
+    down_TW: Tensor,
+    cache: Tensor,
+    slots_T: Tensor,
+    rotation: Rotation,
+    weight_C: Tensor,
+    eps: float,
+    scale: float = 1.0,
+) -> None:
+    """See `reference.rope_and_write_latent`; the heads of a token's queries are contiguous."""
+    num_tokens, num_heads, head_dim = q_THD.shape
+    width, latent_dim = rotation.cos_TR.shape[-1], len(weight_C)
+    pairs = triton.next_power_of_2(width // 2)
+    heads = min(triton.next_power_of_2(num_heads), max(1, _TILE // (2 * pairs)))
+    launch(
+        _rope_and_write_latent,
+        (num_tokens, 1 + triton.cdiv(num_heads, heads)),
+        q_THD,
+        down_TW,
+        cache,
+        slots_T,
+        rotation.cos_TR,
+        rotation.sin_TR,
+        weight_C,
+        q_THD.stride(0),
+        down_TW.stride(0),
+        eps,
+        scale,
+        H=num_heads,
+        D=head_dim,
+        C=latent_dim,
+        R=width,
+        IN_PAIRS=rotation.in_pairs,
+        FP8=cache.dtype == torch.float8_e4m3fn,
+        HEADS=heads,
+        PAIRS=pairs,
+        LATENT=triton.next_power_of_2(latent_dim),
+        num_warps=4,
+    )
+
+
 @triton.jit(do_not_specialize=("num_angles",))  # it varies from step to step
 def _cos_sin(
     positions_ptr,
@@ -198,13 +240,65 @@ def _rope_and_write(
         store_rounded(values, v_cache_ptr + place + head * (PAGE * D) + channel, mask, v_scale, FP8)
 
 
+@triton.jit(do_not_specialize_on_alignment=("slots_ptr",))
+def _rope_and_write_latent(
+    q_ptr,
+    down_ptr,
+    cache_ptr,
+    slots_ptr,
+    cos_ptr,
+    sin_ptr,
+    weight_ptr,
+    q_stride_token,
+    down_stride_token,
+    eps,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    FP8: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LATENT: tl.constexpr,
+):
+    """One token's latent with its key, or its queries of `HEADS` heads."""
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    cos_ptr += token * R
+    sin_ptr += token * R
+    if part == 0:
+        slot = tl.load(slots_ptr + token)
+        x_ptr = down_ptr + token * down_stride_token
+        place = cache_ptr + slot * (C + R)
+        channel = tl.arange(0, LATENT)
+        x = tl.load(x_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+        normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / C + eps) * weight
+        store_rounded(normed, place + channel, channel < tl.where(slot >= 0, C, 0), scale, FP8)
+        key = tl.arange(0, 1)[:, None]
+        mask = key < tl.where(slot >= 0, 1, 0)
+        _rotate_heads(
+            x_ptr + C + key, place + C + key, mask, None, eps, cos_ptr, sin_ptr, scale,
+            R, R, IN_PAIRS, FP8, 1, PAIRS, 1,
+        )  # fmt: skip
+    else:
+        head = (part - 1) * HEADS + tl.arange(0, HEADS)[:, None]
+        heads_ptr = q_ptr + token * q_stride_token + head * D + (D - R)
+        _rotate_heads(
+            heads_ptr, heads_ptr, head < H, None, eps, cos_ptr, sin_ptr, 1.0,
+            R, R, IN_PAIRS, False, HEADS, PAIRS, 1,
+        )  # fmt: skip
+
+
 @triton.jit
 def _rotate_heads(
     x_ptr, out_ptr, mask, weight_ptr, eps, cos_ptr, sin_ptr, scale,
     D: tl.constexpr, R: tl.constexpr, IN_PAIRS: tl.constexpr, FP8: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Heads at the pointers `x_ptr` (a column), normed and rotated, to those at `out_ptr`."""
+    """Heads at the pointers `x_ptr` (a column), normed and rotated, to those at `out_ptr`, which may be the same."""
     left, right, rest = _load_heads(x_ptr, mask, D, R, IN_PAIRS, HEADS, PAIRS, REST)
     if weight_ptr is not None:
         squares = tl.sum(left * left + right * right, axis=1, keep_dims=True)
@@ -218,6 +312,7 @@ def _rotate_heads(
         cos = tl.load(cos_ptr + pair, mask=pair < half, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + pair, mask=pair < half, other=0.0).to(tl.float32)
         left, right = left * cos - right * sin, right * cos + left * sin
+    tl.debug_barrier()  # all is read before anything is written
     if R < D:
         rest_at = tl.arange(0, REST)[None, :]
         store_rounded(rest, out_ptr + R + rest_at, mask & (rest_at < D - R), scale, FP8)

@@ -14,10 +14,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import LayerKV
+from rayllm.layers.norm import Norm
 from rayllm.linear import PerHeadLinear
 from rayllm.spec import LatentAttentionSpec
 from rayllm_kernels.norm import rms_norm
@@ -126,6 +128,27 @@ class AttentionBackend(ABC):
     @abstractmethod
     def write_latent(self, latent_TW: Tensor, kv: LayerKV, metadata: Any, layer: LatentLayerAttention) -> None:
         """Puts the step's latents, each with its rotated key behind it, into their slots of the one cache of `kv`."""
+
+    def rotate_and_write_latent(
+        self,
+        q_THD: Tensor,
+        down_TW: Tensor,
+        rotation: Rotation,
+        norm: Norm,
+        kv: LayerKV,
+        metadata: Any,
+        layer: LatentLayerAttention,
+    ) -> Tensor:
+        """`rotate_and_write` of latent attention. Queries are rotated in place; `down_TW` has each token's latent,
+        which is normed, and behind it the key of all heads, which is rotated. Returns what was written, for
+        `forward_latent`; a backend that attends to what is in `kv` alone may return `down_TW` as it came."""
+        spec = layer.spec
+        q_THD[..., spec.nope_dim :] = rope(q_THD[..., spec.nope_dim :], *rotation)
+        latent, key = down_TW.split((spec.latent_dim, spec.rope.rotary_dim), dim=-1)
+        key = rope(key.unsqueeze(1), *rotation).squeeze(1)
+        latent_TW = torch.cat((norm(latent), key), dim=-1)
+        self.write_latent(latent_TW, kv, metadata, layer)
+        return latent_TW
 
     @abstractmethod
     def forward_latent(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rayllm.distributed.groups import TensorParallel
@@ -21,7 +20,7 @@ from rayllm.layers.norm import NORMS, Norm
 from rayllm.linear import PerHeadLinear
 from rayllm.spec import LatentAttentionSpec
 from rayllm.weights.source import Outputs, WeightSource
-from rayllm_kernels.rope import rope
+from rayllm_kernels.rope import Rotation
 
 
 class LatentAttention(AttentionLayer):
@@ -78,12 +77,10 @@ class LatentAttention(AttentionLayer):
         down = self._down(x_TD)
         q_input = x_TD if self._q_norm is None else self._q_norm(down[:, : -spec.kv_dim])
         q_THD = self._q(q_input).view(-1, self._num_heads, spec.qk_dim)
-        q_THD[..., spec.nope_dim :] = rope(q_THD[..., spec.nope_dim :], *rotation, spec.rope.in_pairs)
-        latent, key = down[:, -spec.kv_dim :].split((spec.latent_dim, spec.rope.rotary_dim), dim=-1)
-        key = rope(key.unsqueeze(1), *rotation, spec.rope.in_pairs).squeeze(1)
-        latent_TW = torch.cat((self._kv_norm(latent), key), dim=-1)
-        self._backend.write_latent(latent_TW, kv, metadata, self._attention)
-        out_THV = self._backend.forward_latent(q_THD, latent_TW, kv, metadata, self._attention)
+        turn, down_TW = Rotation(*rotation, spec.rope.in_pairs), down[:, -spec.kv_dim :]
+        backend, layer = self._backend, self._attention
+        latent_TW = backend.rotate_and_write_latent(q_THD, down_TW, turn, self._kv_norm, kv, metadata, layer)
+        out_THV = backend.forward_latent(q_THD, latent_TW, kv, metadata, layer)
         return out_THV.reshape(x_TD.shape[0], -1)
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from rayllm.layers.attention.backend import AttentionBackend, AttentionGroup, LatentLayerAttention, LayerAttention
 from rayllm.layers.batch import Batch
 from rayllm.layers.kv_cache import LayerKV
+from rayllm.layers.norm import Norm, RMSNorm
 from rayllm_kernels.attention import PagedLines, Scoring, paged_decode, paged_prefill
 from rayllm_kernels.kv_cache import write_kv, write_latent
 from rayllm_kernels.latent_attention import paged_latent_decode, paged_latent_prefill
-from rayllm_kernels.rope import HeadNorm, Rotation, rope_and_write
+from rayllm_kernels.rope import HeadNorm, Rotation, rope_and_write, rope_and_write_latent
 
 _MAX_ARRIVALS = 65536
 """Counters of lines times key/value heads; where a step has more, no line is split."""
@@ -117,14 +118,35 @@ class TritonBackend(AttentionBackend):
     def write_latent(self, latent_TW: Tensor, kv: LayerKV, metadata: PagedStep, layer: LatentLayerAttention) -> None:
         write_latent(latent_TW, kv[0], metadata.slots_T)
 
+    def rotate_and_write_latent(
+        self,
+        q_THD: Tensor,
+        down_TW: Tensor,
+        rotation: Rotation,
+        norm: Norm,
+        kv: LayerKV,
+        metadata: PagedStep,
+        layer: LatentLayerAttention,
+    ) -> Tensor:
+        """In one launch; latents are returned as they came."""
+        if not isinstance(norm, RMSNorm):
+            return super().rotate_and_write_latent(q_THD, down_TW, rotation, norm, kv, metadata, layer)
+        rope_and_write_latent(q_THD, down_TW, kv[0], metadata.slots_T, rotation, norm.weight, norm.eps)
+        return down_TW
+
     def forward_latent(
         self, q_THD: Tensor, latent_TW: Tensor, kv: LayerKV, metadata: PagedStep, layer: LatentLayerAttention
     ) -> Tensor:
         spec, count = layer.spec, metadata.num_decode_lines
-        q_THW = torch.cat((layer.absorb(q_THD[..., : spec.nope_dim]), q_THD[..., spec.nope_dim :]), dim=-1)
-        out_THC = torch.empty((*q_THD.shape[:2], spec.latent_dim), dtype=q_THD.dtype, device=q_THD.device)
+        q_THW, out_THC, out_THV = (
+            torch.empty((*q_THD.shape[:2], width), dtype=q_THD.dtype, device=q_THD.device)
+            for width in (spec.kv_dim, spec.latent_dim, spec.value_dim)
+        )
+        layer.absorb.into(q_THD[..., : spec.nope_dim], q_THW[..., : spec.latent_dim])
+        q_THW[..., spec.latent_dim :] = q_THD[..., spec.nope_dim :]
         if count:
             paged_latent_decode(q_THW[:count], kv[0], metadata.decode, spec.scale, self._arrivals, out_THC[:count])
         if count < len(q_THD):
             paged_latent_prefill(q_THW[count:], kv[0], metadata.prefill, spec.scale, out_THC[count:])
-        return layer.v_up(out_THC)
+        layer.v_up.into(out_THC, out_THV)
+        return out_THV

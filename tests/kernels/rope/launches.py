@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from ahead_of_time import meta
 
-from rayllm_kernels.rope.triton import HeadNorm, Rotation, cos_sin, rope_and_write
+from rayllm_kernels.rope.triton import HeadNorm, Rotation, cos_sin, rope_and_write, rope_and_write_latent
 
 NUM_TOKENS = 64
 
@@ -21,8 +21,23 @@ def launches(arch: int) -> None:
     _layer(32, 32, 80, 20)  # GPT-NeoX
     _layer(16, 8, 256, 256, normed=True)  # Gemma 3
     _layer(40, 40, 128, 0)  # OPT
+    _latent_layer(16, 1536)  # DeepSeek-V3 on eight ranks
     if arch > 80:
+        _latent_layer(128, 0, cache=torch.float8_e4m3fn)
         _layer(32, 8, 128, 128, cache=torch.float8_e4m3fn)
+
+
+def _latent_layer(num_heads: int, first: int, cache: torch.dtype = torch.bfloat16) -> None:
+    turn = meta(NUM_TOKENS, 64)
+    rope_and_write_latent(
+        meta(NUM_TOKENS, num_heads, 192),
+        meta(NUM_TOKENS, first + 576)[:, first:],
+        meta(99, 1, 64, 576, dtype=cache),
+        meta(NUM_TOKENS, dtype=torch.int64),
+        Rotation(turn, turn, True),
+        meta(512),
+        1e-6,
+    )
 
 
 def _layer(

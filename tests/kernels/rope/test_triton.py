@@ -10,7 +10,7 @@ from kernel_accuracy import KERNEL_TOLERANCES, Buffers, random_tensor, relative_
 from torch import Tensor
 
 from rayllm_kernels.rope import reference
-from rayllm_kernels.rope.triton import HeadNorm, Rotation, cos_sin, rope_and_write
+from rayllm_kernels.rope.triton import HeadNorm, Rotation, cos_sin, rope_and_write, rope_and_write_latent
 
 PAGE = 4
 SLOTS = (9, -1, 0, 23, 6)
@@ -123,6 +123,41 @@ def test_caches_of_8_bits_hold_the_quotient_by_the_scale(buffers: Buffers) -> No
     for each, other in zip(found, expected, strict=True):
         assert torch.equal(each.view(torch.uint8), other.view(torch.uint8))
     assert float(found[0][SLOTS[0] // PAGE, 1, SLOTS[0] % PAGE, 9]) == 448
+
+
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCES)
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_latents_and_keys_go_to_their_slots_and_queries_turn_where_they_are(
+    in_pairs: bool, dtype: torch.dtype, buffers: Buffers
+) -> None:
+    """Against `rope_and_write`, whose rotation is tested above, and the norm's definition."""
+    num_heads, head_dim, latent_dim, width = 5, 20, 18, 12
+    layer = Layer.make(Shape(num_heads, 1, width, width, in_pairs), dtype, buffers)
+    assert layer.rotation is not None
+    q_THD = torch.cat((random_tensor(5, num_heads, head_dim - width, seed=4).to(dtype), layer.qkv_TAD[:, :5]), dim=-1)
+    down_TW = torch.cat((random_tensor(5, latent_dim, seed=5).to(dtype), layer.qkv_TAD[:, 5]), dim=-1)
+    turned_q, turned_k, _ = layer.expected()
+    weight = buffers.input(random_tensor(latent_dim, seed=6))
+    wide = down_TW[:, :latent_dim].double()
+    normed = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+    before = random_tensor(6, 1, PAGE, latent_dim + width, dtype=dtype, seed=3)
+    cache, q = buffers.inout(before), buffers.inout(q_THD)
+    slots = torch.tensor(SLOTS)
+    rope_and_write_latent(q, buffers.input(down_TW), cache, slots, layer.rotation, weight, EPS)
+    assert torch.equal(q[..., :-width], q_THD[..., :-width])
+    assert relative_error(q[..., -width:], turned_q) < KERNEL_TOLERANCES[dtype]
+    rows, expected = cache.view(-1, latent_dim + width), torch.cat((normed, turned_k[:, 0]), dim=-1)
+    kept = slots >= 0
+    assert relative_error(rows[slots[kept]], expected[kept]) < KERNEL_TOLERANCES[dtype]
+    untouched = torch.ones(len(rows), dtype=torch.bool)
+    untouched[slots[kept]] = False
+    assert torch.equal(rows[untouched], before.view(-1, latent_dim + width)[untouched])
+
+    other_cache, other_q = before.clone(), q_THD.clone()
+    reference.rope_and_write_latent(other_q, down_TW, other_cache, slots, layer.rotation, weight, EPS)
+    assert relative_error(q, other_q.double()) < KERNEL_TOLERANCES[dtype]
+    assert relative_error(cache, other_cache.double()) < KERNEL_TOLERANCES[dtype]
 
 
 def test_a_strided_projection_is_read_where_it_is(buffers: Buffers) -> None:
