@@ -25,13 +25,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS_S = {
-    "decode steps": 110.0,
-    "throughput": 110.0,
-    "beside transformers": 80.0,
-    "killed worker": 60.0,
+    "decode steps": 100.0,
+    "throughput": 100.0,
+    "beside transformers": 75.0,
+    "killed worker": 55.0,
 }
 """Of the sections with whole models; each family of kernels has `KERNEL_BUDGET_S`. Under eight minutes in all."""
-KERNEL_BUDGET_S = 15.0
+KERNEL_BUDGET_S = 12.0
 
 _INTERPRETED = ("kernels", "decode steps")
 """Sections that with `--smoke` take the path of a GPU, in Triton's interpreter; the others take a CPU's."""

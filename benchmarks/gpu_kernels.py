@@ -8,6 +8,7 @@ tiny shapes in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,8 @@ from gpu_attention import decode_attention, latent_attention, prefill_attention
 from gpu_bench import TOLERANCES, Bench
 from gpu_report import Row
 from torch import Tensor
+
+_EXPERT_TOLERANCES = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 
 
 def ceilings(bench: Bench) -> Iterator[Row]:
@@ -117,6 +120,40 @@ def rope(bench: Bench) -> Iterator[Row]:
     yield from bench.bandwidth(f"rope_and_write, {many} tokens", make(many), many * row_bytes, 0.75)
 
 
+def experts(bench: Bench) -> Iterator[Row]:
+    """Of Qwen3-30B-A3B's shape: a mixture's experts for a decode step, which reads all their weights, and a prompt."""
+    from rayllm_kernels.moe import ExpertWeights, choose_experts, mix_experts, reference
+
+    num_experts, top_k = bench.size(128, 6), bench.size(8, 2)
+    width, inner = bench.size(2048, 32), bench.size(768, 16)
+    gate_up, down = bench.random(num_experts, 2 * inner, width), bench.random(num_experts, width, inner, seed=1)
+    weights = ExpertWeights(gate_up / width**0.5, None, down / inner**0.5, None, "silu")
+
+    def inputs(num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE = bench.random(num_tokens, num_experts, seed=seed, dtype=torch.float32)
+        chosen = choose_experts(logits_TE, None, top_k, "softmax", renormalize=True)
+        return bench.random(num_tokens, width, seed=seed + 1), *chosen
+
+    x_TD, experts_TK, scores_TK = inputs(9)
+    wide = replace(weights, gate_up_E2ID=weights.gate_up_E2ID.double(), down_EDI=weights.down_EDI.double())
+    expected = reference.mix_experts(x_TD.double(), experts_TK, scores_TK.double(), wide)
+    yield bench.error("mix_experts", mix_experts(x_TD, experts_TK, scores_TK, weights), expected, _EXPERT_TOLERANCES)
+
+    def make(num_tokens: int) -> Callable[[int], Callable[[], Any]]:
+        def of_set(seed: int) -> Callable[[], Any]:
+            given = inputs(num_tokens, seed)
+            return lambda: mix_experts(*given, weights)
+
+        return of_set
+
+    few, many = bench.size(64, 2), bench.size(4096, 4)
+    weight_bytes = gate_up.nbytes + down.nbytes
+    yield from bench.bandwidth(f"mix_experts, {few} tokens", make(few), weight_bytes, None)
+    us = bench.microseconds([make(many)(0)])
+    num_flops = 6 * many * top_k * width * inner
+    yield Row(f"mix_experts, {many} tokens", num_flops / us / 1e6, "TFLOP/s", note=f"{us:.0f} µs")
+
+
 def sampling(bench: Bench) -> Iterator[Row]:
     """A step's draws, with all that the sampler does on the device."""
     from rayllm.messages import RowParams
@@ -163,5 +200,6 @@ KERNELS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "kernels: decode attention": decode_attention,
     "kernels: latent attention": latent_attention,
     "kernels: prefill attention": prefill_attention,
+    "kernels: experts": experts,
     "kernels: sampling": sampling,
 }

@@ -92,6 +92,11 @@ def test_the_benchmark_of_a_gpu_computes_a_kernel_and_decode_steps(tmp_path: Pat
     assert {row["name"] for row in rows["kernels: norm"]} >= {"rms_norm: error", "add_rms_norm: error"}
 
 
+def test_the_benchmark_of_a_gpu_takes_under_eight_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = load("gpu.py", monkeypatch)["sections"](None)
+    assert sum(budget_s for budget_s, _ in sections.values()) < 8 * 60
+
+
 @pytest.mark.kernels
 def test_all_sections_of_the_benchmark_of_a_gpu_run_in_small(tmp_path: Path) -> None:
     rows = _run_gpu_benchmark("", tmp_path)
