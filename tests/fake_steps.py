@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
+    from rayllm.distributed.all_reduce import CustomAllReduce
     from rayllm.messages import StepPlan
     from rayllm.runner.runner import Runner
 
@@ -63,6 +64,8 @@ class Case:
     num_layers: int = 2
     graphs: bool = False
     """The step is replayed from CUDA graphs, which steps of its size before it were recorded in."""
+    custom: bool = False
+    """Ranks sum by kernels of their own."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +211,25 @@ def _runner(case: Case, folder: Path, log: Any) -> Runner:
         stack.enter_context(mock.patch.object(module, "open_graphs", _open_graphs(case, log)))
         in_turn = mock.patch("rayllm.models.decoder.make_in_parallel", lambda makers: [make() for make in makers])
         stack.enter_context(in_turn)  # fake tensors are a matter of this thread alone
-        runner = module.Runner(config, TensorParallel(0, case.tp), device=torch.device("cuda", 0))
+        tp = TensorParallel(0, case.tp, custom=_custom(case.tp) if case.custom else None)
+        runner = module.Runner(config, tp, device=torch.device("cuda", 0))
     runner.start(_NUM_BLOCKS)
     return runner
+
+
+def _custom(size: int) -> CustomAllReduce:
+    """One that has met its peers, on a GPU like an H100."""
+    import torch
+
+    from rayllm.distributed.all_reduce import SIZE_LIMITS, CustomAllReduce
+    from rayllm_kernels.all_reduce import Peers
+
+    device, limits = torch.device("cuda", 0), SIZE_LIMITS[9, size]
+    made = CustomAllReduce(0, size, device, limits)
+    addresses, calls = (torch.zeros(length, dtype=torch.int64, device=device) for length in (size, 2))
+    abort = torch.zeros(1, dtype=torch.int32, device=device)  # pinned memory is no other to a kernel
+    made._peers = Peers(0, size, limits.two_shot_bytes, addresses, calls, abort)
+    return made
 
 
 def _plan(step: int, rows: Sequence[int], counts: Sequence[int], new_rows: Sequence[int], sampling: str) -> StepPlan:
