@@ -48,7 +48,6 @@ def paged_decode(
         *_numbers(scoring),
         *(q_NHD.stride(0), q_NHD.stride(1), lines.block_table_MB.stride(0)),
         **_constants(scoring, num_kv_heads, group, head_dim, page_size),
-        SPLITS=splits,
         BLOCK_M=block_m,
         BLOCK_N=tiles.keys,
         BLOCK_D=padded(head_dim),
@@ -72,7 +71,7 @@ def paged_prefill(
         prefill_kernel,
         (num_blocks if num_lines else 0, num_kv_heads),
         *(q_THD, k_cache, v_cache, lines.rows_N, lines.kv_lens_N, lines.query_starts_N1, lines.block_table_MB),
-        *(_or(scoring.sinks_H, lines.kv_lens_N), _or(scoring.slopes_H, lines.kv_lens_N), out_THD),
+        *(_or(scoring.sinks_H, lines.block_table_MB), _or(scoring.slopes_H, lines.block_table_MB), out_THD),
         *_numbers(scoring),
         *(q_THD.stride(0), q_THD.stride(1), lines.block_table_MB.stride(0), lines.first_query, num_lines),
         **_constants(scoring, num_kv_heads, group, head_dim, page_size),
@@ -114,5 +113,5 @@ def _constants(scoring: Scoring, num_kv_heads: int, group: int, head_dim: int, p
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer where the kernel reads none."""
+    """A pointer where the kernel reads none, of an alignment that is the same in every step."""
     return other if tensor is None else tensor

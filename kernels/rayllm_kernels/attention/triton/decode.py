@@ -12,11 +12,11 @@ from rayllm_kernels.attention.triton.split import join_parts, leave_part, part_o
 from rayllm_kernels.attention.triton.tile import LOG2_E, add_tile, page_of, scores_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("rows_ptr", "kv_lens_ptr"))  # they begin at any line
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, rows_ptr, kv_lens_ptr, table_ptr, sinks_ptr, slopes_ptr, out_ptr,
     sums_ptr, masses_ptr, arrivals_ptr, inner, outer, v_scale, window, q_stride, q_head_stride, table_stride,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MIN_TILES: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def decode_kernel(
     kv_len = tl.load(kv_lens_ptr + line)
     begin = tl.maximum(kv_len - window, 0) if WINDOW else 0
     first_tile = begin // BLOCK_N
-    tile, end_tile, num_parts = part_of(tl.cdiv(kv_len, BLOCK_N) - first_tile, split, SPLITS, MIN_TILES)
+    tile, end_tile, num_parts = part_of(tl.cdiv(kv_len, BLOCK_N) - first_tile, split, tl.num_programs(2), MIN_TILES)
     if tile >= end_tile:
         if split == 0:  # a line without keys
             tl.store(out_ptr, tl.zeros([BLOCK_M, BLOCK_D], out_ptr.dtype.element_ty), mask=kept)
@@ -43,10 +43,10 @@ def decode_kernel(
         q, k_ptr, v_ptr, table_ptr, kv_head, begin, kv_len, first_tile + tile, first_tile + end_tile,
         slopes_M, inner, outer, KV_HEADS, HEAD_DIM, PAGE, SOFT_CAP, ALIBI, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    if SPLITS > 1 and num_parts > 1:
+    if num_parts > 1:
         line_and_tile = line * tl.num_programs(1) + tl.program_id(1)
-        sums_ptr += line_and_tile * SPLITS * BLOCK_M * HEAD_DIM
-        masses_ptr += line_and_tile * SPLITS * BLOCK_M * 2
+        sums_ptr += line_and_tile * tl.num_programs(2) * BLOCK_M * HEAD_DIM
+        masses_ptr += line_and_tile * tl.num_programs(2) * BLOCK_M * 2
         arrivals_ptr += line_and_tile
         num_before = leave_part(
             sums, highest_M, mass_M, sums_ptr, masses_ptr, arrivals_ptr, split, kept_M, HEAD_DIM, BLOCK_D

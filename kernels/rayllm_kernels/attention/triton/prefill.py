@@ -31,7 +31,10 @@ def line_of(starts_ptr, first_query, num_lines, block, BLOCK_Q: tl.constexpr):
     return low, start, tl.load(starts_ptr + low + 1) - first_query - start, (block - start // BLOCK_Q - low) * BLOCK_Q
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("first_query", "num_lines"),
+    do_not_specialize_on_alignment=("rows_ptr", "kv_lens_ptr", "starts_ptr"),
+)  # they vary from step to step
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, rows_ptr, kv_lens_ptr, starts_ptr, table_ptr, sinks_ptr, slopes_ptr, out_ptr,
     inner, outer, v_scale, window, q_stride, q_head_stride, table_stride, first_query, num_lines,

@@ -18,10 +18,10 @@ _MIN_KEYS = 128
 
 
 @triton.jit
-def part_of(num_tiles, split, SPLITS: tl.constexpr, MIN_TILES: tl.constexpr):
+def part_of(num_tiles, split, num_splits, MIN_TILES: tl.constexpr):
     """The tiles that program number `split` of a line has, as (begin, end), and how many programs have any: lines with
     few tiles are not cut as often as there are programs."""
-    per_split = tl.maximum(tl.cdiv(num_tiles, SPLITS), MIN_TILES)
+    per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), MIN_TILES)
     begin = split * per_split
     return begin, tl.minimum(begin + per_split, num_tiles), tl.cdiv(num_tiles, per_split)
 

@@ -37,7 +37,6 @@ def paged_latent_decode(
         *(*parts(num_split, splits, tiles.queries, out_NHC.shape[2], q_NHW.device), arrivals),
         *(factors(scale, None)[0], q_NHW.stride(0), q_NHW.stride(1), lines.block_table_MB.stride(0)),
         **_constants(tiles, q_NHW, cache, out_NHC),
-        SPLITS=splits,
         MIN_TILES=_MIN_TILES,
     )
 

@@ -12,11 +12,11 @@ from rayllm_kernels.attention.triton.split import join_parts, leave_part, part_o
 from rayllm_kernels.attention.triton.tile import add_tile, page_of, scores_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("rows_ptr", "kv_lens_ptr"))  # they begin at any line
 def latent_decode_kernel(
     q_ptr, cache_ptr, rows_ptr, kv_lens_ptr, table_ptr, out_ptr, sums_ptr, masses_ptr, arrivals_ptr,
     factor, q_stride, q_head_stride, table_stride,
-    HEADS: tl.constexpr, LATENT: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):  # fmt: skip
@@ -27,7 +27,7 @@ def latent_decode_kernel(
     kept = kept_M[:, None] & (channels_C < LATENT)[None, :]
     out_ptr += (line * HEADS + heads_M[:, None]) * LATENT + channels_C[None, :]
     kv_len = tl.load(kv_lens_ptr + line)
-    tile, end_tile, num_parts = part_of(tl.cdiv(kv_len, BLOCK_N), split, SPLITS, MIN_TILES)
+    tile, end_tile, num_parts = part_of(tl.cdiv(kv_len, BLOCK_N), split, tl.num_programs(2), MIN_TILES)
     if tile >= end_tile:
         if split == 0:  # a line without keys
             tl.store(out_ptr, tl.zeros([BLOCK_M, BLOCK_C], out_ptr.dtype.element_ty), mask=kept)
@@ -39,10 +39,10 @@ def latent_decode_kernel(
         rows_ptr_M, kept_M, cache_ptr, table_ptr, last_M, kv_len, tile, end_tile, factor,
         LATENT, WIDTH, PAGE, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_R,
     )  # fmt: skip
-    if SPLITS > 1 and num_parts > 1:
+    if num_parts > 1:
         line_and_tile = line * tl.num_programs(1) + tl.program_id(1)
-        sums_ptr += line_and_tile * SPLITS * BLOCK_M * LATENT
-        masses_ptr += line_and_tile * SPLITS * BLOCK_M * 2
+        sums_ptr += line_and_tile * tl.num_programs(2) * BLOCK_M * LATENT
+        masses_ptr += line_and_tile * tl.num_programs(2) * BLOCK_M * 2
         arrivals_ptr += line_and_tile
         num_before = leave_part(
             sums, highest_M, mass_M, sums_ptr, masses_ptr, arrivals_ptr, split, kept_M, LATENT, BLOCK_C
@@ -54,7 +54,10 @@ def latent_decode_kernel(
     tl.store(out_ptr, (sums / mass_M[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("first_query", "num_lines"),
+    do_not_specialize_on_alignment=("rows_ptr", "kv_lens_ptr", "starts_ptr"),
+)  # they vary from step to step
 def latent_prefill_kernel(
     q_ptr, cache_ptr, rows_ptr, kv_lens_ptr, starts_ptr, table_ptr, out_ptr,
     factor, q_stride, q_head_stride, table_stride, first_query, num_lines,
