@@ -38,11 +38,15 @@ class TensorParallel:
 
     def all_gather_last(self, x: Tensor) -> Tensor:
         """Every rank's `x` joined along the last dimension, in order of rank; all ranks get the same bits."""
+        return x if self.size == 1 else torch.cat(self.all_gather(x).unbind(0), dim=-1)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's `x`, `[size, ...]` in order of rank; all ranks get the same bits."""
         if self.size == 1:
-            return x
+            return x.unsqueeze(0)
         parts = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
         _all_gather(parts.view(-1), x.reshape(-1), group=self.group)
-        return torch.cat(parts.unbind(0), dim=-1)
+        return parts
 
     def shard(self, total: int, what: str) -> range:
         """This rank's share of `total` things that must divide evenly (`ValueError` names `what`)."""

@@ -12,6 +12,7 @@ from rayllm.distributed.groups import TensorParallel
 from rayllm.linear import Linear
 from rayllm.weights.source import WeightSource
 from rayllm_kernels.embedding import embed_part
+from rayllm_kernels.logits import join_logits
 
 
 def vocab_part(vocab_size: int, tp: TensorParallel) -> range:
@@ -53,12 +54,8 @@ class OutputHead:
         self._soft_cap = soft_cap
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = self._tp.all_gather_last(self._linear(hidden_ND))[:, : self._vocab_size].float()
-        if self._scale != 1.0:
-            logits_NV = logits_NV * self._scale
-        if self._soft_cap is not None:
-            logits_NV = (logits_NV / self._soft_cap).tanh_().mul_(self._soft_cap)
-        return logits_NV
+        parts_PNV = self._tp.all_gather(self._linear(hidden_ND))
+        return join_logits(parts_PNV, self._vocab_size, self._scale, self._soft_cap)
 
 
 class LearnedPositions:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rayllm.spec import NormSpec
 from rayllm.weights.source import WeightSource
-from rayllm_kernels.norm import layer_norm, rms_norm
+from rayllm_kernels.norm import layer_norm, rms_norm, rms_norm_add
 
 
 def rms_weight(weights: WeightSource, name: str, width: int, spec: NormSpec) -> Tensor:
@@ -25,6 +25,10 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + norm(x), written to `residual`."""
+        return rms_norm_add(x, residual, self.weight, self.eps)
+
 
 class LayerNorm:
     """Layer norm with weight and bias over the last dimension."""
@@ -36,6 +40,10 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + norm(x), written to `residual`."""
+        return residual.add_(self(x))
 
 
 Norm = RMSNorm | LayerNorm

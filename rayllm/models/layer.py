@@ -54,13 +54,12 @@ class ResidualSum:
         self._scale = spec.residual_scale
 
     def __call__(self, branch: Branch, x: Tensor, residual_TD: Tensor) -> Tensor:
-        if self._output_norm is None and self._scale == 1.0:
-            sum_TD = branch.plus(x, residual_TD)
-        else:
+        norm = self._output_norm
+        if self._scale != 1.0:
             out_TD = branch(x)
-            if self._output_norm is not None:
-                out_TD = self._output_norm(out_TD)
-            sum_TD = residual_TD.add(out_TD, alpha=self._scale)
+            sum_TD = residual_TD.add(out_TD if norm is None else norm(out_TD), alpha=self._scale)
+        else:
+            sum_TD = branch.plus(x, residual_TD) if norm is None else norm.plus(branch(x), residual_TD)
         return sum_TD if self._sum_norm is None else self._sum_norm(sum_TD)
 
 

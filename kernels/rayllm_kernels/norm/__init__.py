@@ -7,7 +7,7 @@ from torch import Tensor
 from rayllm_kernels.device import uses_triton
 from rayllm_kernels.norm import reference
 
-__all__ = ["add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "layer_norm", "rms_norm", "rms_norm_add"]
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -26,6 +26,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
 
         return triton.add_rms_norm(x, residual, weight_D, eps)
     return reference.add_rms_norm(x, residual, weight_D, eps)
+
+
+def rms_norm_add(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """residual + rms_norm(x), written to `residual`."""
+    if uses_triton(x):
+        from rayllm_kernels.norm import triton
+
+        return triton.rms_norm_add(x, residual, weight_D, eps)
+    return reference.rms_norm_add(x, residual, weight_D, eps)
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:

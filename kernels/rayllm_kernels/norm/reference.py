@@ -26,6 +26,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     return rms_norm(residual, weight_D, eps), residual
 
 
+def rms_norm_add(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """residual + rms_norm(x), written to `residual`, which is returned."""
+    return residual.add_(rms_norm(x, weight_D, eps))
+
+
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
     return F.layer_norm(x, (x.shape[-1],), weight_D, bias_D, eps)

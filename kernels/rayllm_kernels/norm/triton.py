@@ -27,6 +27,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     return out, residual
 
 
+def rms_norm_add(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm_add`; `residual` is contiguous."""
+    _launch_rms_norm(x, residual, weight_D, eps, residual)
+    return residual
+
+
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """See `reference.layer_norm`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -53,6 +59,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -
 
 
 def _launch_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float, out: Tensor) -> None:
+    """Where `out` is the residual, what is normed is added to it; else it is what is normed, with `x`."""
     num_rows, num_heads, stride_row, stride_head = _rows(x)
     rows, block = _tile(x.shape[-1])
     launch(
@@ -69,6 +76,7 @@ def _launch_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: 
         weight_D.stride(0) if weight_D.dim() == 2 else 0,
         eps,
         D=x.shape[-1],
+        NORM_FIRST=residual is out,
         ROWS=rows,
         BLOCK=block,
         num_warps=_num_warps(rows * block),
@@ -106,6 +114,7 @@ def _rms_norm(
     weight_stride_head,
     eps,
     D: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -116,14 +125,19 @@ def _rms_norm(
     wide_row = row.to(tl.int64)
     x = tl.load(x_ptr + wide_row // num_heads * stride_row + head * stride_head + column, mask=mask, other=0.0)
     x = x.to(tl.float32)
+    place = wide_row * D + column
     if residual_ptr is not None:
-        place = residual_ptr + wide_row * D + column
-        total = (x + tl.load(place, mask=mask, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
-        tl.store(place, total, mask=mask)
-        x = total.to(tl.float32)
+        residual = tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if not NORM_FIRST:
+            total = (x + residual).to(residual_ptr.dtype.element_ty)
+            tl.store(residual_ptr + place, total, mask=mask)
+            x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
     weight = tl.load(weight_ptr + head * weight_stride_head + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + wide_row * D + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    out = (x * scale * weight).to(out_ptr.dtype.element_ty)
+    if NORM_FIRST:
+        out = (out.to(tl.float32) + residual).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, out, mask=mask)
 
 
 @triton.jit(do_not_specialize=("num_rows",))  # it varies from step to step

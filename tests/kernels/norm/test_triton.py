@@ -7,7 +7,8 @@ import torch
 from kernel_accuracy import KERNEL_TOLERANCES, Buffers, random_tensor, relative_error
 from torch import Tensor
 
-from rayllm_kernels.norm.triton import add_rms_norm, layer_norm, rms_norm
+from rayllm_kernels.norm import reference
+from rayllm_kernels.norm.triton import add_rms_norm, layer_norm, rms_norm, rms_norm_add
 
 EPS = 1e-5
 
@@ -48,6 +49,18 @@ def test_add_rms_norm_writes_the_sum_to_the_residual(dtype: torch.dtype, buffers
     assert total.data_ptr() == residual.data_ptr()
     assert relative_error(total, wide) < KERNEL_TOLERANCES[dtype]
     assert relative_error(normed, _normed(total.double(), weight)) < KERNEL_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCES)
+@pytest.mark.parametrize("width", [33, 1030])
+def test_rms_norm_add_adds_what_is_normed_to_the_residual(width: int, dtype: torch.dtype, buffers: Buffers) -> None:
+    x, values, weights = (random_tensor(3, width, dtype=dtype, seed=i) for i in range(3))
+    residual, weight = buffers.inout(values), weights[0]
+    found = rms_norm_add(buffers.input(x), residual, weight, EPS)
+    assert found.data_ptr() == residual.data_ptr()
+    assert relative_error(found, values.double() + _normed(x.double(), weight)) < KERNEL_TOLERANCES[dtype]
+    reference.rms_norm_add(x, values, weight, EPS)
+    assert relative_error(found, values.double()) < KERNEL_TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_TOLERANCES)
