@@ -78,7 +78,7 @@ class CompatibilitySettings(BaseModel):
     )
     disable_custom_all_reduce: bool = Field(
         False,
-        description="Sum over ranks by NCCL alone, never by RayLLM's own kernels. Without effect on CPU (gloo sums).",
+        description="Sum over ranks by NCCL alone, not by RayLLM's kernels over NVLink. No effect on CPU (gloo sums).",
     )
     disable_custom_kernels: bool = Field(False, description="Without effect: each layer has one implementation.")
     enable_chunked_prefill: bool = Field(True, description="Always on.")

@@ -146,8 +146,8 @@ class CustomAllReduce:
                 continue
             if not torch.cuda.can_device_access_peer(own, gpu):
                 raise RuntimeError(f"GPU {own} has no peer-to-peer access to GPU {gpu}")
-            # Each rank reads from all others at once: more than two share what PCIe has.
-            if self._size > 2 and not has_nvlink(_uuid(own), _uuid(gpu)):
+            # The kernels write their flags by atomic operations, which GPUs do not carry out over PCIe.
+            if not has_nvlink(_uuid(own), _uuid(gpu)):
                 raise RuntimeError(f"GPU {own} and GPU {gpu} are not linked by NVLink")
 
     def _allocate(self, exchange: Exchange) -> None:

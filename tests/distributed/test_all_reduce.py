@@ -106,7 +106,7 @@ def test_gpus_without_peer_access_are_named(monkeypatch: pytest.MonkeyPatch, cap
     assert "GPU 0 has no peer-to-peer access to GPU 3" in caplog.text
 
 
-def test_more_than_two_gpus_must_be_linked_by_nvlink(
+def test_each_two_gpus_must_be_linked_by_nvlink(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", all_reduce.log.name)

@@ -20,7 +20,7 @@ def one_shot(x: Tensor, peers: Peers) -> None:
     num_programs = triton.cdiv(x.numel(), block)
     if num_programs > MAX_PROGRAMS:
         raise ValueError(f"a one-shot all-reduce takes up to {MAX_PROGRAMS * _CHUNK_BYTES} bytes, not {x.nbytes}")
-    launch(_one_shot, (num_programs,), x, *_arguments(x, peers), **_constants(peers), BLOCK=block)
+    launch(_one_shot, (num_programs,), x, *_arguments(x, peers), **_constants(x, peers), BLOCK=block)
 
 
 def two_shot(x: Tensor, peers: Peers) -> None:
@@ -34,7 +34,7 @@ def two_shot(x: Tensor, peers: Peers) -> None:
         x,
         *_arguments(x, peers),
         num_chunks,
-        **_constants(peers),
+        **_constants(x, peers),
         BLOCK=block,
     )
 
@@ -47,12 +47,20 @@ def _check(x: Tensor, peers: Peers) -> None:
 
 
 def _arguments(x: Tensor, peers: Peers) -> tuple[Tensor | int, ...]:
-    return peers.addresses_W, peers.calls, peers.abort, x.numel(), flags_bytes(peers.size), peers.capacity_bytes
+    num_groups = x.numel() // _group(x)
+    return peers.addresses_W, peers.calls, peers.abort, num_groups, flags_bytes(peers.size), peers.capacity_bytes
 
 
-def _constants(peers: Peers) -> dict[str, int]:
+def _group(x: Tensor) -> int:
+    """Elements by which the length is counted: a multiple of 16 can be read and written 16 bytes at a time, and is so
+    for rows of any model."""
+    return 16 if x.numel() % 16 == 0 else 1
+
+
+def _constants(x: Tensor, peers: Peers) -> dict[str, int]:
     padded = triton.next_power_of_2(peers.size)
     return {
+        "GROUP": _group(x),
         "RANK": peers.rank,
         "SIZE": peers.size,
         "PADDED_SIZE": padded,
@@ -61,21 +69,23 @@ def _constants(peers: Peers) -> dict[str, int]:
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def _one_shot(
     x_ptr,
     addresses_ptr,
     calls_ptr,
     abort_ptr,
-    numel,
+    num_groups,
     flags_bytes,
     capacity_bytes,
+    GROUP: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    numel = num_groups * GROUP
     call = tl.load(calls_ptr) + 1
     area = flags_bytes + (call % 2) * capacity_bytes
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -88,22 +98,24 @@ def _one_shot(
     _end(calls_ptr, call)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups", "num_chunks"])
 def _two_shot(
     x_ptr,
     addresses_ptr,
     calls_ptr,
     abort_ptr,
-    numel,
+    num_groups,
     flags_bytes,
     capacity_bytes,
     num_chunks,
+    GROUP: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    numel = num_groups * GROUP
     call = tl.load(calls_ptr) + 1
     area = flags_bytes + (call % 2) * capacity_bytes
     own = _values(addresses_ptr, RANK, area, x_ptr)
