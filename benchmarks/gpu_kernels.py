@@ -154,6 +154,48 @@ def experts(bench: Bench) -> Iterator[Row]:
     yield Row(f"mix_experts, {many} tokens", num_flops / us / 1e6, "TFLOP/s", note=f"{us:.0f} µs")
 
 
+def int4_products(bench: Bench) -> Iterator[Row]:
+    """Weights of four bits in groups of 128 inputs, against torch's product with weights of sixteen."""
+    from rayllm_kernels.w4a16 import from_gptq, int4_linear, reference
+
+    num_inputs, num_outputs = bench.size(4096, 256), bench.size(14336, 64)
+    dtype = torch.float16 if bench.is_smoke else torch.bfloat16
+
+    def weight(seed: int) -> Any:
+        generator = torch.Generator(bench.device).manual_seed(seed)
+
+        def words(*shape: int) -> Tensor:
+            bits = torch.randint(-(2**31), 2**31, shape, generator=generator, device=bench.device)
+            return bits.to(torch.int32)
+
+        scales_GO = bench.random(num_inputs // 128, num_outputs, dtype=torch.float32).abs().to(dtype) / num_inputs**0.5
+        packed = words(num_inputs // 8, num_outputs), words(num_inputs // 128, num_outputs // 8), scales_GO
+        return from_gptq(*packed, None, group_size=128, zeros_are_less_one=False)
+
+    x_TI, first = bench.random(5, num_inputs, dtype=dtype), weight(0)
+    expected = x_TI.double() @ reference.dequantized(first).double().T
+    yield bench.error("int4_linear", int4_linear(x_TI, first), expected, dict.fromkeys(_EXPERT_TOLERANCES, 3e-3))
+
+    def make(num_tokens: int, bits: int) -> Callable[[int], Callable[[], Any]]:
+        def of_set(seed: int) -> Callable[[], Any]:
+            x_TI = bench.random(num_tokens, num_inputs, seed=seed, dtype=dtype)
+            if bits == 4:
+                narrow = weight(seed)
+                return lambda: int4_linear(x_TI, narrow)
+            wide_OI = bench.random(num_outputs, num_inputs, seed=seed, dtype=dtype)
+            return lambda: x_TI @ wide_OI.T
+
+        return of_set
+
+    for num_tokens, target in ((1, 2.5), (16, 2.5), (64, 1.5)):
+        us, wide_us = (
+            bench.microseconds(bench.sets(make(num_tokens, bits), num_inputs * num_outputs * bits // 8))
+            for bits in (4, 16)
+        )
+        name = f"int4_linear, {num_tokens} tokens, against 16 bits"
+        yield Row(name, wide_us / us, "times", at_least=None if bench.is_smoke else target, note=f"{us:.1f} µs")
+
+
 def sampling(bench: Bench) -> Iterator[Row]:
     """A step's draws, with all that the sampler does on the device."""
     from rayllm.messages import RowParams
@@ -201,5 +243,6 @@ KERNELS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "kernels: latent attention": latent_attention,
     "kernels: prefill attention": prefill_attention,
     "kernels: experts": experts,
+    "kernels: products with four bits": int4_products,
     "kernels: sampling": sampling,
 }

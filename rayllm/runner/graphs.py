@@ -152,6 +152,12 @@ class StepGraphs:
         bucket = buckets.get(num_tokens)
         return bucket if bucket is not None and len(batch.logits_indices_N) == bucket.num_logits else None
 
+    def pool_bytes(self, step_bytes: int, num_tokens: int) -> int:
+        """About what the graphs' pool takes, where a step of so many tokens takes `step_bytes`: all graphs share what
+        the largest of them needs."""
+        largest = max((bucket.num_tokens for bucket in self.buckets), default=0)
+        return step_bytes * min(largest, num_tokens) // num_tokens
+
     def begin(self) -> None:
         """An epoch begins: from its second step on, a bucket may be recorded."""
         with self._lock:

@@ -140,6 +140,8 @@ class Runner:
         step_bytes = 0
         if self._device.type == "cuda" and leaves_room_to_memory(self._config):
             step_bytes = measure_step_bytes(self._config, self._device, self.compute_largest_step)
+            if self._graphs is not None:
+                step_bytes += self._graphs.pool_bytes(step_bytes, self._config.max_num_batched_tokens)
         return plan_num_blocks(self._config, self._needs, self._device, step_bytes)
 
     def compute_largest_step(self) -> None:

@@ -265,6 +265,12 @@ def test_where_graphs_are_impossible_the_reason_is_told(
         open_graphs(_config(llama_path, cuda_graphs="full"), model, RecordingDouble())
 
 
+def test_graphs_take_memory_as_their_largest_step_does(model: Model) -> None:
+    graphs = _graphs(model, RecordingDouble())
+    assert graphs.pool_bytes(1000, 64) == 250
+    assert graphs.pool_bytes(1000, 12) == 1000
+
+
 def test_sizes_end_at_the_largest_step() -> None:
     assert decode_sizes(1) == [1]
     assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
