@@ -98,11 +98,12 @@ def fall_back(tp: TensorParallel, folder: str, make_memory: Any) -> tuple[bool, 
     log = logging.getLogger("rayllm.distributed.all_reduce")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    all_reduce._TRIAL_TIMEOUT_S = 1.0
+    patience_s, all_reduce._TRIAL_TIMEOUT_S = all_reduce._TRIAL_TIMEOUT_S, 1.0
     try:
         custom = _connected(tp, folder, 3, make_memory=make_memory if tp.rank else HostPeerMemory)
         return custom.reduce(torch.ones(4)), lines
     finally:
+        all_reduce._TRIAL_TIMEOUT_S = patience_s
         log.removeHandler(handler)
 
 

@@ -13,6 +13,7 @@ FLAGS = [
     "--allowed-hosts",
     "--allowed-origins",
     "--api-key",
+    "--attention-backend",
     "--block-size",
     "--chat-template",
     "--chat-template-content-format",
