@@ -74,8 +74,8 @@ class Draws:
 
     rows: list[int]
     rows_N: Uploaded
-    keys_3N: Uploaded
-    """int64: seed, choice, position."""
+    keys_4N: Uploaded
+    """int64: how it is drawn, seed, choice, position."""
     numbers_4N: Uploaded
     """float64: temperature, min-p, top-k, top-p."""
     groups: list[_Group]
@@ -86,8 +86,8 @@ class Draws:
     edits: Edits | None
     penalised: Penalised | None
     penalised_lines: Uploaded | None
-    bound_lines: Uploaded | None
-    """Those that a mask or bad words bind."""
+    is_bound_N: Uploaded
+    """uint8: whether a mask or bad words bind the line."""
 
     @property
     def changes_logits(self) -> bool:
@@ -104,19 +104,18 @@ class SampledOnHost:
     is_usable_N: Downloaded
     logprob_rows: list[int]
     logprobs: Logprobs | None
-    is_stuck_N: Downloaded | None
+    is_stuck_N: Downloaded
 
     def stuck_rows(self) -> list[int]:
         """Rows that got an id without meaning because nothing was allowed."""
-        if self.is_stuck_N is None:
-            return []
-        return [row for row, is_stuck in zip(self.rows, self.is_stuck_N.array.tolist()) if is_stuck]
+        is_stuck = self.is_stuck_N.array
+        return [self.rows[line] for line in is_stuck.nonzero()[0].tolist()]
 
     def invalid_rows(self) -> set[int]:
         """Rows whose logits held NaN or +infinity, or nothing else than -infinity: they got valid ids without
         meaning."""
-        usable = self.is_usable_N.array
-        return set() if usable.all() else {row for row, is_usable in zip(self.rows, usable.tolist()) if not is_usable}
+        is_invalid = ~self.is_usable_N.array
+        return {self.rows[line] for line in is_invalid.nonzero()[0].tolist()}
 
     def by_row(self) -> dict[int, TokenLogprobs | None]:
         """Log-probabilities of the rows that asked; None for one whose logits held NaN."""
@@ -132,9 +131,8 @@ class Sampled:
     is_usable_N: Tensor
     logprob_rows: list[int]
     logprobs: LogprobTensors | None
-    is_stuck_N: Tensor | None = None
-    """Lines for which a mask or bad words, with what else the row forbids, left no token; None where there were
-    neither."""
+    is_stuck_N: Tensor
+    """Lines for which a mask or bad words, with what else the row forbids, left no token."""
 
     def to_host(self, download: Download) -> SampledOnHost:
         """They come with the download."""
@@ -144,7 +142,7 @@ class Sampled:
             download.add(self.is_usable_N),
             self.logprob_rows,
             None if self.logprobs is None else self.logprobs.to_host(download),
-            None if self.is_stuck_N is None else download.add(self.is_stuck_N),
+            download.add(self.is_stuck_N),
         )
 
 
@@ -222,12 +220,13 @@ class Sampler:
         edits = Edits.prepare(upload, [(i, s.edits, s.position) for i, s in enumerate(states)])
         penalised = [i for i, row in enumerate(rows) if row in self._penalties]
         barred = [i for i, row in enumerate(rows) if row in self._bad_words] if self._bad_words else []
-        bound = [*(masks[0] if masks else ()), *barred]
+        is_bound_N = np.zeros(len(rows), np.uint8)
+        is_bound_N[[*(masks[0] if masks else ()), *barred]] = 1
         numbers = [(p.temperature, p.min_p, float(p.top_k), p.top_p) for p in (state.params for state in states)]
         draws = Draws(
             rows=list(rows),
             rows_N=upload.add(_ids(rows)),
-            keys_3N=upload.add(np.array([(s.seed, s.choice, s.position) for s in states], np.int64).T),
+            keys_4N=upload.add(np.array([(s.draw, s.seed, s.choice, s.position) for s in states], np.int64).T),
             numbers_4N=upload.add(np.array(numbers, np.float64).T),
             groups=self._groups(upload, states),
             asking=self._asking(upload, rows, states),
@@ -237,7 +236,7 @@ class Sampler:
             edits=edits,
             penalised=self._penalties.prepare(upload, penalised, [rows[i] for i in penalised]) if penalised else None,
             penalised_lines=upload.add(_ids(penalised)) if penalised else None,
-            bound_lines=upload.add(_ids(bound)) if bound else None,
+            is_bound_N=upload.add(is_bound_N),
         )
         for state in states:
             state.position += 1
@@ -257,8 +256,10 @@ class Sampler:
             raw_GV = logits_NV.index_select(0, asking.lines.tensor)
         self._edit(logits_NV, draws)
         groups = [group.on_device() for group in draws.groups]
-        token_ids_N, max_N = sample(logits_NV, draws.keys_3N.tensor, draws.numbers_4N.tensor, groups)
-        last_token_M.index_copy_(0, draws.rows_N.tensor, token_ids_N)
+        keys_4N, numbers_4N, rows_N = draws.keys_4N.tensor, draws.numbers_4N.tensor, draws.rows_N.tensor
+        token_ids_N, is_usable_N, is_stuck_N = sample(
+            logits_NV, keys_4N, numbers_4N, groups, rows_N, last_token_M, draws.is_bound_N.tensor
+        )
         if draws.penalised and draws.penalised_lines:
             self._penalties.append(draws.penalised, token_ids_N[draws.penalised_lines.tensor])
         if draws.barred and draws.barred_lines:
@@ -267,11 +268,6 @@ class Sampler:
         if asking:
             listed_GK = None if asking.listed is None else asking.listed.tensor
             logprobs = compute_logprobs(raw_GV, token_ids_N[asking.lines.tensor], asking.num_top, listed_GK)
-        is_usable_N, is_stuck_N = max_N.isfinite(), None
-        if draws.bound_lines:
-            is_stuck_N = torch.zeros_like(is_usable_N).index_fill_(0, draws.bound_lines.tensor, True)
-            is_stuck_N &= max_N == -torch.inf
-            is_usable_N |= is_stuck_N
         return Sampled(token_ids_N, draws.rows, is_usable_N, asking.rows if asking else [], logprobs, is_stuck_N)
 
     def _edit(self, logits_NV: Tensor, draws: Draws) -> None:

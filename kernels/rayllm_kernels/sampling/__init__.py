@@ -6,12 +6,25 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rayllm_kernels.device import uses_triton
 from rayllm_kernels.sampling import reference
 from rayllm_kernels.sampling.reference import Draw, Group
 
 __all__ = ["Draw", "Group", "sample"]
 
 
-def sample(logits_NV: Tensor, keys_3N: Tensor, numbers_4N: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """One id (int64) for each line, and the lines' highest logits. `reference.sample` says what it draws."""
-    return reference.sample(logits_NV, keys_3N, numbers_4N, groups)
+def sample(
+    logits_NV: Tensor,
+    keys_4N: Tensor,
+    numbers_4N: Tensor,
+    groups: Sequence[Group],
+    rows_N: Tensor,
+    last_token_M: Tensor,
+    is_bound_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, which lines are usable and which are stuck. `reference.sample` says what it draws and writes."""
+    if uses_triton(logits_NV):
+        from rayllm_kernels.sampling.triton import sample as implementation
+    else:
+        implementation = reference.sample
+    return implementation(logits_NV, keys_4N, numbers_4N, groups, rows_N, last_token_M, is_bound_N)

@@ -11,12 +11,14 @@ Values alone define which tokens are kept, never an order among equals; ties are
 A probability is a weight: floor(exp((logit - max) / temperature) * 2**34), a whole number. Sums of up to
 2**19 of them are exact in float64, so no order of summation, batch shape or thread count can change a sum,
 and with it a kept set or a draw. The floor drops less than 2**-34 of the highest probability from each token.
+The exponential is 2**x by SLEEF's polynomial in fused float32 operations, which is what torch computes where it has
+vectors (AVX2, AVX-512, NEON); `triton.py` does the same, so a seed gives the same tokens on a CPU and on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum, auto
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -30,15 +32,21 @@ _MASK32 = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
+_LOG2_E = 1.4426950408889634
+_VECTORS = 32
+"""Elements of the widest step of torch's vector loops: two vectors of AVX-512."""
+_THREAD_GRAIN = 2**15
+"""Elements for which torch starts a further thread (`at::internal::GRAIN_SIZE`)."""
 
 
-class Draw(Enum):
+class Draw(IntEnum):
     """How a row's token is drawn; rows of one kind are drawn together."""
 
-    GREEDY = auto()
-    ALL = auto()
-    TOP_P = auto()
-    TOP_K = auto()
+    GREEDY = 0
+    ALL = 1
+    TOP_P = 2
+    TOP_K = 3
+    """With a top-p or without."""
 
 
 class Group(NamedTuple):
@@ -52,29 +60,43 @@ class Group(NamedTuple):
     has_top_p: bool
 
 
-def sample(logits_NV: Tensor, keys_3N: Tensor, numbers_4N: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """One id (int64) for each line, and the lines' highest logits.
+def sample(
+    logits_NV: Tensor,
+    keys_4N: Tensor,
+    numbers_4N: Tensor,
+    groups: Sequence[Group],
+    rows_N: Tensor,
+    last_token_M: Tensor,
+    is_bound_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws one id (int64) for each line, and writes it to `last_token_M` at the line's row as well.
 
-    `keys_3N`: seed, choice and position of each draw, int64. `numbers_4N`: temperature, min-p, top-k and top-p,
-    float64. Each line is in one of `groups`. A line whose highest logit is not finite gets an id of the vocabulary,
-    without meaning.
+    `keys_4N`, int64: how the line draws (`Draw`), seed, choice and position. `numbers_4N`, float64: temperature, min-p,
+    top-k and top-p. Each line is in one of `groups`. Also says, as bools, which lines are usable and which are stuck. A
+    line that holds NaN or +infinity, or nothing else than -infinity, gets an id of the vocabulary without meaning; in
+    the last case it is stuck if it is bound (by something that may have ruled all out: `is_bound_N`, uint8), and else
+    not usable, as in the others.
     """
     if len(groups) == 1:
-        return _sample_group(logits_NV, keys_3N, numbers_4N, groups[0])
-    token_ids_N = torch.empty(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
-    max_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
-    for group in groups:
-        lines_G = group.lines_G
-        assert lines_G is not None, "several groups name their lines"
-        drawn = _sample_group(logits_NV.index_select(0, lines_G), keys_3N[:, lines_G], numbers_4N[:, lines_G], group)
-        token_ids_N[lines_G], max_N[lines_G] = drawn
-    return token_ids_N, max_N
+        token_ids_N, max_N = _sample_group(logits_NV, keys_4N, numbers_4N, groups[0])
+    else:
+        token_ids_N = torch.empty(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
+        max_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
+        for group in groups:
+            lines_G = group.lines_G
+            assert lines_G is not None, "several groups name their lines"
+            logits_GV = logits_NV.index_select(0, lines_G)
+            drawn = _sample_group(logits_GV, keys_4N[:, lines_G], numbers_4N[:, lines_G], group)
+            token_ids_N[lines_G], max_N[lines_G] = drawn
+    last_token_M.index_copy_(0, rows_N, token_ids_N)
+    is_stuck_N = is_bound_N.bool() & (max_N == -torch.inf)
+    return token_ids_N, max_N.isfinite() | is_stuck_N, is_stuck_N
 
 
-def _sample_group(logits_GV: Tensor, keys_3G: Tensor, numbers_4G: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def _sample_group(logits_GV: Tensor, keys_4G: Tensor, numbers_4G: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     if group.draw is Draw.GREEDY:
         return greedy(logits_GV)
-    uniform_G = uniform(*keys_3G)
+    uniform_G = uniform(*keys_4G[1:])
     temperature_G, min_p_G, top_k_G, top_p_G = numbers_4G
     rules = Rules(
         temperature_G,
@@ -153,11 +175,25 @@ class Rules(NamedTuple):
 
 def token_weights(logits_NK: Tensor, max_N: Tensor, rules: Rules) -> Tensor:
     """Whole float32 numbers like probabilities, 0 for what min-p drops. `max_N`: the highest logits."""
-    weights_NK = logits_NK - max_N[:, None]
-    weights_NK.div_(rules.temperature_N.float()[:, None]).exp_()
+    num = logits_NK.numel()
+    flat = torch.empty(_whole_vectors(num), device=logits_NK.device)
+    weights_NK = flat[:num].view(logits_NK.shape)
+    torch.sub(logits_NK, max_N[:, None], out=weights_NK)
+    weights_NK.mul_((_LOG2_E / rules.temperature_N).float()[:, None])
+    flat.exp2_()
     if rules.min_p_N is not None:
         weights_NK.masked_fill_(weights_NK < rules.min_p_N.float()[:, None], 0)
     return weights_NK.mul_(WEIGHT_SCALE).floor_()
+
+
+def _whole_vectors(num: int) -> int:
+    """At least `num` elements, such that each thread that torch gives a part of them computes whole vectors: exp2 of
+    what is left over is the C library's, whose last bit may differ."""
+    num_threads = 0
+    while (needed := min(torch.get_num_threads(), -(-num // _THREAD_GRAIN))) > num_threads:
+        num_threads = needed
+        num = -(-num // (_VECTORS * num_threads)) * _VECTORS * num_threads
+    return num
 
 
 def _first_above(cumulative_NK: Tensor, target_N: Tensor) -> Tensor:

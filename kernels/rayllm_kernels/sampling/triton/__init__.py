@@ -1,0 +1,5 @@
+"""`reference` in Triton."""
+
+from rayllm_kernels.sampling.triton.draw import sample
+
+__all__ = ["sample"]

@@ -1,0 +1,22 @@
+"""Launches that are compiled ahead of time: see `ahead_of_time.py`."""
+
+from __future__ import annotations
+
+import torch
+from ahead_of_time import meta
+
+from rayllm_kernels.sampling import Draw, Group, sample
+
+
+def launches(arch: int) -> None:
+    groups = [Group(draw, None, 64, True, True) for draw in Draw]
+    for num_rows, vocab_size in [(64, 151_936), (1, 32_000)]:
+        sample(
+            meta(num_rows, vocab_size, dtype=torch.float32),
+            meta(4, num_rows, dtype=torch.int64),
+            meta(4, num_rows, dtype=torch.float64),
+            groups,
+            meta(num_rows, dtype=torch.int64),
+            meta(256, dtype=torch.int64),
+            meta(num_rows, dtype=torch.uint8),
+        )
