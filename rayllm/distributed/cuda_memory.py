@@ -67,22 +67,20 @@ class CudaPeerMemory:
     def __init__(self, device_index: int, driver: Any = None):
         self._driver = driver or ctypes.CDLL("libcuda.so.1")
         self._location = _Location(_DEVICE, device_index)
-        self._mapped: list[tuple[int, int, int]] = []
-        """Address, bytes and allocation handle of each mapping."""
+        self._properties = _AllocationProperties(_PINNED, _POSIX_FD, self._location)
+        self._undo: list[tuple[Any, ...]] = []
+        """Calls that give back what was taken, to be made from the last to the first."""
 
     def allocate(self, num_bytes: int) -> tuple[int, int]:
-        properties = _AllocationProperties(_PINNED, _POSIX_FD, self._location)
-        granularity = ctypes.c_size_t()
-        self._call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(properties), 0)
-        num_bytes = _rounded(num_bytes, granularity.value)
-        handle = ctypes.c_ulonglong()
-        self._call("cuMemCreate", ctypes.byref(handle), ctypes.c_size_t(num_bytes), ctypes.byref(properties), _zero())
-        address = self._map(handle.value, num_bytes)
-        self._call("cuMemsetD8_v2", ctypes.c_ulonglong(address), ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
+        size, handle = self._rounded(num_bytes), ctypes.c_ulonglong()
+        self._call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), _zero())
+        self._undo.append(("cuMemRelease", handle))
+        address = self._map(handle, size)
+        self._call("cuMemsetD8_v2", address, ctypes.c_ubyte(0), size)
         self._call("cuCtxSynchronize")
         fd = ctypes.c_int()
         self._call("cuMemExportToShareableHandle", ctypes.byref(fd), handle, _POSIX_FD, _zero())
-        return address, fd.value
+        return address.value, fd.value
 
     def map(self, fd: int, num_bytes: int) -> int:
         handle = ctypes.c_ulonglong()
@@ -90,26 +88,29 @@ class CudaPeerMemory:
             self._call("cuMemImportFromShareableHandle", ctypes.byref(handle), ctypes.c_void_p(fd), _POSIX_FD)
         finally:
             os.close(fd)
-        properties, granularity = _AllocationProperties(_PINNED, _POSIX_FD, self._location), ctypes.c_size_t()
-        self._call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(properties), 0)
-        return self._map(handle.value, _rounded(num_bytes, granularity.value))
+        self._undo.append(("cuMemRelease", handle))
+        return self._map(handle, self._rounded(num_bytes)).value
 
     def close(self) -> None:
-        mapped, self._mapped = self._mapped, []
-        for address, num_bytes, handle in mapped:
-            self._call("cuMemUnmap", ctypes.c_ulonglong(address), ctypes.c_size_t(num_bytes))
-            self._call("cuMemAddressFree", ctypes.c_ulonglong(address), ctypes.c_size_t(num_bytes))
-            self._call("cuMemRelease", ctypes.c_ulonglong(handle))
+        while self._undo:
+            self._call(*self._undo.pop())
 
-    def _map(self, handle: int, num_bytes: int) -> int:
+    def _rounded(self, num_bytes: int) -> ctypes.c_size_t:
+        """The size of an allocation, which is a multiple of the driver's granularity."""
+        granularity = ctypes.c_size_t()
+        self._call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._properties), 0)
+        return ctypes.c_size_t(-(-num_bytes // granularity.value) * granularity.value)
+
+    def _map(self, handle: ctypes.c_ulonglong, size: ctypes.c_size_t) -> ctypes.c_ulonglong:
         """Where this GPU reads and writes an allocation."""
-        size, address = ctypes.c_size_t(num_bytes), ctypes.c_ulonglong()
+        address = ctypes.c_ulonglong()
         self._call("cuMemAddressReserve", ctypes.byref(address), size, ctypes.c_size_t(0), _zero(), _zero())
-        self._call("cuMemMap", address, size, ctypes.c_size_t(0), ctypes.c_ulonglong(handle), _zero())
-        self._mapped.append((address.value, num_bytes, handle))
+        self._undo.append(("cuMemAddressFree", address, size))
+        self._call("cuMemMap", address, size, ctypes.c_size_t(0), handle, _zero())
+        self._undo.append(("cuMemUnmap", address, size))
         access = _AccessDescriptor(self._location, _READ_WRITE)
         self._call("cuMemSetAccess", address, size, ctypes.byref(access), ctypes.c_size_t(1))
-        return address.value
+        return address
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._driver, name)(*arguments)
@@ -117,10 +118,6 @@ class CudaPeerMemory:
             text = ctypes.c_char_p()
             self._driver.cuGetErrorString(code, ctypes.byref(text))
             raise RuntimeError(f"{name} failed with {code}: {(text.value or b'unknown error').decode()}")
-
-
-def _rounded(num_bytes: int, granularity: int) -> int:
-    return -(-num_bytes // granularity) * granularity
 
 
 def _zero() -> ctypes.c_ulonglong:

@@ -78,6 +78,16 @@ def test_what_a_peer_allocated_is_mapped_and_its_descriptor_closed() -> None:
     ]  # fmt: skip
 
 
+def test_what_was_taken_before_a_failure_is_given_back() -> None:
+    driver = _Driver(fails="cuMemMap")
+    memory = CudaPeerMemory(0, driver)
+    with pytest.raises(RuntimeError, match="cuMemMap failed with 801"):
+        memory.allocate(1)
+    driver.calls.clear()
+    memory.close()
+    assert driver.names() == ["cuMemAddressFree", "cuMemRelease"]
+
+
 def test_what_the_driver_refuses_is_an_error_with_its_words() -> None:
     with pytest.raises(RuntimeError, match="cuMemCreate failed with 801: operation not supported"):
         CudaPeerMemory(0, _Driver(fails="cuMemCreate")).allocate(1)
