@@ -18,7 +18,7 @@ from rayllm.engine.driver.admission import Admission
 from rayllm.engine.driver.counters import EngineCounters
 from rayllm.engine.driver.open_requests import Client, OpenRequest, OpenRequests, Outbox
 from rayllm.engine.driver.retained_requests import RetainedRequest, RetainedRequests
-from rayllm.engine.driver.supervisor import COMPILING_STEPS_S, FIRST_STEPS_S, LOOK_S, Outcome, Supervisor
+from rayllm.engine.driver.supervisor import LOOK_S, Outcome, Supervisor
 from rayllm.errors import EngineError, OverloadedError, RequestError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.messages import (
@@ -86,8 +86,7 @@ class EngineLoop:
         self._outbox = outbox
         self._wall_clock = wall_clock
         self._clock = clock
-        first_steps_s = FIRST_STEPS_S if config.device == "cpu" else COMPILING_STEPS_S
-        self._supervisor = supervisor = Supervisor(executor, wake, clock, first_steps_s)
+        self._supervisor = supervisor = Supervisor(executor, wake, clock, compiles=config.device != "cpu")
         self._admission = Admission(config, scheduler, wall_clock, clock, lambda: supervisor.typical_step_s)
         self._open = OpenRequests(outbox)
         self._retained = RetainedRequests(self._drop)

@@ -7,7 +7,6 @@ are asked whether they are alive. Recovery runs in a thread beside the loop, whi
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from rayllm.engine.driver.step_times import COMPILING_STEPS_S, SentStep, StepTimes
 from rayllm.errors import EngineError, WorkerDiedError
 from rayllm.executor.executor import Executor
 from rayllm.executor.stopwatch import Stopwatch, in_words
@@ -24,68 +24,17 @@ from rayllm.observability.histogram import Histogram
 
 log = logging.getLogger(__name__)
 
-MIN_LIMIT_S = 1.0
-SLOWEST_FACTOR = 20.0
-FIRST_STEPS_S = 2.0
-"""Until `_NUM_FIRST_STEPS` are known. Libraries warm up and prompts are long: where all ranks answer, they have
-`COMPILING_STEPS_S`."""
-COMPILING_STEPS_S = 60.0
-"""The same where kernels are compiled: a rank that does may not even answer."""
 LOOK_S = 0.5
 """How often to look whether a rank that is waited for is stopped."""
-NEW_SIZE_LIMIT_S = 5.0
-"""At least, for a plan larger than any before it."""
 EXTENDED_LIMIT_S = 30.0
 """Where all ranks answer, a slow step (a kernel that is compiled, an overloaded machine) is likelier than a deadlock,
 which the collectives' own time limit ends.
 """
-_NUM_FIRST_STEPS = 8
-_NUM_KEPT = 100
-
 MAX_IDLE_FAULTS = 3
 MAX_BUSY_FAULTS = 8
 """Faults in a row without a finished step between: with nothing running, or with something. A request that kills its
 worker ends at three; so many more mean that the machine is at fault."""
 _FORGET_AFTER_S = 600.0
-
-
-class StepTimes:
-    """How long steps take, by their size; what is far longer is a hang. Plain arithmetic."""
-
-    def __init__(self, first_steps_s: float = FIRST_STEPS_S) -> None:
-        self._first_steps_s = first_steps_s
-        self._by_size: dict[int, deque[float]] = {}  # by bits of the number of tokens
-        self._num_steps = 0
-
-    @property
-    def are_known(self) -> bool:
-        return self._num_steps >= _NUM_FIRST_STEPS
-
-    def note(self, num_tokens: int, elapsed_s: float) -> None:
-        self._num_steps += 1
-        self._by_size.setdefault(num_tokens.bit_length(), deque(maxlen=_NUM_KEPT)).append(elapsed_s)
-
-    @property
-    def typical_s(self) -> float | None:
-        """The median of the last steps of all sizes; None before the first."""
-        latest = [elapsed_s for times in self._by_size.values() for elapsed_s in list(times)[-_NUM_FIRST_STEPS:]]
-        return statistics.median(latest) if latest else None
-
-    def limit_s(self, num_tokens: int) -> float:
-        """Seconds that a step of so many tokens may take: 20 times the slowest of the last hundred of its size (which
-        stands for their 99th percentile), no less than a second. A larger size than any seen is judged by the largest
-        seen, in proportion.
-        """
-        if not self.are_known:
-            return self._first_steps_s
-        size = num_tokens.bit_length()
-        as_large = [max(times) for seen, times in self._by_size.items() if seen >= size]
-        if as_large:
-            own = self._by_size.get(size)
-            return max(MIN_LIMIT_S, SLOWEST_FACTOR * (max(own) if own else max(as_large)))
-        largest = max(self._by_size)
-        slowest_s = max(self._by_size[largest]) * 2 ** (size - largest)
-        return max(NEW_SIZE_LIMIT_S, SLOWEST_FACTOR * slowest_s)
 
 
 @dataclass(slots=True)
@@ -129,8 +78,10 @@ class Supervisor:
         executor: Executor,
         wake: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        first_steps_s: float = FIRST_STEPS_S,
+        *,
+        compiles: bool = False,
     ):
+        """`compiles`: whether workers compile kernels and capture graphs as steps need them."""
         self.fault_counters = FaultCounters()
         self.epoch = 0
         self.problem = ""
@@ -138,8 +89,8 @@ class Supervisor:
         self._executor = executor
         self._wake = wake
         self._clock = clock
-        self._times = StepTimes(first_steps_s)
-        self._sizes: deque[int] = deque()
+        self._times = StepTimes(compiles=compiles)
+        self._sent: deque[SentStep] = deque()
         self._recovery: threading.Thread | None = None
         self._outcome: Outcome | EngineError | None = None
         self._limit_extended = False
@@ -154,7 +105,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------------ steps
 
     def send(self, plan: StepPlan) -> None:
-        self._sizes.append(plan.num_tokens)
+        self._sent.append(self._times.sent(plan))
         self._sign_of_life_at = self._clock()
         self._executor.send(plan)
 
@@ -166,7 +117,7 @@ class Supervisor:
         while result.epoch != self.epoch:  # of a worker that was given up
             result = self._await_result(timeout_s)
         now = self._sign_of_life_at = self._committed_at = self._clock()
-        self._times.note(self._sizes.popleft(), result.elapsed_s)
+        self._times.note(self._sent.popleft(), result.elapsed_s)
         self._limit_extended = False
         self._num_consecutive_faults = 0
         if self._gap_began_at is not None:
@@ -211,7 +162,7 @@ class Supervisor:
 
     def limit_s(self) -> float:
         """How long the oldest plan that is out may take."""
-        limit_s = self._times.limit_s(self._sizes[0] if self._sizes else 1)
+        limit_s = self._times.limit_s(self._sent[0] if self._sent else SentStep(1))
         if not self._limit_extended:
             return limit_s
         return max(limit_s, EXTENDED_LIMIT_S if self._times.are_known else COMPILING_STEPS_S)
@@ -244,7 +195,8 @@ class Supervisor:
             raise outcome
         if outcome is Outcome.RECOVERED:
             self.epoch += 1
-            self._sizes.clear()
+            self._sent.clear()
+            self._times.forget_kinds()
             self._limit_extended = False
             self._sign_of_life_at = self._clock()
         return outcome
@@ -282,7 +234,7 @@ class Supervisor:
         """Counts the fault. Raises the last error of a rank that keeps failing."""
         now = self._clock()
         self.fault_counters.note_fault(kind, now - self._sign_of_life_at)
-        if self._sizes and self._gap_began_at is None:
+        if self._sent and self._gap_began_at is None:
             self._gap_began_at = self._committed_at
         if now - self._fault_at > _FORGET_AFTER_S:
             self._num_consecutive_faults = 0
@@ -290,7 +242,7 @@ class Supervisor:
         self._num_consecutive_faults += 1
         self.problem = f"{fault}; it is being replaced"
         log.warning("%s; replacing it", fault)
-        if self._num_consecutive_faults > (MAX_BUSY_FAULTS if self._sizes else MAX_IDLE_FAULTS):
+        if self._num_consecutive_faults > (MAX_BUSY_FAULTS if self._sent else MAX_IDLE_FAULTS):
             raise WorkerDiedError(
                 fault.rank,
                 f"{fault.reason}; {self._num_consecutive_faults} faults in a row without a finished step; "

@@ -22,7 +22,7 @@ from rayllm.engine.client.named_connection import connect_by_name
 from rayllm.engine.discovery import find_address, find_driver, known_engines
 from rayllm.engine.driver.actor import Driver
 from rayllm.engine.driver.loop import EngineLoop
-from rayllm.engine.driver.supervisor import FIRST_STEPS_S
+from rayllm.engine.driver.step_times import FIRST_STEPS_S
 from rayllm.engine.owner.driver_handle import create_driver
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import ConfigError, EngineError, EngineUnreachableError, WorkerDiedError

@@ -9,7 +9,8 @@ import pytest
 from fakes import EOS_ID, FakeExecutor, expected_tokens, fake_config, make_request
 
 from rayllm.engine.driver.loop import MAX_FAULTS_OF_REQUEST, MAX_QUARANTINE_RELEASES, QUARANTINE_TOKENS, EngineLoop
-from rayllm.engine.driver.supervisor import EXTENDED_LIMIT_S, MIN_LIMIT_S
+from rayllm.engine.driver.step_times import MIN_LIMIT_S
+from rayllm.engine.driver.supervisor import EXTENDED_LIMIT_S
 from rayllm.engine.owner.local import build_scheduler
 from rayllm.errors import WorkerDiedError
 from rayllm.messages import Abort, Deltas, DriverMessage, EngineStats, Finish, StatsQuery, StepPlan, StepResult, Submit
