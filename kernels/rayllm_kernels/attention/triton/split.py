@@ -42,25 +42,54 @@ def leave_part(sums, highest_M, mass_M, sums_ptr, masses_ptr, arrivals_ptr, part
 
 @triton.jit
 def join_parts(sums_ptr, masses_ptr, num_parts, kept_M, width, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The sums, highest scores and masses of all parts together."""
+    """The sums, highest scores and masses of all parts together. Several are read at once, as many as registers hold:
+    one after another, each would wait for memory."""
     highest_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass_M = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    channels_V = tl.arange(0, BLOCK_V)
-    kept = kept_M[:, None] & (channels_V < width)[None, :]
-    for part in range(num_parts):
-        rows_M = part * BLOCK_M + tl.arange(0, BLOCK_M)
-        # past the first-level cache, which may hold what stood there in an earlier launch
-        part_highest_M = tl.load(masses_ptr + 2 * rows_M, mask=kept_M, other=0.0, cache_modifier=".cg")
-        part_mass_M = tl.load(masses_ptr + 2 * rows_M + 1, mask=kept_M, other=0.0, cache_modifier=".cg")
-        at = sums_ptr + rows_M[:, None] * width + channels_V[None, :]
-        part_sums = tl.load(at, mask=kept, other=0.0, cache_modifier=".cg")
-        raised_M = tl.maximum(highest_M, part_highest_M)
-        decay_M, part_decay_M = tl.exp2(highest_M - raised_M), tl.exp2(part_highest_M - raised_M)
-        sums = sums * decay_M[:, None] + part_sums * part_decay_M[:, None]
-        mass_M = mass_M * decay_M + part_mass_M * part_decay_M
-        highest_M = raised_M
+    AT_ONCE: tl.constexpr = 4 if BLOCK_V <= 128 else 2 if BLOCK_V <= 256 else 1
+    for part in range(0, num_parts, AT_ONCE):
+        a, highest_a, mass_a = _load_part(sums_ptr, masses_ptr, part, num_parts, kept_M, width, BLOCK_M, BLOCK_V)
+        if AT_ONCE >= 2:
+            b, highest_b, mass_b = _load_part(
+                sums_ptr, masses_ptr, part + 1, num_parts, kept_M, width, BLOCK_M, BLOCK_V
+            )
+        if AT_ONCE == 4:
+            c, highest_c, mass_c = _load_part(
+                sums_ptr, masses_ptr, part + 2, num_parts, kept_M, width, BLOCK_M, BLOCK_V
+            )
+            d, highest_d, mass_d = _load_part(
+                sums_ptr, masses_ptr, part + 3, num_parts, kept_M, width, BLOCK_M, BLOCK_V
+            )
+        sums, highest_M, mass_M = _joined(sums, highest_M, mass_M, a, highest_a, mass_a)
+        if AT_ONCE >= 2:
+            sums, highest_M, mass_M = _joined(sums, highest_M, mass_M, b, highest_b, mass_b)
+        if AT_ONCE == 4:
+            sums, highest_M, mass_M = _joined(sums, highest_M, mass_M, c, highest_c, mass_c)
+            sums, highest_M, mass_M = _joined(sums, highest_M, mass_M, d, highest_d, mass_d)
     return sums, highest_M, mass_M
+
+
+@triton.jit
+def _load_part(sums_ptr, masses_ptr, part, num_parts, kept_M, width, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """What a program left; nothing where there is no such part. It is read past the first-level cache, which may hold
+    what stood there in an earlier launch."""
+    rows_M, channels_V = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
+    kept_M = kept_M & (rows_M < num_parts * BLOCK_M)
+    kept = kept_M[:, None] & (channels_V < width)[None, :]
+    at = sums_ptr + rows_M[:, None] * width + channels_V[None, :]
+    sums = tl.load(at, mask=kept, other=0.0, cache_modifier=".cg")
+    highest_M = tl.load(masses_ptr + 2 * rows_M, mask=kept_M, other=float("-inf"), cache_modifier=".cg")
+    mass_M = tl.load(masses_ptr + 2 * rows_M + 1, mask=kept_M, other=0.0, cache_modifier=".cg")
+    return sums, highest_M, mass_M
+
+
+@triton.jit
+def _joined(sums, highest_M, mass_M, part_sums, part_highest_M, part_mass_M):
+    raised_M = tl.maximum(highest_M, part_highest_M)
+    decay_M, part_decay_M = tl.exp2(highest_M - raised_M), tl.exp2(part_highest_M - raised_M)
+    sums = sums * decay_M[:, None] + part_sums * part_decay_M[:, None]
+    return sums, raised_M, mass_M * decay_M + part_mass_M * part_decay_M
 
 
 def parts(num_lines: int, splits: int, num_rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
