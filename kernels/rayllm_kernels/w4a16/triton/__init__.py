@@ -16,14 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rayllm_kernels.launch import launch
+from rayllm_kernels.w4a16.triton.split import join_parts, leave_part, num_splits
 from rayllm_kernels.w4a16.weight import CHUNK, MIN_BLOCK_OUTPUTS, TILE, Int4Weight
 
-_PROGRAMS = 528
-"""Wanted for few tokens: four for each multiprocessor of an H100 or H200."""
 _ADDED = {torch.bfloat16: (128, 0x43004300), torch.float16: (1024, 0x64006400), torch.float32: (0, 0)}
 """What the bit-or adds to a weight, and its bits in both halves of a word; float32 is converted instead."""
-_MIN_TILES = 4
-"""Of a program: a shorter part costs more to join than it saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +44,7 @@ def int4_linear(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None) 
     chunks, (added, bits) = _chunks_of_a_group(weight), _ADDED[x_TI.dtype]
     tile = _tile(num_tokens, chunks, x_TI.dtype)
     num_blocks, num_rows = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_tokens, tile.tokens)
-    num_tiles = triton.cdiv(num_inputs, TILE)
-    splits = min(max(_PROGRAMS // num_blocks, 1), triton.cdiv(num_tiles, _MIN_TILES)) if num_rows == 1 else 1
+    splits = num_splits(num_blocks, triton.cdiv(num_inputs, TILE)) if num_rows == 1 else 1
     out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     num_parts = splits if splits > 1 else 0
     parts = torch.empty((num_parts, num_blocks, tile.tokens, tile.outputs), dtype=torch.float32, device=x_TI.device)
@@ -122,17 +118,10 @@ def int4_kernel(
         INPUTS, OUTPUTS, GROUP, CHUNKS, ADDED, BITS, NUM_TILES, CHUNK, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if SPLITS > 1:
-        at = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        parts_ptr += block * BLOCK_M * BLOCK_N + at
-        PART: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N * BLOCK_M * BLOCK_N
-        tl.store(parts_ptr + split * PART, sums)
-        tl.debug_barrier()  # all threads' stores come before the one atomic operation, which releases them
-        if tl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel") < SPLITS - 1:
+        BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+        if leave_part(sums, parts_ptr, arrivals_ptr, block, split, BLOCKS) < SPLITS - 1:
             return
-        tl.store(arrivals_ptr + block, 0)
-        sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for part in range(SPLITS):  # past the first-level cache, which may hold what stood there in an earlier launch
-            sums += tl.load(parts_ptr + part * PART, cache_modifier=".cg")
+        sums = join_parts(parts_ptr, arrivals_ptr, block, BLOCKS, SPLITS, BLOCK_M, BLOCK_N)
     if BIAS:
         sums += tl.load(bias_ptr + tl.minimum(outputs_N, OUTPUTS - 1)).to(tl.float32)[:, None]
     at = tokens_M.to(tl.int64)[:, None] * OUTPUTS + outputs_N[None, :]
