@@ -10,8 +10,8 @@ from torch import Tensor
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 """The relative error that a reference is allowed in each dtype."""
 
-KERNEL_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-"""The relative error that a Triton kernel is allowed, unless its row in `kernels/README.md` says less."""
+KERNEL_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+"""The relative error that a Triton kernel is allowed, unless its row in `kernels/README.md` says otherwise."""
 
 _MARGIN = 64
 """Elements before and behind a guarded tensor: enough to keep its alignment."""

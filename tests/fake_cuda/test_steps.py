@@ -43,12 +43,12 @@ BUDGETS = {
     Case(model="qwen2"): Budget(9, 4, 16),
     Case(model="qwen3"): Budget(9, 4, 16),
     Case(model="mixtral"): Budget(12, 3, 16),
-    Case(tp=2): Budget(9, 4, 17),
-    Case(tp=8): Budget(9, 4, 17),
-    Case(tp=8, custom=True): Budget(11, 4, 18),
+    Case(tp=2): Budget(9, 4, 16),
+    Case(tp=8): Budget(9, 4, 16),
+    Case(tp=8, custom=True): Budget(11, 4, 17),
     Case(graphs=True): Budget(0, 0, 12),
     Case(kind="mixed", graphs=True): Budget(4, 0, 12),
-    Case(kind="prefill", tp=8): Budget(9, 4, 17),
+    Case(kind="prefill", tp=8): Budget(9, 4, 16),
 }
 """To be lowered with what is measured, and never raised without a reason that is worth it."""
 

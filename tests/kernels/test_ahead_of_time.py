@@ -87,3 +87,11 @@ def test_a_file_that_fails_says_how(tmp_path: Path) -> None:
     path.write_text("def launches(arch):\n    raise ValueError('no such shape')\n")
     with pytest.raises(RuntimeError, match="no such shape"):
         reports(path, 90)
+
+
+def test_every_family_of_kernels_has_its_errors_in_the_readme() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "kernels" / "README.md").read_text("utf-8").partition("### Errors and floors")[2]
+    rows = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    families = {path.parent.name for path in launch_files()} - {"fake_cuda"}
+    assert {family for family in families if f"`{family}`" not in rows} == set()
