@@ -110,7 +110,8 @@ class EngineConfig(BaseConfig, CompatibilitySettings):
     cuda_graphs: CudaGraphs = Field(
         "auto",
         description="When CUDA graphs of steps are captured: auto (when a size of step comes the second time), full "
-        "(all at start, which takes longer), or off (never: each step launches its kernels one by one).",
+        "(all at start and in a recovery, which take longer), or off (never: each step launches its kernels one by "
+        "one).",
     )
     max_cudagraph_capture_size: int | None = Field(
         None,

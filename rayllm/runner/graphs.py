@@ -104,14 +104,15 @@ class StepGraphs:
         max_num_seqs: int,
         must_record: bool = False,
     ):
-        """`must_record`: a step that cannot be recorded raises; else its kind runs eagerly from then on, and the log
-        says so."""
+        """`must_record`: a step that cannot be recorded raises; else decode or mixed steps run eagerly for the rest of
+        the epoch, and the log says so."""
         self._model = model
         self._recorder = recorder
         self._decode = {size: Bucket(size, size, True) for size in decode_sizes}
         self._mixed = {size: Bucket(size, min(size, max_num_seqs), False) for size in mixed_sizes}
         self._must_record = must_record
-        self._records = False
+        self._records = {True: False, False: False}
+        """Whether decode steps, and whether mixed ones, are recorded."""
         self._used: set[Bucket] = set()
         self._recorded: dict[Bucket, RecordedStep] = {}
         self._lock = threading.Lock()
@@ -123,7 +124,8 @@ class StepGraphs:
         return sorted(found, key=lambda bucket: bucket.num_tokens, reverse=True)
 
     def shape(self, num_rows: int, num_tokens: int, num_logits: int) -> StepShape | None:
-        """What a step of so many rows, tokens and wanted positions must be padded to; None where it runs eagerly."""
+        """What a step of so many rows, tokens and wanted positions must be padded to; None where it stays as it is. It
+        follows from the sizes alone, since ranks sum tensors of one shape, whatever each of them could record."""
         is_decode = num_rows == num_tokens
         buckets = self._decode if is_decode else self._mixed
         sizes = sorted(buckets)
@@ -162,13 +164,13 @@ class StepGraphs:
         """An epoch begins: from its second step on, a bucket may be recorded."""
         with self._lock:
             self._free()
-            self._records = True
+            self._records = {True: True, False: True}
 
     def drop(self) -> None:
         """The epoch ends: frees all graphs and their memory. Steps run eagerly."""
         with self._lock:
             self._free()
-            self._records = False
+            self._records = {True: False, False: False}
 
     def _free(self) -> None:
         for recorded in self._recorded.values():
@@ -188,7 +190,9 @@ class StepGraphs:
         if bucket not in self._used:
             self._used.add(bucket)
             return None
-        return recorded or (self._record(batch, pool, bucket, addresses) if self._records else None)
+        if recorded is None and self._records[bucket.is_decode]:
+            recorded = self._record(batch, pool, bucket, addresses)
+        return recorded
 
     def _record(self, batch: Batch, pool: KVPool, bucket: Bucket, addresses: tuple[int, ...]) -> RecordedStep | None:
         began_s = time.perf_counter()
@@ -206,8 +210,8 @@ class StepGraphs:
         return recorded
 
     def _give_up(self, bucket: Bucket, error: Exception) -> None:
-        buckets, kind = (self._decode, "decode") if bucket.is_decode else (self._mixed, "mixed")
-        buckets.clear()
+        self._records[bucket.is_decode] = False
+        kind = "decode" if bucket.is_decode else "mixed"
         log.warning("%s steps run without CUDA graphs, as one could not be recorded: %s", kind, error)
 
 

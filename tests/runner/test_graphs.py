@@ -222,6 +222,8 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded(
     [record] = caplog.records
     assert "decode steps run without CUDA graphs" in record.getMessage()
     assert not recorder.replays
+    assert steps.graphs is not None
+    assert steps.graphs.shape(3, 3, 3) == StepShape(4, 4, 4)  # as on a rank that could record it
     assert steps.tokens == Steps(model).run({0: 7, 3: 3}, *[{0: 1, 3: 1}] * 3).tokens
 
 
