@@ -202,7 +202,7 @@ def sampling(bench: Bench) -> Iterator[Row]:
     from rayllm.sampling.sampler import Sampler
     from rayllm.transfer.upload import Upload
 
-    num_rows, vocab_size = bench.size(64, 2), bench.size(151936, 300)
+    num_rows, vocab_size = bench.size(64, 1), bench.size(151936, 100)
 
     def prepared(device: torch.device, params: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         sizes = {"max_rows": num_rows, "vocab_size": vocab_size, "max_model_len": 64, "eos_token_ids": (2,)}
