@@ -1,10 +1,11 @@
-"""Bounds and shifts of a row's logits that do not follow from its text: a grammar's mask, allowed ids, bias, and end
-tokens that must wait. Shapes: N lines, G of them bound by a mask, V vocabulary ids.
+"""Edits of a row's logits that do not follow from its text: allowed ids, bias, and end tokens that must wait.
+
+Shapes: N lines, V vocabulary ids; A allowed, B biased and E banned ids of all lines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,61 +48,57 @@ class RowEdits:
 
 
 @dataclass(frozen=True, slots=True)
-class _LineEdits:
-    line: int
-    allowed_ids: Uploaded | None
-    bias: tuple[Uploaded, Uploaded] | None
-    end_ids: Uploaded | None
-
-
-@dataclass(frozen=True, slots=True)
 class Edits:
-    """A step's, on their way to the device."""
+    """A step's, on their way to the device: for all lines together, in one tensor of each kind. None where no line has
+    that kind."""
 
-    lines: list[_LineEdits]
+    allowed: tuple[Uploaded, Uploaded] | None
+    """Lines with allowed ids, int64; and for each allowed id its line and itself, int64 [2, A]."""
+    bias: tuple[Uploaded, Uploaded] | None
+    """For each biased id its line and itself, int64 [2, B]; and the bias, float32 [B]."""
+    ends: Uploaded | None
+    """For each end token that is banned its line and itself, int64 [2, E]."""
 
     @classmethod
     def prepare(cls, upload: Upload, lines: Iterable[tuple[int, RowEdits, int]]) -> Edits | None:
         """Of each (line, edits of its row, number of tokens that the row has emitted); None where none is needed."""
-        found = []
-        for line, row, position in lines:
-            if row.is_needed(position):
-                allowed = None if row.allowed_ids is None else upload.add(row.allowed_ids)
-                bias = None if row.bias is None else (upload.add(row.bias[0]), upload.add(row.bias[1]))
-                ends = upload.add(row.end_ids) if row.end_ids is not None and row.bans_ends(position) else None
-                found.append(_LineEdits(line, allowed, bias, ends))
-        return cls(found) if found else None
+        needed = [each for each in lines if each[1].is_needed(each[2])]
+        if not needed:
+            return None
+        allowed = [(line, row.allowed_ids) for line, row, _ in needed if row.allowed_ids is not None]
+        bias = [(line, row.bias) for line, row, _ in needed if row.bias is not None]
+        ends = [
+            (line, row.end_ids) for line, row, position in needed if row.end_ids is not None and row.bans_ends(position)
+        ]
+        values = np.concatenate([values for _, (_, values) in bias]) if bias else None
+        return cls(
+            (upload.add(_ids(line for line, _ in allowed)), upload.add(_places(allowed))) if allowed else None,
+            None if values is None else (upload.add(_places([(i, ids) for i, (ids, _) in bias])), upload.add(values)),
+            upload.add(_places(ends)) if ends else None,
+        )
 
     def apply(self, logits_NV: Tensor) -> None:
         """Allowed ids, bias, then end tokens masked below `min_tokens`, unless no token would be left."""
-        for edits in self.lines:
-            logits_V = logits_NV[edits.line]
-            if edits.allowed_ids is not None:
-                allowed_ids = edits.allowed_ids.tensor
-                kept = logits_V[allowed_ids]
-                logits_V.fill_(-torch.inf)
-                logits_V[allowed_ids] = kept
-            if edits.bias is not None:
-                ids, values = edits.bias
-                logits_V[ids.tensor] += values.tensor
-            if edits.end_ids is not None:
-                end_ids = edits.end_ids.tensor
-                before = logits_V[end_ids]
-                logits_V[end_ids] = -torch.inf
-                nothing_left = logits_V.max() == -torch.inf
-                logits_V[end_ids] = before.masked_fill(~nothing_left, -torch.inf)
+        if self.allowed is not None:
+            lines, (line_A, id_A) = self.allowed[0].tensor, self.allowed[1].tensor
+            kept_A = logits_NV[line_A, id_A]
+            logits_NV.index_fill_(0, lines, -torch.inf)
+            logits_NV[line_A, id_A] = kept_A
+        if self.bias is not None:
+            line_B, id_B = self.bias[0].tensor
+            logits_NV[line_B, id_B] += self.bias[1].tensor
+        if self.ends is not None:
+            line_E, id_E = self.ends.tensor
+            before_E = logits_NV[line_E, id_E]
+            logits_NV.index_put_((line_E, id_E), before_E.new_full((), -torch.inf))
+            nothing_left_E = (logits_NV.amax(1) == -torch.inf)[line_E]
+            logits_NV[line_E, id_E] = before_E.masked_fill(~nothing_left_E, -torch.inf)
 
 
-def apply_mask(logits_NV: Tensor, lines: list[int], bits_GB: Tensor) -> None:
-    """Leaves `logits_NV[lines[i]]` the ids whose bit in `bits_GB[i]` (uint8, the lowest first) is set."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=logits_NV.device)
-    is_allowed_GV = (bits_GB[:, :, None] >> shifts & 1).bool().flatten(1)
-    is_banned_GV = is_allowed_GV[:, : logits_NV.shape[1]].logical_not_()
-    if len(lines) == len(logits_NV):
-        logits_NV.masked_fill_(is_banned_GV, -torch.inf)
-    else:
-        for line, is_banned_V in zip(lines, is_banned_GV):
-            logits_NV[line].masked_fill_(is_banned_V, -torch.inf)
+def _places(ids_of_lines: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+    """[2, ids of all lines]: the line of each, and itself."""
+    lines = np.repeat([line for line, _ in ids_of_lines], [len(ids) for _, ids in ids_of_lines])
+    return np.stack((lines, np.concatenate([ids for _, ids in ids_of_lines])))
 
 
 def _ids(ids: Iterable[int]) -> np.ndarray:

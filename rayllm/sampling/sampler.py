@@ -18,12 +18,12 @@ from torch import Tensor
 from rayllm.errors import RequestError
 from rayllm.messages import RowParams, TokenLogprobs
 from rayllm.sampling.bad_words import BadWordTable, Barred
-from rayllm.sampling.edits import Edits, RowEdits, apply_mask
+from rayllm.sampling.edits import Edits, RowEdits
 from rayllm.sampling.logprobs import Logprobs, LogprobTensors, compute_logprobs, padded_lists
 from rayllm.sampling.penalties import Penalised, PenaltyTable, wants_penalty
 from rayllm.transfer.download import Download, Downloaded
 from rayllm.transfer.upload import Upload, Uploaded
-from rayllm_kernels.sampling import Draw, Group, reference, sample
+from rayllm_kernels.sampling import Draw, Group, mask, reference, sample
 
 LOWEST_TEMPERATURE = 1e-5
 """Below it a row is greedy: logits / temperature would overflow, and the result would be the same."""
@@ -80,7 +80,8 @@ class Draws:
     """float64: temperature, min-p, top-k, top-p."""
     groups: list[_Group]
     asking: _Asking | None
-    masks: tuple[list[int], Uploaded] | None
+    masks: tuple[Uploaded, Uploaded] | None
+    """Lines, int64, and for each the bits of what it may draw."""
     barred: Barred | None
     barred_lines: Uploaded | None
     edits: Edits | None
@@ -230,7 +231,7 @@ class Sampler:
             numbers_4N=upload.add(np.array(numbers, np.float64).T),
             groups=self._groups(upload, states),
             asking=self._asking(upload, rows, states),
-            masks=None if masks is None else (masks[0], upload.add(masks[1])),
+            masks=None if masks is None else (upload.add(_ids(masks[0])), upload.add(masks[1])),
             barred=self._bad_words.prepare(upload, barred, [rows[i] for i in barred]) if barred else None,
             barred_lines=upload.add(_ids(barred)) if barred else None,
             edits=edits,
@@ -272,7 +273,7 @@ class Sampler:
 
     def _edit(self, logits_NV: Tensor, draws: Draws) -> None:
         if draws.masks:
-            apply_mask(logits_NV, draws.masks[0], draws.masks[1].tensor)
+            mask(logits_NV, draws.masks[0].tensor, draws.masks[1].tensor)
         if draws.barred:
             self._bad_words.ban(logits_NV, draws.barred)
         if draws.edits:

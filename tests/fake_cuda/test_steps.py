@@ -29,14 +29,14 @@ class Budget:
 
 
 BUDGETS = {
-    Case(sampling="greedy"): Budget(9, 4, 16),
-    Case(sampling="top_p"): Budget(9, 4, 167, copies_to_device=3, blocking_copies=2, waits=2),
-    Case(sampling="top_k"): Budget(9, 4, 172, copies_to_device=3, blocking_copies=2, waits=2),
-    Case(sampling="penalties"): Budget(9, 4, 168, copies_to_device=3, blocking_copies=2),
-    Case(sampling="edited"): Budget(9, 4, 249, copies_to_device=3, blocking_copies=2),
-    Case(sampling="bad_words"): Budget(9, 4, 165, copies_to_device=3, blocking_copies=2),
-    Case(sampling="logprobs"): Budget(9, 4, 56),
-    Case(sampling="grammar"): Budget(9, 4, 145, copies_to_device=3, blocking_copies=2),
+    Case(sampling="greedy"): Budget(9, 4, 11),
+    Case(sampling="top_p"): Budget(9, 4, 14),
+    Case(sampling="top_k"): Budget(9, 4, 14),
+    Case(sampling="penalties"): Budget(9, 4, 35),
+    Case(sampling="edited"): Budget(9, 4, 30),
+    Case(sampling="bad_words"): Budget(9, 4, 27),
+    Case(sampling="logprobs"): Budget(9, 4, 51),
+    Case(sampling="grammar"): Budget(9, 4, 14),
     Case(kind="prefill"): Budget(9, 4, 16),
     Case(kind="chunk"): Budget(9, 4, 16),
     Case(kind="mixed"): Budget(10, 4, 16),

@@ -1,13 +1,11 @@
-"""Masks, and what a row's parameters do to its logits."""
+"""What a row's parameters do to its logits."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 import torch
 
 from rayllm.messages import RowParams
-from rayllm.sampling.edits import Edits, RowEdits, apply_mask
+from rayllm.sampling.edits import Edits, RowEdits
 from rayllm.transfer.upload import Upload
 
 V = 21
@@ -22,18 +20,6 @@ def edited(logits_NV: torch.Tensor, *rows: tuple[int, RowParams, int]) -> torch.
     if edits is not None:
         edits.apply(edited_NV)
     return edited_NV
-
-
-@pytest.mark.parametrize("lines", [[0, 1, 2], [2, 0]])
-def test_a_mask_leaves_a_line_the_ids_whose_bits_are_set(lines: list[int]) -> None:
-    is_allowed_GV = np.random.default_rng(0).random((len(lines), V)) < 0.5
-    logits_NV = torch.randn(3, V)
-    masked_NV = logits_NV.clone()
-    apply_mask(masked_NV, lines, torch.from_numpy(np.packbits(is_allowed_GV, axis=1, bitorder="little")))
-    expected_NV = logits_NV.clone()
-    for line, is_allowed_V in zip(lines, is_allowed_GV):
-        expected_NV[line, torch.from_numpy(~is_allowed_V)] = -torch.inf
-    assert torch.equal(masked_NV, expected_NV)
 
 
 def test_rows_without_edits_are_left_alone() -> None:

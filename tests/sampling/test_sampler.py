@@ -304,3 +304,34 @@ def test_a_rows_token_is_written_where_the_next_step_reads_it() -> None:
     last_token_M = torch.full((6,), -1)
     sampler.sample(torch.eye(10)[[7, 3]], draws, last_token_M)
     assert last_token_M.tolist() == [-1, -1, 3, -1, 7, -1]
+
+
+def mixed_stream(num_steps: int) -> list[tuple[list[int], list[int], set[int]]]:
+    """Tokens, stuck rows and invalid rows of steps in which each row draws another way, two of them under a mask."""
+    kinds = [
+        RowParams(temperature=0, repetition_penalty=1.3),
+        RowParams(logit_bias={5: 3.0}, min_tokens=2),
+        RowParams(top_p=0.8, allowed_token_ids=tuple(range(3, 90))),
+        RowParams(top_k=20, top_p=0.9, bad_words_token_ids=((4, 5), (6,))),
+        RowParams(temperature=0, allowed_token_ids=(1,)),
+    ]
+    sampler = make_sampler(100, max_rows=8)
+    for row, params in enumerate(kinds):
+        sampler.set_row(row, params, row, 0, [1, 2], 2)
+    bits_2B = np.packbits(np.arange(200).reshape(2, 100) % 3 > 0, axis=1, bitorder="little")
+    bits_2B[1] = 0
+    steps = []
+    for position in range(num_steps):
+        logits_NV = torch.stack([logits_of(row, position, 100) for row in range(len(kinds))])
+        sampled = sample(sampler, logits_NV, list(range(len(kinds))), ([1, 4], bits_2B))
+        steps.append((sampled.token_ids_N.array[:4].tolist(), sampled.stuck_rows(), sampled.invalid_rows()))
+    return steps
+
+
+@pytest.mark.kernels
+def test_the_kernels_of_a_gpu_draw_the_same_tokens(interpreted_kernels: None) -> None:
+    by_kernels = mixed_stream(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rayllm_kernels.device._interpreted", False)
+        assert mixed_stream(3) == by_kernels
+    assert all(stuck == [4] for _, stuck, _ in by_kernels)

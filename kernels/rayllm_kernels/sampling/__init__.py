@@ -10,7 +10,16 @@ from rayllm_kernels.device import uses_triton
 from rayllm_kernels.sampling import reference
 from rayllm_kernels.sampling.reference import Draw, Group
 
-__all__ = ["Draw", "Group", "sample"]
+__all__ = ["Draw", "Group", "mask", "sample"]
+
+
+def mask(logits_NV: Tensor, lines_G: Tensor, bits_GB: Tensor) -> None:
+    """Rules out the ids of some lines, in place. `reference.mask` says which."""
+    if uses_triton(logits_NV):
+        from rayllm_kernels.sampling.triton import mask as implementation
+    else:
+        implementation = reference.mask
+    implementation(logits_NV, lines_G, bits_GB)
 
 
 def sample(

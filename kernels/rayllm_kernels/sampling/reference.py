@@ -109,6 +109,16 @@ def _sample_group(logits_GV: Tensor, keys_4G: Tensor, numbers_4G: Tensor, group:
     return sample_top(logits_GV, rules, uniform_G, group.num_candidates)
 
 
+def mask(logits_NV: Tensor, lines_G: Tensor, bits_GB: Tensor) -> None:
+    """Leaves `logits_NV[lines_G[i]]` the ids whose bit in `bits_GB[i]` (uint8, the lowest first) is set; others become
+    -infinity. A line comes once."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits_NV.device)
+    is_allowed_GV = (bits_GB[:, :, None] >> shifts & 1).bool().flatten(1)
+    is_banned_GV = is_allowed_GV[:, : logits_NV.shape[1]].logical_not_()
+    for line, is_banned_V in zip(lines_G.tolist(), is_banned_GV):
+        logits_NV[line].masked_fill_(is_banned_V, -torch.inf)
+
+
 def philox(counter_4N: Tensor, key_2N: Tensor) -> Tensor:
     """Philox-4x32-10: four 32-bit words for each of N counters and keys.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from ahead_of_time import meta
 
-from rayllm_kernels.sampling import Draw, Group, sample
+from rayllm_kernels.sampling import Draw, Group, mask, sample
 
 
 def launches(arch: int) -> None:
@@ -20,3 +20,5 @@ def launches(arch: int) -> None:
             meta(256, dtype=torch.int64),
             meta(num_rows, dtype=torch.uint8),
         )
+    bits = meta(8, 151_936 // 8, dtype=torch.uint8)
+    mask(meta(64, 151_936, dtype=torch.float32), meta(8, dtype=torch.int64), bits)

@@ -1,5 +1,6 @@
 """`reference` in Triton."""
 
 from rayllm_kernels.sampling.triton.draw import sample
+from rayllm_kernels.sampling.triton.mask import mask
 
-__all__ = ["sample"]
+__all__ = ["mask", "sample"]
