@@ -62,7 +62,7 @@ FLAGS = {
     "config show": "--config --json",
     "config validate": "--json",
     "demo": "--json --kill --question -tp",
-    "doctor": "--json",
+    "doctor": "--fabric --json",
     "logs": "--follow --json --lines -f -n",
     "models": "--json",
     "plan": "--gpu --json --memory",
