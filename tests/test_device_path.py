@@ -50,12 +50,17 @@ def _tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [choice.token_ids for output in outputs for choice in output.outputs]
 
 
-def test_a_chunked_prompt_beside_a_running_row_gives_the_tokens_of_the_cpu(llama_path: Path) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.kernels) for name in ("qwen3", "opt"))]
+)
+def test_a_chunked_prompt_beside_a_running_row_gives_the_tokens_of_the_cpu(architecture: str, tmp_path: Path) -> None:
+    """Grouped heads; norms of queries and keys; layer norms, biases and learned positions."""
+    path = make_checkpoint(tmp_path, architecture)
     prompts = [PROMPTS[0], PROMPTS[3][:18]]
     params = [SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), SamplingParams(seed=7, max_tokens=2)]
-    with _llm(llama_path, num_kv_blocks=8) as llm:
+    with _llm(path, num_kv_blocks=8) as llm:
         expected = _tokens(llm.generate(prompts, params))
-    with corrected(), interpreted(), _llm(llama_path, num_kv_blocks=8) as llm:
+    with corrected(), interpreted(), _llm(path, num_kv_blocks=8) as llm:
         assert _tokens(llm.generate(prompts, params)) == expected
 
 

@@ -208,15 +208,17 @@ def stage_step(
 def _token_ids(rows: Rows, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that a row began with come from the host; for one that was sampled here, which may be on the device
     alone, its row (int32, else -1)."""
-    starts = layout.starts
-    token_ids, sources = np.zeros(starts[-1], np.int64), np.full(starts[-1], -1, np.int32)
-    places = zip(layout.row_ids.tolist(), layout.begins.tolist(), layout.ends.tolist(), strict=True)
-    for i, (row, begin, end) in enumerate(places):
+    token_ids, sources = np.zeros(layout.starts[-1], np.int64), np.full(layout.starts[-1], -1, np.int32)
+    on_device: list[int] = []
+    for i, (row, start, begin, end) in enumerate(
+        zip(layout.row_ids.tolist(), layout.starts.tolist(), layout.begins.tolist(), layout.ends.tolist())
+    ):
         if end <= rows.num_start_tokens(row):
-            token_ids[starts[i] : starts[i + 1]] = rows.start_tokens(row, begin, end)
+            token_ids[start : start + end - begin] = rows.start_tokens(row, begin, end)
         else:
             assert begin == end - 1 == rows.num_tokens[row] - 1, "only a row's newest token may be on the device alone"
-            sources[starts[i]] = row
+            on_device.append(i)
+    sources[layout.starts[on_device]] = layout.row_ids[on_device]
     return token_ids, sources
 
 
