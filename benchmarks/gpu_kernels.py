@@ -196,6 +196,38 @@ def int4_products(bench: Bench) -> Iterator[Row]:
         yield Row(name, wide_us / us, "times", at_least=None if bench.is_smoke else target, note=f"{us:.1f} µs")
 
 
+def float8_products(bench: Bench) -> Iterator[Row]:
+    """Weights of eight bits in blocks of 128 x 128, activations rounded to eight bits on the way, against torch's
+    product in sixteen."""
+    from rayllm_kernels.fp8 import fp8_linear, fp8_weight, reference
+
+    num_inputs, num_outputs = bench.size(4096, 256), bench.size(14336, 128)
+    dtype = torch.float16 if bench.is_smoke else torch.bfloat16
+
+    def weight(seed: int) -> Any:
+        values_OI = (8 * bench.random(num_outputs, num_inputs, seed=seed, dtype=dtype)).to(torch.float8_e4m3fn)
+        scales = bench.random(num_outputs // 128, num_inputs // 128, seed=seed, dtype=torch.float32).abs()
+        return fp8_weight(values_OI, scales / num_inputs**0.5)
+
+    x_TI, first = bench.random(5, num_inputs, dtype=dtype), weight(0)
+    expected = reference.fp8_linear(x_TI.float(), first)
+    tolerances = {torch.bfloat16: 5e-3, torch.float32: 5e-2}  # the interpreter rounds to float8 in another way
+    yield bench.error("fp8_linear", fp8_linear(x_TI, first), expected, tolerances)
+    for num_tokens in (bench.size(16, 1), bench.size(4096, 2)):
+
+        def make(seed: int, num_tokens: int = num_tokens) -> Callable[[], Any]:
+            x_TI, narrow = bench.random(num_tokens, num_inputs, seed=seed, dtype=dtype), weight(seed)
+            return lambda: fp8_linear(x_TI, narrow)
+
+        def make_wide(seed: int, num_tokens: int = num_tokens) -> Callable[[], Any]:
+            x_TI = bench.random(num_tokens, num_inputs, seed=seed, dtype=dtype)
+            wide_OI = bench.random(num_outputs, num_inputs, seed=seed, dtype=dtype)
+            return lambda: x_TI @ wide_OI.T
+
+        us, wide_us = (bench.microseconds(bench.sets(each, num_inputs * num_outputs)) for each in (make, make_wide))
+        yield Row(f"fp8_linear, {num_tokens} tokens, against 16 bits", wide_us / us, "times", note=f"{us:.1f} µs")
+
+
 def sampling(bench: Bench) -> Iterator[Row]:
     """A step's draws, with all that the sampler does on the device."""
     from rayllm.messages import RowParams
@@ -244,5 +276,6 @@ KERNELS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "kernels: prefill attention": prefill_attention,
     "kernels: experts": experts,
     "kernels: products with four bits": int4_products,
+    "kernels: products with eight bits": float8_products,
     "kernels: sampling": sampling,
 }
