@@ -16,9 +16,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+import numpy as np
 
 if TYPE_CHECKING:
     from rayllm.distributed.all_reduce import CustomAllReduce
@@ -48,7 +51,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "edited": {"logit_bias": {5: 1.0}, "allowed_token_ids": tuple(range(3, 400)), "min_tokens": 9},
     "bad_words": {"bad_words_token_ids": ((7, 8), (9,))},
     "logprobs": {"temperature": 0.0, "logprobs": 5},
-    "grammar": {"regex": "[a-z ]+"},
+    "grammar": {},
 }
 
 
@@ -235,12 +238,9 @@ def _custom(size: int) -> CustomAllReduce:
 def _plan(step: int, rows: Sequence[int], counts: Sequence[int], new_rows: Sequence[int], sampling: str) -> StepPlan:
     """`new_rows` have prompts of `CONTEXT` tokens and all their blocks."""
     from rayllm.messages import RowParams, RowStart, RowTable, StepPlan
-    from rayllm.request import StructuredOutputsParams, pack_ids
+    from rayllm.request import pack_ids
 
-    given = dict(SAMPLING[sampling])
-    if "regex" in given:
-        given = {"structured_outputs": StructuredOutputsParams(regex=given["regex"])}
-    params = RowParams(**given)
+    params = RowParams(**SAMPLING[sampling])
     starts = [
         RowStart(
             row,
@@ -276,12 +276,22 @@ def _plans(case: Case) -> list[StepPlan]:
     return [first, *(_plan(step, rows, counts, new, case.sampling) for step in (2, 3, 4))]
 
 
+def _masks(case: Case, runner: Runner, rows: Sequence[int]) -> tuple[list[int], np.ndarray] | None:
+    """Of rows that a grammar binds, which allows all ids: the model has no tokenizer that a grammar could read."""
+    if case.sampling != "grammar":
+        return None
+    num_bytes = -(-runner._config.spec.vocab_size // 8)
+    return list(range(len(rows))), np.full((len(rows), num_bytes), 255, np.uint8)
+
+
 def run(case: Case, folder: Path, log: Any) -> dict[str, int]:
     """Leaves in `log` (`fake_device.DeviceLog`) what the last step did; what `launch` waited for is returned."""
     runner = _runner(case, folder, log)
     *earlier, last = _plans(case)
     with (
         mock.patch.object(runner._structured, "advance", return_value={}),  # what was drawn has no value
+        mock.patch.object(runner._structured, "fail"),
+        mock.patch.object(runner._structured, "masks", partial(_masks, case, runner)),
         mock.patch("rayllm.runner.graphs._addresses", return_value=()),
     ):
         for plan in earlier:

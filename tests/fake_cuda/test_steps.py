@@ -85,6 +85,10 @@ def test_a_step_keeps_to_its_budget(case: Case, counts: dict[Case, Counts]) -> N
     assert sum(found.finish_waits.values()) <= budget.finish_waits, found.finish_waits
 
 
+def test_rows_that_a_grammar_binds_are_masked(counts: dict[Case, Counts]) -> None:
+    assert counts[Case(sampling="grammar")].launches["triton _mask"] == 1
+
+
 def _num_meetings(counts: Counts) -> int:
     """Collectives, and sums by kernels."""
     kernels = sum(counts.launches.get(name, 0) for name in ("triton _one_shot", "triton _two_shot"))
