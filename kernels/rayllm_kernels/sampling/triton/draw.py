@@ -6,7 +6,7 @@ The ids of a row are cut into tiles, and those into splits, each of which is one
 2. `_choose_pivots`: of each row, every power of two's highest of those maxima.
 3. `_add_up`: the weight, or with top-k the number, of the tokens from each pivot up.
 4. `_collect`: the ids from the highest pivot up that holds all that top-k and top-p keep: few more than those.
-5. `_finish`, one program a row: finds the edges among these by halving the range of the logits' bits, and draws. Where
+5. `finish`, one program a row: finds the edges among these by halving the range of the logits' bits, and draws. Where
    more ids were collected than there is room for, it reads the whole row at each halving: slower, but the same.
 
 Weights are whole numbers and their sums exact, so only the exponential could differ from the reference's. Both compute
