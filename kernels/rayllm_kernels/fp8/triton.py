@@ -141,7 +141,7 @@ def quantize_kernel(
         tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def fp8_kernel(
     x_ptr, x_scales_ptr, weight_ptr, scales_ptr, bias_ptr, parts_ptr, arrivals_ptr, out_ptr, num_tokens,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS_SCALED: tl.constexpr, OUTPUTS_SCALED: tl.constexpr,

@@ -38,7 +38,7 @@ def sort_by_expert(experts_TK: Tensor, held: range) -> tuple[Tensor, Tensor]:
     return starts_E1, choices_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def sort_kernel(experts_ptr, starts_ptr, choices_ptr, num_choices, first, BLOCK: tl.constexpr):
     expert = first + tl.program_id(0)
     at_N = tl.arange(0, BLOCK)

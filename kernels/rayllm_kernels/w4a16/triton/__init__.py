@@ -96,7 +96,7 @@ def _chunks_of_a_group(weight: Int4Weight) -> int:
     return weight.group_size // CHUNK if TILE % weight.group_size == 0 else 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def int4_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, parts_ptr, arrivals_ptr, out_ptr, num_tokens, x_stride,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, ADDED: tl.constexpr,
