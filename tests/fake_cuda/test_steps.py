@@ -1,4 +1,6 @@
-"""Whole steps on a CUDA device that is not there: what each kind of step may launch, copy and wait for."""
+"""Whole steps on a CUDA device that is not there: one copy in each direction, one wait for the result, none before it,
+and no more launches than each kind of step has a budget for.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,14 @@ pytestmark = [pytest.mark.kernels, pytest.mark.timeout(600)]
 
 @dataclass(frozen=True)
 class Budget:
-    """At most; what a GPU does not need is 0."""
+    """Launches of a step, at most."""
 
     per_layer: int
-    """Launches, without collectives."""
+    """Without collectives."""
     gemms: int
     """Of `per_layer`."""
     beside: int
-    """Launches of a step that do not grow with the number of layers: inputs, embedding, head, sampling."""
-    copies_to_device: int = 1
-    blocking_copies: int = 0
-    waits: int = 0
-    copies_to_host: int = 1
-    finish_waits: int = 1
+    """What does not grow with the number of layers: inputs, embedding, head, sampling."""
 
 
 BUDGETS = {
@@ -37,18 +34,18 @@ BUDGETS = {
     Case(sampling="bad_words"): Budget(9, 4, 27),
     Case(sampling="logprobs"): Budget(9, 4, 51),
     Case(sampling="grammar"): Budget(9, 4, 14),
-    Case(kind="prefill"): Budget(9, 4, 16),
-    Case(kind="chunk"): Budget(9, 4, 16),
-    Case(kind="mixed"): Budget(10, 4, 16),
-    Case(model="qwen2"): Budget(9, 4, 16),
-    Case(model="qwen3"): Budget(9, 4, 16),
-    Case(model="mixtral"): Budget(12, 3, 16),
-    Case(tp=2): Budget(9, 4, 16),
-    Case(tp=8): Budget(9, 4, 16),
-    Case(tp=8, custom=True): Budget(11, 4, 17),
+    Case(kind="prefill"): Budget(9, 4, 11),
+    Case(kind="chunk"): Budget(9, 4, 11),
+    Case(kind="mixed"): Budget(10, 4, 11),
+    Case(model="qwen2"): Budget(9, 4, 11),
+    Case(model="qwen3"): Budget(9, 4, 11),
+    Case(model="mixtral"): Budget(12, 3, 11),
+    Case(tp=2): Budget(9, 4, 11),
+    Case(tp=8): Budget(9, 4, 11),
+    Case(tp=8, custom=True): Budget(11, 4, 12),
     Case(graphs=True): Budget(0, 0, 7),
     Case(kind="mixed", graphs=True): Budget(4, 0, 7),
-    Case(kind="prefill", tp=8): Budget(9, 4, 16),
+    Case(kind="prefill", tp=8): Budget(9, 4, 11),
 }
 """To be lowered with what is measured, and never raised without a reason that is worth it."""
 
@@ -78,11 +75,11 @@ def test_a_step_keeps_to_its_budget(case: Case, counts: dict[Case, Counts]) -> N
     assert sum(per_layer.values()) <= budget.per_layer, per_layer
     assert deeper.num_gemms - found.num_gemms <= budget.gemms, per_layer
     assert sum(beside.values()) <= budget.beside, beside
-    assert sum(found.copies_to_device.values()) <= budget.copies_to_device, found.copies_to_device
-    assert sum(found.blocking_copies.values()) <= budget.blocking_copies, found.blocking_copies
-    assert sum(found.waits.values()) <= budget.waits, found.waits
-    assert sum(found.copies_to_host.values()) <= budget.copies_to_host, found.copies_to_host
-    assert sum(found.finish_waits.values()) <= budget.finish_waits, found.finish_waits
+    assert sum(found.copies_to_device.values()) <= 1, found.copies_to_device
+    assert not found.blocking_copies
+    assert not found.waits
+    assert sum(found.copies_to_host.values()) <= 1, found.copies_to_host
+    assert sum(found.finish_waits.values()) <= 1, found.finish_waits
 
 
 def test_rows_that_a_grammar_binds_are_masked(counts: dict[Case, Counts]) -> None:
