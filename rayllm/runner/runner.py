@@ -268,6 +268,7 @@ class Runner:
     def finish(self, in_flight: InFlight) -> StepResult:
         """Waits for a launched step and reads it back, in the order of launching. The result is the same on every
         rank."""
+        in_flight.download.wait()
         plan, sampled = in_flight.plan, in_flight.sampled
         prompt_logprobs = {
             span.row: [entry for part in parts for entry in part.to_messages()]

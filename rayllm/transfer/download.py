@@ -45,12 +45,14 @@ class Download:
 
     def start(self) -> None:
         """Begins the copy, behind what the device still computes."""
-        if self._device.type == "cpu" or not self._added:
+        if self._device.type == "cpu":
             return
-        parts = [downloaded._tensor.contiguous().flatten().view(torch.uint8) for downloaded in self._added]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._host = torch.empty(joined.shape, dtype=torch.uint8, pin_memory=True)
-        self._host.copy_(joined, non_blocking=True)
+        if self._added:
+            parts = [downloaded._tensor.contiguous().flatten().view(torch.uint8) for downloaded in self._added]
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._host = torch.empty(joined.shape, dtype=torch.uint8, pin_memory=True)
+            self._host.copy_(joined, non_blocking=True)
+        # Also where nothing comes: what the step reads (pinned memory of an `Upload`) is reused once it has ended.
         self._event = torch.cuda.Event()
         self._event.record()
 
@@ -60,7 +62,7 @@ class Download:
         return self._event is None or bool(self._event.query())
 
     def wait(self) -> None:
-        """Until all has come."""
+        """Until all has come, and the device has done what was begun before `start`."""
         if self._has_come:
             return
         self._has_come = True
@@ -73,5 +75,6 @@ class Download:
                 downloaded._array = tensor.numpy()
             else:
                 end = begin + tensor.nbytes
-                downloaded._array = self._host[begin:end].view(tensor.dtype).view(tensor.shape).numpy()
+                # Copied, since torch views bytes as wider numbers at multiples of their width alone.
+                downloaded._array = self._host[begin:end].clone().view(tensor.dtype).view(tensor.shape).numpy()
                 begin = end
