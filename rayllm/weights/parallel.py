@@ -18,13 +18,19 @@ Part = TypeVar("Part")
 
 def make_in_parallel(makers: Iterable[Callable[[], Part]]) -> list[Part]:
     """What each of `makers` returns, in their order. They run on torch's number of threads, at least two, with one
-    computing thread each. Raises the error of the first that fails; what has not begun then is left out."""
+    computing thread each, and compute on the caller's GPU. Raises the error of the first that fails; what has not begun
+    then is left out."""
     num_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        min(max(num_threads, _MIN_THREADS), _MAX_THREADS), "load-weights", torch.set_num_threads, (1,)
-    )
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    pool = ThreadPoolExecutor(min(max(num_threads, _MIN_THREADS), _MAX_THREADS), "load-weights", _begin_thread, (gpu,))
     try:
         return [future.result() for future in [pool.submit(make) for make in makers]]
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)  # it is also what threads that start later get
+
+
+def _begin_thread(gpu: int | None) -> None:
+    torch.set_num_threads(1)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # a thread begins with the first GPU, and Triton launches on its thread's

@@ -49,3 +49,13 @@ def test_the_first_failure_is_raised_and_the_rest_left_out() -> None:
     with pytest.raises(ConfigError, match="the first"):
         make_in_parallel([fail, *(lambda number=number: made.append(number) or number for number in range(500))])
     assert len(made) < 500
+
+
+def test_threads_compute_on_the_callers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node whose GPUs all ranks see: each thread has a current GPU of its own, at first number 0."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "gpu", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(current, "gpu", gpu))
+    torch.cuda.set_device(3)
+    assert make_in_parallel([torch.cuda.current_device] * 4) == [3] * 4
