@@ -86,7 +86,6 @@ class Draws:
     barred_lines: Uploaded | None
     edits: Edits | None
     penalised: Penalised | None
-    penalised_lines: Uploaded | None
     is_bound_N: Uploaded
     """uint8: whether a mask or bad words bind the line."""
 
@@ -236,7 +235,6 @@ class Sampler:
             barred_lines=upload.add(_ids(barred)) if barred else None,
             edits=edits,
             penalised=self._penalties.prepare(upload, penalised, [rows[i] for i in penalised]) if penalised else None,
-            penalised_lines=upload.add(_ids(penalised)) if penalised else None,
             is_bound_N=upload.add(is_bound_N),
         )
         for state in states:
@@ -261,8 +259,8 @@ class Sampler:
         token_ids_N, is_usable_N, is_stuck_N = sample(
             logits_NV, keys_4N, numbers_4N, groups, rows_N, last_token_M, draws.is_bound_N.tensor
         )
-        if draws.penalised and draws.penalised_lines:
-            self._penalties.append(draws.penalised, token_ids_N[draws.penalised_lines.tensor])
+        if draws.penalised:
+            self._penalties.append(draws.penalised, token_ids_N)
         if draws.barred and draws.barred_lines:
             self._bad_words.append(draws.barred, token_ids_N[draws.barred_lines.tensor])
         logprobs = None

@@ -14,6 +14,12 @@ from rayllm.transfer.upload import Upload
 V = 200
 
 
+@pytest.fixture(params=["reference", "triton"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> None:
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_kernels")
+
+
 def make_table(max_tokens: int = 40) -> PenaltyTable:
     return PenaltyTable(vocab_size=V, max_tokens=max_tokens, device=torch.device("cpu"))
 

@@ -370,3 +370,60 @@ def _buckets(logits_V: Tensor) -> Tensor:
     bits_V = logits_V.view(torch.int32)
     in_order_V = bits_V ^ ((bits_V >> 31) & 0x7FFFFFFF)
     return (_NUM_BUCKETS // 2 - 1 - (in_order_V >> 16)).long()
+
+
+def begin_histories(
+    counts_SV: Tensor, history_SL: Tensor, tokens_T: Tensor, histories_B4: Tensor, max_length: int
+) -> None:
+    """Slots are taken by new rows: what was there is forgotten, and each row's tokens are there instead.
+
+    `tokens_T` (int32) holds the rows' tokens one after the other; `histories_B4` (int64) for each its slot, which comes
+    once, where its tokens begin and end in `tokens_T`, and how many of them are the prompt's. None has more than
+    `max_length`. Slots are otherwise zeros at first: int32, `counts_SV` as wide as the vocabulary, `history_SL` as
+    long as a row gets. What they hold is each implementation's own, so a slot stays with the one that began it.
+    """
+    for slot, begin, end, num_prompt_tokens in histories_B4.tolist():
+        tokens_L = tokens_T[begin:end]
+        history_SL[slot, : len(tokens_L)] = tokens_L
+        emitted = tokens_L[num_prompt_tokens:]
+        counts_SV[slot].zero_().index_add_(0, emitted.long(), torch.ones_like(emitted))
+
+
+def penalise(
+    logits_NV: Tensor,
+    counts_SV: Tensor,
+    history_SL: Tensor,
+    lines_slots_lengths_3P: Tensor,
+    numbers_P3: Tensor,
+    max_length: int,
+) -> None:
+    """Changes the logits of what P lines' slots hold: repetition, then frequency, then presence penalty.
+
+    Repetition covers prompt and output, divides positive logits and multiplies others (Keskar et al., 2019). Frequency
+    and presence cover the output only and are subtracted (OpenAI's definition). `lines_slots_lengths_3P` (int64) says
+    how many tokens each slot holds, at most `max_length`; a line and a slot come once. `numbers_P3` (float32):
+    repetition, frequency, presence.
+    """
+    line_P1, slot_P1, length_P1 = lines_slots_lengths_3P[:, :, None]
+    repetition_P1, frequency_P1, presence_P1 = numbers_P3.T[:, :, None]
+    history_PL = history_SL[slot_P1[:, 0], :max_length].long()
+    past_end_PL = torch.arange(max_length, device=logits_NV.device) >= length_P1
+    # Padding repeats the first token; a token met twice is written twice with the same value: no harm.
+    history_PL = torch.where(past_end_PL, history_PL[:, :1], history_PL)
+    counts_PL = counts_SV[slot_P1, history_PL]
+    logits_PL = logits_NV[line_P1, history_PL]
+    logits_PL = torch.where(logits_PL > 0, logits_PL / repetition_P1, logits_PL * repetition_P1)
+    logits_PL -= frequency_P1 * counts_PL
+    logits_PL -= presence_P1 * (counts_PL > 0)
+    logits_NV[line_P1, history_PL] = logits_PL
+
+
+def append_to_histories(
+    counts_SV: Tensor, history_SL: Tensor, lines_slots_lengths_3P: Tensor, token_ids_N: Tensor
+) -> None:
+    """P lines have emitted their tokens of `token_ids_N` (int64), which their slots get. For the rest see `penalise`;
+    lengths are those before."""
+    line_P, slot_P, length_P = lines_slots_lengths_3P
+    token_ids_P = token_ids_N[line_P]
+    history_SL[slot_P, length_P] = token_ids_P.to(torch.int32)
+    counts_SV[slot_P, token_ids_P] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from ahead_of_time import meta
 
-from rayllm_kernels.sampling import Draw, Group, mask, sample
+from rayllm_kernels.sampling import Draw, Group, append_to_histories, begin_histories, mask, penalise, sample
 
 
 def launches(arch: int) -> None:
@@ -22,3 +22,12 @@ def launches(arch: int) -> None:
         )
     bits = meta(8, 151_936 // 8, dtype=torch.uint8)
     mask(meta(64, 151_936, dtype=torch.float32), meta(8, dtype=torch.int64), bits)
+    _penalties()
+
+
+def _penalties() -> None:
+    counts, history = meta(64, 151_936, dtype=torch.int32), meta(64, 0, dtype=torch.int32)
+    lines, numbers = meta(3, 64, dtype=torch.int64), meta(64, 3, dtype=torch.float32)
+    begin_histories(counts, history, meta(40_000, dtype=torch.int32), meta(5, 4, dtype=torch.int64), 30_000)
+    penalise(meta(64, 151_936, dtype=torch.float32), counts, history, lines, numbers, 30_000)
+    append_to_histories(counts, history, lines, meta(64, dtype=torch.int64))

@@ -2,5 +2,6 @@
 
 from rayllm_kernels.sampling.triton.draw import sample
 from rayllm_kernels.sampling.triton.mask import mask
+from rayllm_kernels.sampling.triton.penalties import append_to_histories, begin_histories, penalise
 
-__all__ = ["mask", "sample"]
+__all__ = ["append_to_histories", "begin_histories", "mask", "penalise", "sample"]
