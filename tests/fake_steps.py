@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rayllm.runner.runner import Runner
 
 ROOT = Path(__file__).parents[1]
-NUM_ROWS = 8
+NUM_ROWS = 9
+"""Odd, so that what stands behind flags of all rows in a download is at an odd place."""
 CONTEXT = 100
 _BLOCKS_A_ROW = 4
 _NUM_BLOCKS = 64
