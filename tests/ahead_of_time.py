@@ -231,4 +231,6 @@ def _main(path: Path, arch: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not sys.argv[2].isdigit() or not Path(sys.argv[1]).is_file():
+        sys.exit("usage: python tests/ahead_of_time.py tests/kernels/FAMILY/launches.py 80|90|100")
     _main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -38,11 +38,18 @@ class SentStep:
 def step_kinds(plan: StepPlan) -> frozenset[Hashable]:
     """Its size, as kernels and graphs tell sizes apart, and for each of its new rows what that asks of the sampler."""
     num_rows = len(plan.rows) // 4
-    kinds: set[Hashable] = {(plan.num_tokens.bit_length(), num_rows if num_rows < 8 else -(-num_rows // 8) * 8)}
+    kinds: set[Hashable] = {(padded_size(plan.num_tokens), num_rows if num_rows < 8 else -(-num_rows // 8) * 8)}
     for start in plan.new_rows:
         names = RowParams.__struct_fields__
         kinds.add(frozenset(name for name in names if getattr(start.params, name) != getattr(_NO_RULES, name)))
     return frozenset(kinds)
+
+
+def padded_size(num_tokens: int) -> int:
+    """A multiple of 16 up to 128 tokens, then one of four sizes for each doubling: as workers pad steps that are not
+    decode steps alone (`runner/graphs.py`), and as kernels choose tiles."""
+    step = 16 if num_tokens <= 128 else 2 ** ((num_tokens - 1).bit_length() - 3)
+    return -(-num_tokens // step) * step
 
 
 class StepTimes:

@@ -9,9 +9,11 @@ from rayllm.engine.driver.step_times import (
     NEW_SIZE_LIMIT_S,
     SentStep,
     StepTimes,
+    padded_size,
 )
 from rayllm.messages import RowParams, RowStart, StepPlan
 from rayllm.request import pack_ids
+from rayllm.runner.graphs import MAX_MIXED_TOKENS, mixed_sizes
 
 
 def _times(*steps: tuple[int, float]) -> StepTimes:
@@ -99,3 +101,10 @@ def test_after_a_recovery_kernels_are_compiled_and_graphs_captured_anew() -> Non
 
 def test_a_cpu_has_no_kinds_of_steps() -> None:
     assert StepTimes().sent(_decode(4, RowParams(top_p=0.5))) == SentStep(4)
+
+
+def test_a_step_is_of_the_size_that_workers_pad_it_to() -> None:
+    sizes = mixed_sizes(MAX_MIXED_TOKENS)
+    assert {padded_size(num_tokens) for num_tokens in range(1, MAX_MIXED_TOKENS + 1)} == {*sizes}
+    assert all(padded_size(size) == size for size in sizes)
+    assert padded_size(MAX_MIXED_TOKENS + 1) == MAX_MIXED_TOKENS + 256
