@@ -87,8 +87,7 @@ def _run(pipe: Connection, rank: int, num_ranks: int, device: str, work: Work) -
 def _links(group: ProcessGroup, rank: int, num_ranks: int, device: str) -> list[Link]:
     import torch
 
-    from rayllm.distributed.exchange import Exchange
     from rayllm.distributed.fabric import check_links, swap_in_group
 
     where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
-    return check_links(Exchange(group.store, rank, num_ranks), swap_in_group, where)
+    return check_links(group.exchange(rank), swap_in_group, where)

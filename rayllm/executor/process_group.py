@@ -15,9 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayllm.executor.channel import listen_tcp
+
+if TYPE_CHECKING:
+    from rayllm.distributed.exchange import Exchange
 
 COLLECTIVE_TIMEOUT_S = {"cpu": 10.0, "cuda": 60.0}
 """The second line against hangs, behind the driver's watch over steps. Peers join when all have loaded their weights;
@@ -63,6 +66,12 @@ class ProcessGroup:
         """The rendezvous store of the group that was joined (`torch.distributed.Store`)."""
         assert self._store is not None, "no group was joined"
         return self._store
+
+    def exchange(self, rank: int) -> Exchange:
+        """What the ranks of the group that was joined tell each other through its store; `rank` is this process's."""
+        from rayllm.distributed.exchange import Exchange
+
+        return Exchange(self.store, rank, self._size)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Opens the rendezvous store of a new process group on this node, listening on `host` alone."""

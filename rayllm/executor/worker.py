@@ -126,22 +126,17 @@ class WorkerLoop:
         assert self.rank is not None
         self._group.join(self.rank, store)
         if self._all_reduce is not None:
-            from rayllm.distributed.exchange import Exchange
-
-            exchange = Exchange(self._group.store, self.rank, self._config.engine.layout.num_ranks)
-            self._all_reduce.connect(exchange, one_node=one_node)
+            self._all_reduce.connect(self._group.exchange(self.rank), one_node=one_node)
 
     def check_links(self) -> list[Link]:
         """What this rank sees of its links to its peers; see `rayllm.distributed.fabric`."""
         import torch
 
-        from rayllm.distributed.exchange import Exchange
         from rayllm.distributed.fabric import check_links, swap_in_group
 
         assert self.rank is not None
-        exchange = Exchange(self._group.store, self.rank, self._config.engine.layout.num_ranks)
         device = torch.device("cuda", self._gpu_index) if self._config.device == "cuda" else torch.device("cpu")
-        return check_links(exchange, swap_in_group, device)
+        return check_links(self._group.exchange(self.rank), swap_in_group, device)
 
     def abort(self) -> None:
         """See `ProcessGroup`; called from another thread."""

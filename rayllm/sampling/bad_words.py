@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rayllm.transfer.upload import Upload, Uploaded
+from rayllm.transfer.upload import Upload, Uploaded, int64_array
 
 _NO_TOKEN = -1
 
@@ -37,10 +37,10 @@ class _Words:
     @classmethod
     def of(cls, words: Sequence[Sequence[int]]) -> _Words:
         return cls(
-            _ids([word[-1] for word in words]),
-            _ids([token_id for word in words for token_id in word[:-1]]),
-            _ids([distance for word in words for distance in range(len(word) - 1, 0, -1)]),
-            _ids([i for i, word in enumerate(words) for _ in word[:-1]]),
+            int64_array([word[-1] for word in words]),
+            int64_array([token_id for word in words for token_id in word[:-1]]),
+            int64_array([distance for word in words for distance in range(len(word) - 1, 0, -1)]),
+            int64_array([i for i, word in enumerate(words) for _ in word[:-1]]),
         )
 
 
@@ -113,7 +113,7 @@ class BadWordTable:
         begun, self._begun = self._begun, {}
         return Barred(
             [(self._slot[row], upload.add(self._recent(emitted))) for row, emitted in begun.items()],
-            upload.add(_ids(slots)),
+            upload.add(int64_array(slots)),
             upload.add(np.stack(of_words)),
             upload.add(np.stack(before)),
         )
@@ -144,7 +144,7 @@ class BadWordTable:
 
     def _recent(self, emitted: list[int]) -> np.ndarray:
         padded = [_NO_TOKEN] * self._width + emitted
-        return _ids(padded[len(padded) - self._width :])
+        return int64_array(padded[len(padded) - self._width :])
 
     def _begin(self, step: Barred) -> None:
         num_slots, width = self._recent_SL.shape
@@ -153,7 +153,3 @@ class BadWordTable:
             self._recent_SL = pad(self._recent_SL, more, value=_NO_TOKEN)
         for slot, recent in step.begun:
             self._recent_SL[slot] = recent.tensor
-
-
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, dtype=np.int64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rayllm.messages import RowParams
-from rayllm.transfer.upload import Upload, Uploaded
+from rayllm.transfer.upload import Upload, Uploaded, int64_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class RowEdits:
         end_ids = sorted(token_id for token_id in ends if token_id < vocab_size)
         bias = params.logit_bias
         return cls(
-            _ids(params.allowed_token_ids) if params.allowed_token_ids else None,
-            (_ids(bias), np.array(list(bias.values()), np.float32)) if bias else None,
-            _ids(end_ids) if end_ids else None,
+            int64_array(params.allowed_token_ids) if params.allowed_token_ids else None,
+            (int64_array(bias), np.array(list(bias.values()), np.float32)) if bias else None,
+            int64_array(end_ids) if end_ids else None,
             params.min_tokens,
         )
 
@@ -72,7 +72,7 @@ class Edits:
         ]
         values = np.concatenate([values for _, (_, values) in bias]) if bias else None
         return cls(
-            (upload.add(_ids(line for line, _ in allowed)), upload.add(_places(allowed))) if allowed else None,
+            (upload.add(int64_array(line for line, _ in allowed)), upload.add(_places(allowed))) if allowed else None,
             None if values is None else (upload.add(_places([(i, ids) for i, (ids, _) in bias])), upload.add(values)),
             upload.add(_places(ends)) if ends else None,
         )
@@ -99,7 +99,3 @@ def _places(ids_of_lines: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
     """[2, ids of all lines]: the line of each, and itself."""
     lines = np.repeat([line for line, _ in ids_of_lines], [len(ids) for _, ids in ids_of_lines])
     return np.stack((lines, np.concatenate([ids for _, ids in ids_of_lines])))
-
-
-def _ids(ids: Iterable[int]) -> np.ndarray:
-    return np.array(list(ids), np.int64)

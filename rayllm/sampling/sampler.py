@@ -22,7 +22,7 @@ from rayllm.sampling.edits import Edits, RowEdits
 from rayllm.sampling.logprobs import Logprobs, LogprobTensors, compute_logprobs, padded_lists
 from rayllm.sampling.penalties import Penalised, PenaltyTable, wants_penalty
 from rayllm.transfer.download import Download, Downloaded
-from rayllm.transfer.upload import Upload, Uploaded
+from rayllm.transfer.upload import Upload, Uploaded, int64_array
 from rayllm_kernels.sampling import Draw, Group, mask, reference, sample
 
 LOWEST_TEMPERATURE = 1e-5
@@ -225,14 +225,14 @@ class Sampler:
         numbers = [(p.temperature, p.min_p, float(p.top_k), p.top_p) for p in (state.params for state in states)]
         draws = Draws(
             rows=list(rows),
-            rows_N=upload.add(_ids(rows)),
+            rows_N=upload.add(int64_array(rows)),
             keys_4N=upload.add(np.array([(s.draw, s.seed, s.choice, s.position) for s in states], np.int64).T),
             numbers_4N=upload.add(np.array(numbers, np.float64).T),
             groups=self._groups(upload, states),
             asking=self._asking(upload, rows, states),
-            masks=None if masks is None else (upload.add(_ids(masks[0])), upload.add(masks[1])),
+            masks=None if masks is None else (upload.add(int64_array(masks[0])), upload.add(masks[1])),
             barred=self._bad_words.prepare(upload, barred, [rows[i] for i in barred]) if barred else None,
-            barred_lines=upload.add(_ids(barred)) if barred else None,
+            barred_lines=upload.add(int64_array(barred)) if barred else None,
             edits=edits,
             penalised=self._penalties.prepare(upload, penalised, [rows[i] for i in penalised]) if penalised else None,
             is_bound_N=upload.add(is_bound_N),
@@ -292,7 +292,7 @@ class Sampler:
         for draw, lines in lines_of.items():
             params = [states[i].params for i in lines]
             num = _num_candidates(params) if draw is Draw.TOP_K else _NUM_NUCLEUS_CANDIDATES
-            uploaded = None if len(lines_of) == 1 else upload.add(_ids(lines))
+            uploaded = None if len(lines_of) == 1 else upload.add(int64_array(lines))
             has_min_p, has_top_p = any(p.min_p for p in params), any(p.top_p < 1 for p in params)
             groups.append(_Group(draw, uploaded, num, has_min_p, has_top_p))
         return groups
@@ -304,7 +304,7 @@ class Sampler:
         num_top = [states[i].params.num_logprobs or 0 for i in asking]
         listed = padded_lists(num_top, [states[i].params.logprob_token_ids for i in asking])
         uploaded = None if listed is None else upload.add(listed)
-        return _Asking([rows[i] for i in asking], upload.add(_ids(asking)), num_top, uploaded)
+        return _Asking([rows[i] for i in asking], upload.add(int64_array(asking)), num_top, uploaded)
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         beyond = [token_id for token_id in token_ids if token_id >= self._vocab_size]
@@ -313,10 +313,6 @@ class Sampler:
                 f"{name} holds token id {beyond[0]}, but the model's ids end at {self._vocab_size - 1}",
                 param=name,
             )
-
-
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, np.int64)
 
 
 def _how_to_draw(params: RowParams, vocab_size: int) -> Draw:

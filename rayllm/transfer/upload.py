@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,11 @@ _ALIGNMENT = 16
 _FIRST_BYTES = 2**20
 _NUM_HOST_BUFFERS = 3
 """One that is filled, and those of the steps in flight, which the device may still read."""
+
+
+def int64_array(ids: Iterable[int]) -> np.ndarray:
+    """Ids, lines or rows as the device indexes by them."""
+    return np.array(list(ids), np.int64)
 
 
 class Uploaded:
